@@ -1,0 +1,168 @@
+"""A stage's output: a directory that exists for others only once its manifest.json is there.
+
+Files are committed one by one, each atomically; the manifest is written last and lists them all
+with size and digest. The digest of the manifest is the artifact's id, so an id stands for every
+byte. Nothing that depends on when or where a stage ran is in it: the same inputs give the same id.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_lopd.artifacts.files import (
+    TEMPORARY_PREFIX,
+    atomic_write_json,
+    canonical_json,
+    fsync_directory,
+    fsync_file,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+)
+from megatron_lopd.errors import DataError
+
+MANIFEST = "manifest.json"
+FORMAT = "lopd-artifact"
+VERSION = 1
+
+LineageStatus = Literal["proved", "declared", "overridden"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A committed file: size in bytes and hex SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Something an artifact was made from.
+
+    `kind` "artifact": `digests` is {"id": ...}; "model": the parts of its fingerprint; "file":
+    {"sha256": ...}. `path` is where it was found, for messages; artifacts of the same run are
+    named by their stage alone.
+    """
+
+    kind: Literal["artifact", "model", "file"]
+    path: str
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, holds and was made from."""
+
+    kind: str
+    files: dict[str, FileEntry]
+    config: dict[str, Any]
+    counts: dict[str, int]
+    versions: dict[str, str]
+    parents: dict[str, Parent]
+    lineage: LineageStatus
+
+    def to_plain(self) -> dict[str, Any]:
+        """The manifest as it is written."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @property
+    def id(self) -> str:
+        """Hex SHA-256 of the manifest: the artifact's identity."""
+        return sha256_bytes(canonical_json(self.to_plain()))
+
+
+def is_committed(directory: Path) -> bool:
+    """Whether the artifact in `directory` is whole."""
+    return (directory / MANIFEST).is_file()
+
+
+def commit(
+    directory: Path,
+    kind: str,
+    *,
+    files: Iterable[str],
+    config: Mapping[str, Any],
+    counts: Mapping[str, int],
+    versions: Mapping[str, str],
+    parents: Mapping[str, Parent],
+    lineage: LineageStatus,
+) -> Manifest:
+    """Hash `files` (paths relative to `directory`), flush them, and write the manifest, last."""
+    entries = {}
+    for name in sorted(files):
+        path = directory / name
+        fsync_file(path)
+        entries[name] = FileEntry(path.stat().st_size, sha256_file(path))
+    for parent in {(directory / name).parent for name in entries}:
+        fsync_directory(parent)
+    manifest = Manifest(kind, entries, dict(config), dict(counts), dict(versions), dict(parents), lineage)
+    atomic_write_json(directory / MANIFEST, manifest.to_plain())
+    return manifest
+
+
+def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
+    """Read a manifest. DataError when it is missing, torn, of a newer format or of another `kind`."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{directory}: not a committed artifact (no {MANIFEST}): run the stage that makes it")
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise DataError(f"{path}: not a manifest of this project (format {FORMAT!r})")
+    if raw.get("version") != VERSION:
+        raise DataError(
+            f"{path}: format version {raw.get('version')}, this program reads {VERSION}: upgrade it"
+        )
+    try:
+        manifest = Manifest(
+            kind=raw["kind"],
+            files={name: FileEntry(**entry) for name, entry in raw["files"].items()},
+            config=raw["config"],
+            counts=raw["counts"],
+            versions=raw["versions"],
+            parents={role: Parent(**parent) for role, parent in raw["parents"].items()},
+            lineage=raw["lineage"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged: a part is missing or of the wrong type ({error})") from None
+    if kind is not None and manifest.kind != kind:
+        raise DataError(f"{directory}: holds {manifest.kind}, not {kind}: give another path")
+    return manifest
+
+
+def verify_files(directory: Path, manifest: Manifest, since: int | None = None) -> None:
+    """Re-hash every file, or only those modified after `since` (nanoseconds since the epoch).
+
+    DataError naming the first that is missing or differs from the manifest.
+    """
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing: the manifest lists it; restore it or make the artifact again")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise DataError(
+                f"{path}: damaged: {size} bytes, the manifest says {entry.size}: "
+                f"restore it or remove {directory} to make it again"
+            )
+        if since is not None and path.stat().st_mtime_ns <= since:
+            continue
+        digest = sha256_file(path)
+        if digest != entry.sha256:
+            raise DataError(
+                f"{path}: damaged: SHA-256 {digest[:12]}, the manifest says {entry.sha256[:12]}: "
+                f"restore it or remove {directory} to make it again"
+            )
+
+
+def clear_temporaries(directory: Path) -> None:
+    """Remove what a killed writer left under temporary names, anywhere below `directory`."""
+    for path in sorted(directory.rglob(f"{TEMPORARY_PREFIX}*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it was in a directory just removed

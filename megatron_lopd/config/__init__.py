@@ -1,0 +1,46 @@
+"""The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
+
+from megatron_lopd.config.load import deciding, describe_keys, load_recipe, to_plain
+from megatron_lopd.config.recipe import (
+    EngineConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PromptSource,
+    PromptSources,
+    Recipe,
+    RolloutConfig,
+    Sampling,
+    ScoreConfig,
+    SftConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "EngineConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PromptSource",
+    "PromptSources",
+    "Recipe",
+    "RolloutConfig",
+    "Sampling",
+    "ScoreConfig",
+    "SftConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "TrainingConfig",
+    "deciding",
+    "describe_keys",
+    "load_recipe",
+    "to_plain",
+]

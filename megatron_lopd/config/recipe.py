@@ -1,0 +1,259 @@
+"""What a run is: every key of the recipe, its type, its unit and its default.
+
+`--help` prints the help texts kept here, so each key is described once. Paths are relative to the
+directory `lopd` is started in. Checks that need one section alone are in its `__post_init__`; they
+raise ConfigError with the dotted key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_lopd.errors import ConfigError
+
+
+def key(help: str, default: Any = ..., factory: Any = None, *, operational: bool = False) -> Any:
+    """A dataclass field carrying its help text (with the unit) for `--help`.
+
+    An `operational` key says how the work is done, not what comes out but for rounding: it may
+    change between an interrupted run and its resumption.
+    """
+    metadata = {"help": help, "operational": operational}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    if default is ...:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    model: str = key("Hugging Face checkpoint directory of the teacher")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    model: str = key("Hugging Face checkpoint directory of the base student")
+    init: Literal["pretrained", "random"] = key(
+        "pretrained: read the weights; random: read config.json alone and draw weights from the seed",
+        "pretrained",
+    )
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from: a JSONL file, or a built-in task that makes them."""
+
+    path: str | None = key("JSONL file: {prompt | messages, answer?, id?} a line", None)
+    task: str | None = key("built-in task that makes the prompts: arithmetic", None)
+    count: int | None = key("prompts to take (tasks need it; files: the first so many)", None)
+
+    def __post_init__(self) -> None:
+        require(
+            (self.path is None) != (self.task is None),
+            "prompts: give either path (a JSONL file) or task (a built-in task), and not both",
+        )
+        require(self.task is None or self.count is not None, f"prompts: task {self.task} needs count")
+        require(self.count is None or self.count > 0, f"prompts.count must be at least 1, not {self.count}")
+
+
+@dataclass(frozen=True)
+class PromptSources:
+    sft: PromptSource | None = key("prompts the teacher answers for SFT", None)
+    opd: PromptSource | None = key("prompts the student rolls out for OPD", None)
+    eval: PromptSource | None = key("prompts with answers, to evaluate on", None)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int = key("longest response, tokens: the trained horizon", 4096)
+    temperature: float = key("softmax temperature; 0 is greedy", 1.0)
+    top_p: float = key("nucleus probability mass; 1 keeps all", 1.0)
+    top_k: int = key("keep the k most likely tokens; 0 keeps all", 0)
+    samples_per_prompt: int = key("responses drawn for each prompt", 1)
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
+        require(self.temperature >= 0, "sampling.temperature must be at least 0")
+        require(0 < self.top_p <= 1, "sampling.top_p must be in (0, 1]")
+        require(self.top_k >= 0, "sampling.top_k must be at least 0 (0 keeps all)")
+        require(self.samples_per_prompt >= 1, "sampling.samples_per_prompt must be at least 1")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    name: Literal["transformers"] = key("what runs the model: transformers", "transformers")
+    batch_size: int = key("sequences run together", 64)
+    dtype: Literal["fp32", "bf16"] = key("compute precision of the engine", "fp32")
+    shard_samples: int = key("samples in a shard: what a killed worker can lose at most", 4096)
+    trust_remote_code: bool = key("run code that comes with the model", False)
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "engine.batch_size must be at least 1")
+        require(self.shard_samples >= 1, "engine.shard_samples must be at least 1")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    sampling: Sampling = key("how the teacher answers", factory=Sampling)
+    engine: EngineConfig = key("what runs the teacher", factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    sampling: Sampling = key("how the student answers", factory=Sampling)
+    engine: EngineConfig = key("what runs the student", factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    engine: EngineConfig = key("what runs the teacher", factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = key("tensor parallel size (ranks)", 1)
+    pipeline: int = key("pipeline parallel size (ranks)", 1)
+    sequence: bool = key("sequence parallelism, when tensor > 1", True)
+    processes: int = key("processes `lopd run` starts for sft and train on this machine (ranks)", 1)
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "processes"):
+            require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1")
+        model = self.tensor * self.pipeline
+        require(
+            self.processes % model == 0,
+            f"parallel.processes={self.processes} must be a multiple of tensor x pipeline = "
+            f"{self.tensor} x {self.pipeline}: set parallel.processes="
+            f"{model * max(1, self.processes // model)}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = key("peak learning rate", 2e-6)
+    min_lr: float = key("learning rate at the end of the schedule", 0.0)
+    schedule: Literal["constant", "cosine", "linear"] = key("decay after the warm-up", "constant")
+    warmup_steps: int = key("steps from 0 to the peak learning rate", 0)
+    beta1: float = key("Adam beta 1", 0.9)
+    beta2: float = key("Adam beta 2", 0.98)
+    eps: float = key("Adam epsilon", 1e-8)
+    weight_decay: float = key("decoupled weight decay (none on biases and norms)", 0.1)
+    clip_grad: float = key("global gradient norm to clip to; 0 does not clip", 1.0)
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optimizer.lr must be above 0")
+        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr must be between 0 and lr")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps must be at least 0")
+        require(self.clip_grad >= 0, "optimizer.clip_grad must be at least 0 (0 does not clip)")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What sft and train have in common: the data order, the step and the checkpoints."""
+
+    steps: int | None = key("optimizer steps; give steps or epochs", None)
+    epochs: float | None = key("passes over the data; give steps or epochs", None)
+    global_batch_size: int = key("samples in an optimizer step", 256)
+    micro_batch_tokens: int = key("token budget of a packed micro-batch", 16384)
+    loss_normalization: Literal["sequence_mean", "token_mean"] = key(
+        "sequence_mean: mean over tokens, then over samples; token_mean: mean over all tokens",
+        "sequence_mean",
+    )
+    optimizer: OptimizerConfig = key("AdamW and its schedule", factory=OptimizerConfig)
+    checkpoint_every: int = key("steps between checkpoints", 50, operational=True)
+    keep_checkpoints: int = key("newest checkpoints kept", 2, operational=True)
+    max_skipped_steps: int = key("steps skipped for non-finite gradients before the run stops", 3)
+
+    section = "training"
+
+    def __post_init__(self) -> None:
+        require(
+            (self.steps is None) != (self.epochs is None),
+            f"{self.section}: give either steps or epochs, and not both",
+        )
+        require(self.steps is None or self.steps >= 1, f"{self.section}.steps must be at least 1")
+        require(self.epochs is None or self.epochs > 0, f"{self.section}.epochs must be above 0")
+        for name in ("global_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, f"{self.section}.{name} must be at least 1")
+        require(self.max_skipped_steps >= 0, f"{self.section}.max_skipped_steps must be at least 0")
+
+
+@dataclass(frozen=True)
+class SftConfig(TrainingConfig):
+    data: str | None = key("JSONL of {messages} to fine-tune on, instead of what generate made", None)
+    checkpoint: str | None = key("an SFT checkpoint made elsewhere, used instead of training", None)
+    teacher: str | None = key(
+        "the teacher that data or checkpoint was made with (Hugging Face directory): declared, not proved",
+        None,
+    )
+
+    section = "sft"
+
+    def __post_init__(self) -> None:
+        require(
+            self.data is None or self.checkpoint is None,
+            "sft: give either data (to train on) or checkpoint (made elsewhere), and not both",
+        )
+        require(
+            self.teacher is None or self.data is not None or self.checkpoint is not None,
+            "sft.teacher declares who made sft.data or sft.checkpoint: give one of them, or drop it",
+        )
+        if self.checkpoint is None:
+            super().__post_init__()
+
+
+@dataclass(frozen=True)
+class TrainConfig(TrainingConfig):
+    objective: Literal["sampled_reverse_kl"] = key("the loss; see objectives.py", "sampled_reverse_kl")
+    checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
+    preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
+    preflight_tolerance: float = key(
+        "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats", 0.02
+    )
+
+    section = "train"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    max_shard_bytes: int = key("largest safetensors file, bytes", 4_000_000_000)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    grader: str = key("what checks an answer: arithmetic", "arithmetic")
+    sampling: Sampling = key("how the sampled accuracy is drawn", factory=Sampling)
+    engine: EngineConfig = key("what runs the models", factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. Sections a command does not need may be left out."""
+
+    run_dir: str = key("directory the run's artifacts are written to")
+    seed: int = key("seed of initial weights, sampling and data order", 0)
+    teacher: TeacherConfig | None = key("the teacher", None)
+    student: StudentConfig | None = key("the base student", None)
+    prompts: PromptSources = key("prompts by stage", factory=PromptSources)
+    precision: Literal["fp32", "bf16"] = key("training precision (master weights are fp32)", "bf16")
+    parallel: ParallelConfig = key(
+        "how sft and train are split over ranks", factory=ParallelConfig, operational=True
+    )
+    generate: GenerateConfig = key("1. the teacher answers", factory=GenerateConfig)
+    sft: SftConfig | None = key("2. the student is fine-tuned", None)
+    rollout: RolloutConfig = key("3. the student answers, once", factory=RolloutConfig)
+    score: ScoreConfig = key("4. the teacher scores those tokens, once", factory=ScoreConfig)
+    train: TrainConfig | None = key("5. OPD from the cached scores", None)
+    export: ExportConfig = key("6. the trained student as a Hugging Face checkpoint", factory=ExportConfig)
+    evaluate: EvaluateConfig = key("7. accuracy of the students", factory=EvaluateConfig)
+    allow_teacher_mismatch: bool = key(
+        "go on although the lineage is broken; written into everything downstream", False
+    )

@@ -1,0 +1,49 @@
+"""The errors a user can meet, each with the process exit code it ends in.
+
+Exit codes: 0 done; 1 failed; 2 bad usage or configuration; 3 refused (lineage or guard);
+75 stopped on request with a checkpoint saved: run the same command again.
+"""
+
+from __future__ import annotations
+
+
+class LopdError(Exception):
+    """Base of every error raised on purpose. The message is one line: what, where, what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(LopdError):
+    """The recipe or the command line is wrong, or asks for what this machine cannot do."""
+
+    exit_code = 2
+
+
+class DataError(LopdError):
+    """An input or an artifact is missing, malformed or damaged."""
+
+
+class LineageError(LopdError):
+    """Two things that must come from the same model, tokenizer or artifact do not."""
+
+    exit_code = 3
+
+
+class CheckpointError(LopdError):
+    """A training checkpoint is missing, damaged or of another model."""
+
+
+class EngineError(LopdError):
+    """A generation or scoring engine cannot run the model it was given."""
+
+
+class NumericsError(LopdError):
+    """A guard stopped the run: numbers that must agree do not, or are not finite."""
+
+    exit_code = 3
+
+
+class StopRequested(LopdError):  # noqa: N818 - a wish, not an error
+    """The run was asked to stop; its checkpoint is saved and the same command resumes it."""
+
+    exit_code = 75

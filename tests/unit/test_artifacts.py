@@ -1,0 +1,213 @@
+"""Commit, damage, fingerprints and the refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from megatron_lopd.artifacts.files import atomic_file
+from megatron_lopd.artifacts.fingerprint import CACHE_NAME, fingerprint_model
+from megatron_lopd.artifacts.lineage import (
+    Evidence,
+    ModelLineage,
+    prove_same,
+    read_model_lineage,
+    worst,
+    write_model_lineage,
+)
+from megatron_lopd.artifacts.manifest import Parent, commit, is_committed, load_manifest, verify_files
+from megatron_lopd.errors import DataError, LineageError
+
+TENSORS = {
+    "model.embed_tokens.weight": torch.arange(12, dtype=torch.float32).reshape(4, 3),
+    "model.norm.weight": torch.ones(3, dtype=torch.bfloat16),
+    "model.layers.0.self_attn.q_proj.weight": torch.full((2, 3), 0.5),
+}
+
+
+def make_model(directory: Path, shards: int = 1, tensors: dict[str, torch.Tensor] | None = None) -> Path:
+    tensors = TENSORS if tensors is None else tensors
+    directory.mkdir()
+    names = sorted(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard}.safetensors" if shards > 1 else "model.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "config.json").write_text('{"hidden_size": 3, "tie_word_embeddings": true}')
+    (directory / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    return directory
+
+
+def make_artifact(directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "a.bin").write_bytes(bytes(range(200)))
+    (directory / "b.txt").write_text("hello")
+    commit(
+        directory,
+        "rollouts",
+        files=["a.bin", "b.txt"],
+        config={"lr": 0.1},
+        counts={"samples": 2},
+        versions={},
+        parents={"teacher": Parent("model", "t", {"weights": "ab"})},
+        lineage="proved",
+    )
+    return directory
+
+
+def test_a_manifest_comes_back_and_its_id_stands_for_every_byte(tmp_path: Path) -> None:
+    first, second = make_artifact(tmp_path / "one"), make_artifact(tmp_path / "two")
+    manifest = load_manifest(first, "rollouts")
+    assert manifest.id == load_manifest(second).id
+    assert manifest.parents["teacher"].digests == {"weights": "ab"}
+    verify_files(first, manifest)
+    with pytest.raises(DataError, match="holds rollouts, not scores"):
+        load_manifest(first, "scores")
+
+
+@given(st.integers(0, 204), st.integers(1, 255))
+@settings(max_examples=40, deadline=None)
+def test_any_flipped_byte_is_found_and_its_file_named(position: int, flip: int) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as parent:
+        directory = make_artifact(Path(parent, "artifact"))
+        path, offset = (
+            (directory / "a.bin", position) if position < 200 else (directory / "b.txt", position - 200)
+        )
+        data = bytearray(path.read_bytes())
+        data[offset] ^= flip
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=path.name):
+            verify_files(directory, load_manifest(directory))
+
+
+def test_nothing_is_visible_before_the_block_succeeds(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with atomic_file(tmp_path / "file") as stream:
+            stream.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+    assert not is_committed(tmp_path)
+
+
+def test_fingerprint_survives_resharding_and_redundant_tensors(tmp_path: Path) -> None:
+    whole = fingerprint_model(make_model(tmp_path / "whole"))
+    assert fingerprint_model(make_model(tmp_path / "sharded", shards=3)) == whole
+    extra = TENSORS | {"lm_head.weight": TENSORS["model.embed_tokens.weight"].clone()}
+    assert fingerprint_model(make_model(tmp_path / "tied", tensors=extra)) == whole
+
+
+@pytest.mark.parametrize("change", ["value", "dtype", "shape", "name"])
+def test_fingerprint_sees_every_change(tmp_path: Path, change: str) -> None:
+    tensors = dict(TENSORS)
+    norm = tensors.pop("model.norm.weight")
+    changed = {
+        "value": {"model.norm.weight": norm * 2},
+        "dtype": {"model.norm.weight": norm.view(torch.float16)},  # the same bytes
+        "shape": {"model.norm.weight": norm.reshape(1, 3)},
+        "name": {"model.norms.weight": norm},
+    }[change]
+    before = fingerprint_model(make_model(tmp_path / "before")).weights
+    assert fingerprint_model(make_model(tmp_path / "after", tensors=tensors | changed)).weights != before
+
+
+def test_fingerprint_cache_is_used_and_dropped_when_a_file_changes(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    before = fingerprint_model(model)
+    cache = json.loads((model / CACHE_NAME).read_text())
+    (model / CACHE_NAME).write_text(json.dumps(cache | {"weights": "0" * 64}))
+    assert fingerprint_model(model).weights == "0" * 64
+    changed = TENSORS | {"model.norm.weight": torch.zeros(3, dtype=torch.bfloat16)}
+    save_file(changed, model / "model.safetensors")
+    after = fingerprint_model(model)
+    assert after.weights not in (before.weights, "0" * 64)
+    assert after.config == before.config
+
+
+def test_fingerprint_parts_move_one_by_one(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    before = fingerprint_model(model).parts()
+    (model / "chat_template.jinja").write_text("{{ other }}")
+    (model / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}, "padding": {"x": 1}}')
+    after = fingerprint_model(model).parts()
+    assert {part for part in before if before[part] != after[part]} == {"chat_template", "tokenizer"}
+
+
+def test_damaged_and_foreign_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such model directory"):
+        fingerprint_model(tmp_path / "none")
+    model = make_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"model\.safetensors: damaged"):
+        fingerprint_model(model)
+    weights.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(DataError, match="pickles are never loaded"):
+        fingerprint_model(model)
+
+
+def test_safetensors_headers_that_lie_never_crash(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    generator = random.Random(0)
+    for _ in range(200):
+        data = bytearray(whole)
+        data[generator.randrange(8)] ^= 1 << generator.randrange(8)
+        weights.write_bytes(data)
+        with pytest.raises(DataError, match=r"model\.safetensors: damaged"):
+            fingerprint_model(model)
+
+
+def test_a_mismatch_names_the_part_both_digests_and_both_places() -> None:
+    left = Evidence({"weights": "a" * 64, "config": "c"}, "score's teacher (models/b)")
+    right = Evidence({"weights": "b" * 64, "config": "c"}, "generate's teacher (models/a)")
+    with pytest.raises(LineageError) as caught:
+        prove_same("one teacher", left, right, parts=("config", "weights"), allow=False)
+    message = str(caught.value)
+    for part in (
+        "weights differs",
+        "a" * 12,
+        "b" * 12,
+        "models/a",
+        "models/b",
+        "allow_teacher_mismatch=true",
+    ):
+        assert part in message
+    assert prove_same("one teacher", left, right, parts=("config",), allow=False).status == "proved"
+    assert prove_same("one teacher", left, right, parts=("weights",), allow=True).status == "overridden"
+    assert worst(["proved", "overridden", "declared"]) == "overridden"
+
+
+def test_a_model_lineage_must_speak_of_the_weights_beside_it(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    assert read_model_lineage(model) is None
+    lineage = ModelLineage(
+        model=fingerprint_model(model).parts(),
+        made_by="sft",
+        status="proved",
+        teacher=Parent("model", "t", {"weights": "ab"}),
+        chain={"sft": {"id": "x"}},
+    )
+    write_model_lineage(model, lineage)
+    assert read_model_lineage(model) == lineage
+    save_file(TENSORS | {"model.norm.weight": torch.zeros(3)}, model / "model.safetensors")
+    with pytest.raises(LineageError, match="describes weights"):
+        read_model_lineage(model)
