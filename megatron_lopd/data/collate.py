@@ -1,0 +1,126 @@
+"""Samples into one packed micro-batch of tensors, with everything a loss over its responses needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_lopd.data.records import Rollout, Sample
+from megatron_lopd.errors import DataError
+
+LossNormalization = Literal["sequence_mean", "token_mean"]
+
+# Any id of the vocabulary would do: padding is a document of its own, which no other attends to.
+PADDING_TOKEN = 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents laid end to end. CPU tensors; S packed tokens, D documents, R response tokens.
+
+    `tokens` int64 [S]; `position_ids` int64 [S], from 0 in each document; `cu_seqlens` int32 [D+1],
+    where each document begins, padding being a document of its own at the end; `max_seqlen` tokens of
+    the longest one. `predict_index` int64 [R]: the position whose hidden state predicts the response
+    token, one before the token itself (a prompt's last position predicts the response's first token).
+    `response_tokens` int64 [R]; `sequence_index` int64 [R], which sample, from 0. The loss of a step is
+    `sum(loss_weights * loss) / sum(loss_count)`, both sums over the global batch: with sequence_mean the
+    weights are one over the response's length and the count is samples, with token_mean 1 and response
+    tokens. `loss_weights` float32 [R]. `behaviour_log_probs`, `teacher_log_probs` float32 [R], nats, or
+    None where the samples have none. `num_tokens` leaves padding out.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    predict_index: Tensor
+    response_tokens: Tensor
+    sequence_index: Tensor
+    loss_weights: Tensor
+    loss_count: int
+    behaviour_log_probs: Tensor | None
+    teacher_log_probs: Tensor | None
+    num_samples: int
+    num_tokens: int
+
+
+def collate(
+    samples: Sequence[Sample], loss_normalization: LossNormalization, pad_to_multiple: int
+) -> MicroBatch:
+    """Pack `samples` in order, padded to a multiple of `pad_to_multiple` tokens.
+
+    No samples give a micro-batch of padding alone (R = 0), so that a rank with nothing left to do can
+    still take part in the step's communication.
+
+    Raises DataError naming the sample when its prompt is empty, or when some samples have behaviour or
+    teacher log-probs and others do not.
+    """
+    rollouts = [sample.rollout for sample in samples]
+    for rollout in rollouts:
+        if not len(rollout.prompt_tokens):
+            raise DataError(
+                f"sample {rollout.sample_id}: the prompt is empty, so nothing predicts its answer"
+            )
+    prompt = np.array([len(rollout.prompt_tokens) for rollout in rollouts], dtype=np.int64)  # [N]
+    response = np.array([len(rollout.response_tokens) for rollout in rollouts], dtype=np.int64)  # [N]
+    num_tokens = int((prompt + response).sum())
+    padding = -num_tokens % pad_to_multiple or (0 if rollouts else pad_to_multiple)
+    documents = np.append(prompt + response, padding) if padding else prompt + response  # [D]
+    starts = np.concatenate([[0], np.cumsum(documents)])  # [D+1]
+
+    parts = [part for rollout in rollouts for part in (rollout.prompt_tokens, rollout.response_tokens)]
+    weights = 1.0 / response if loss_normalization == "sequence_mean" else np.ones(len(rollouts))
+    count = len(rollouts) if loss_normalization == "sequence_mean" else int(response.sum())
+    return MicroBatch(
+        tokens=_joined([*parts, np.full(padding, PADDING_TOKEN)], np.int64),
+        position_ids=torch.from_numpy(_ramps(np.zeros_like(documents), documents)),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        max_seqlen=int(documents.max()),
+        predict_index=torch.from_numpy(_ramps(starts[: len(rollouts)] + prompt - 1, response)),
+        response_tokens=_joined([rollout.response_tokens for rollout in rollouts], np.int64),
+        sequence_index=torch.from_numpy(np.repeat(np.arange(len(rollouts)), response)),
+        loss_weights=torch.from_numpy(np.repeat(weights, response).astype(np.float32)),
+        loss_count=count,
+        behaviour_log_probs=_log_probs(rollouts, [rollout.log_probs for rollout in rollouts], "behaviour"),
+        teacher_log_probs=_log_probs(rollouts, [sample.teacher_log_probs for sample in samples], "teacher"),
+        num_samples=len(rollouts),
+        num_tokens=num_tokens,
+    )
+
+
+def _ramps(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`first[i], first[i] + 1, ...`, `count[i]` of them for each i, end to end: int64 [sum(count)]."""
+    begins = np.cumsum(count) - count
+    return np.repeat(first - begins, count) + np.arange(int(count.sum()))
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0), *parts]).astype(dtype))
+
+
+def _log_probs(
+    rollouts: Sequence[Rollout], per_sample: Sequence[NDArray[np.float32] | None], whose: str
+) -> Tensor | None:
+    """float32 [R]; None when no sample has any. Raises DataError on a mixture or a wrong length."""
+    if per_sample and all(log_probs is None for log_probs in per_sample):
+        return None
+    present = []
+    for rollout, log_probs in zip(rollouts, per_sample, strict=True):
+        if log_probs is None:
+            raise DataError(
+                f"sample {rollout.sample_id} has no {whose} log-probs, while others of its micro-batch have: "
+                "do not mix sampled and unsampled responses"
+            )
+        if len(log_probs) != len(rollout.response_tokens):
+            raise DataError(
+                f"sample {rollout.sample_id} has {len(log_probs)} {whose} log-probs for "
+                f"{len(rollout.response_tokens)} response tokens: score it again"
+            )
+        present.append(log_probs)
+    return _joined(present, np.float32)

@@ -1,0 +1,129 @@
+"""Prompts and conversations from JSONL files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128_hexdigest
+
+from megatron_lopd.artifacts.files import canonical_json
+from megatron_lopd.errors import DataError
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Chat messages under an id that is unique in its source; `answer` is what a grader needs, if any.
+
+    In a prompt the last message is the user's; in a conversation to fine-tune on, the assistant's.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str | None = None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of each line that is not blank.
+
+    Raises DataError naming file:line where a line is not a JSON object, and for a file that is missing,
+    unreadable or empty.
+    """
+    empty = True
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(
+                        f"{path}:{number}: not valid JSON, at column {error.colno}: {error.msg}"
+                    ) from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
+                empty = False
+                yield number, row
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text, at byte {error.start}: save it as UTF-8") from None
+    if empty:
+        raise DataError(f"{path}: the file is empty: it must hold one JSON object a line")
+
+
+def read_prompts(path: Path, count: int | None = None) -> list[Prompt]:
+    """Prompts to answer, from lines of {prompt | messages, answer?, id?}; other keys are left alone.
+
+    `count` takes the first so many. An id that is not given is a digest of the messages.
+
+    Raises DataError naming file:line for a malformed line, a last message that is already an answer, and a
+    prompt or id met twice; and when there are fewer than `count`.
+    """
+    prompts = []
+    for where, prompt in _read(path, count):
+        if prompt.messages[-1]["role"] == "assistant":
+            raise DataError(
+                f"{where}: the last message is the assistant's: a prompt must end before the answer"
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def read_conversations(path: Path) -> list[Prompt]:
+    """Conversations to fine-tune on, from lines of {messages, id?}, each ending with the assistant's answer.
+
+    Raises DataError as `read_prompts` does, and for a last message that is not the assistant's.
+    """
+    conversations = []
+    for where, conversation in _read(path, None):
+        if len(conversation.messages) < 2 or conversation.messages[-1]["role"] != "assistant":
+            raise DataError(f"{where}: messages must be a question and, last, the assistant's answer to it")
+        conversations.append(conversation)
+    return conversations
+
+
+def _read(path: Path, count: int | None) -> Iterator[tuple[str, Prompt]]:
+    """("file:line", prompt) with unique ids."""
+    lines: dict[str, int] = {}
+    for number, row in read_jsonl(path):
+        if len(lines) == count:
+            return
+        prompt = _parse(f"{path}:{number}", row)
+        if prompt.id in lines:
+            raise DataError(
+                f"{path}:{number}: repeats line {lines[prompt.id]} (id {prompt.id}): "
+                "drop one, or give each an id of its own"
+            )
+        lines[prompt.id] = number
+        yield f"{path}:{number}", prompt
+    if count is not None and len(lines) < count:
+        raise DataError(f"{path}: has {len(lines)} prompts, fewer than the {count} asked for: lower count")
+
+
+def _parse(where: str, row: dict[str, Any]) -> Prompt:
+    if ("prompt" in row) == ("messages" in row):
+        raise DataError(f"{where}: must have either prompt or messages, and not both")
+    messages = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages must be a list of {{role, content}}, with at least one")
+    for message in messages:
+        if not (isinstance(message, dict) and all(_is_text(message.get(key)) for key in ("role", "content"))):
+            raise DataError(f"{where}: each message must have a role and a content, both text and not empty")
+    answer = row.get("answer")
+    if answer is not None and not isinstance(answer, str | int | float):
+        raise DataError(f"{where}: answer must be text or a number, not {type(answer).__name__}")
+    given = row.get("id", xxh3_128_hexdigest(canonical_json(messages)))
+    if not isinstance(given, str | int) or given == "":
+        raise DataError(f"{where}: id must be text or a whole number, and not empty")
+    return Prompt(str(given), tuple(messages), None if answer is None else str(answer))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
