@@ -1,0 +1,256 @@
+"""Megatron-Core without CUDA: every patch it needs there, and every choice by device or version.
+
+Megatron-Core runs its collectives on gloo as they are, but names CUDA devices, streams and random
+states directly. `prepare()` redirects those to the CPU when `torch.cuda` is not available, and does
+nothing when it is. Each `Patch` names the Megatron-Core code that makes it necessary; when an
+installed Megatron-Core no longer has that code, `prepare()` refuses, since a patch that has lost its
+reason may be hiding a new behaviour.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_lopd.errors import ConfigError
+
+# What the patches were made for.
+TESTED_VERSION = "0.16.1"
+
+
+class CpuForCuda(TorchFunctionMode):
+    """Turns a request for the CUDA device into one for the CPU, for every torch function.
+
+    A mode and not replaced functions: replacing `torch.arange`, `torch.empty` and their like breaks
+    libraries that compare or wrap them (rotary frequencies of transformers models turn to garbage).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizer and clip_grads tell parameters apart by the CUDA type's name.
+            return "torch.cuda." + func(*args).rpartition(".")[2]
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": torch.device("cpu")}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+            return func(*args, **kwargs)
+        return func(*args)
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _cpu_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _tokens_per_expert_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    return tokens_per_expert
+
+
+@dataclass(frozen=True)
+class Patch:
+    """`target` (module:attribute) is replaced because `needed_by` (module:attribute) uses `mention`."""
+
+    target: str
+    replacement: Any
+    needed_by: str
+    mention: str
+    reason: str
+
+    def check(self) -> None:
+        """Raise ConfigError unless Megatron-Core still has the code this patch exists for."""
+        try:
+            source = inspect.getsource(_resolve(self.needed_by))
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(self._lost(f"is gone ({error})")) from error
+        if self.mention not in source:
+            raise ConfigError(self._lost(f"no longer uses {self.mention}"))
+
+    def apply(self) -> None:
+        module, _, name = self.target.partition(":")
+        *owners, attribute = name.split(".")
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        setattr(owner, attribute, self.replacement)
+
+    def _lost(self, what: str) -> str:
+        return (
+            f"megatron-core {version('megatron-core')} does not fit this machine: {self.needed_by} {what}, "
+            f"which the patch of {self.target} was made for ({self.reason}): "
+            f"install megatron-core {TESTED_VERSION}"
+        )
+
+
+def _resolve(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+_LAYERS = "megatron.core.tensor_parallel.layers:ColumnParallelLinear.__init__"
+_P2P = "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate"
+_RNG = "megatron.core.tensor_parallel.random"
+_MOE = "megatron.core.transformer.moe.moe_utils"
+_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher"
+
+WITHOUT_CUDA = (
+    Patch(
+        "torch.cuda:current_device",
+        _cpu_device,
+        _LAYERS,
+        "device=torch.cuda.current_device()",
+        "where weights live",
+    ),
+    Patch(
+        "torch.cuda:synchronize", _nothing, _P2P, "torch.cuda.synchronize()", "waits for a pipeline receive"
+    ),
+    Patch(
+        "torch.cuda:get_rng_state",
+        _get_rng_state,
+        f"{_RNG}:CudaRNGStatesTracker.add",
+        "torch.cuda.get_rng_state()",
+        "keeps one random state a name",
+    ),
+    Patch(
+        "torch.cuda:manual_seed",
+        _manual_seed,
+        f"{_RNG}:CudaRNGStatesTracker.add",
+        "torch.cuda.manual_seed(seed)",
+        "seeds the state of a name",
+    ),
+    Patch(
+        "torch.cuda.random:get_rng_state",
+        _get_rng_state,
+        f"{_RNG}:_get_cuda_rng_state",
+        "torch.cuda.random.get_rng_state(",
+        "leaves a random state",
+    ),
+    Patch(
+        f"{_RNG}:_set_cuda_rng_state",
+        _set_rng_state,
+        f"{_RNG}:CudaRNGStatesTracker.fork",
+        "_set_cuda_rng_state(",
+        "enters a random state",
+    ),
+    Patch(
+        f"{_DISPATCHER}.cuda_dtoh_stream",
+        "no stream",
+        f"{_DISPATCHER}.__init__",
+        "cuda_dtoh_stream = torch.cuda.Stream()",
+        "copies token counts to the host on a stream of its own, made unless there is one",
+    ),
+    Patch(
+        f"{_DISPATCHER}._maybe_dtoh_and_synchronize",
+        _tokens_per_expert_on_host,
+        _DISPATCHER,
+        "with torch.cuda.stream(self.cuda_dtoh_stream)",
+        "copies token counts to the host, where they already are",
+    ),
+)
+WITHOUT_TRANSFORMER_ENGINE = (
+    Patch(
+        f"{_MOE}:te_general_gemm",
+        None,
+        f"{_MOE}:RouterGatingLinearFunction.forward",
+        "if te_general_gemm is not None",
+        "tests a name that is only imported where Transformer Engine is",
+    ),
+)
+
+
+@functools.cache
+def prepare() -> None:
+    """Make Megatron-Core run on what this machine has. Does its work once; later calls do nothing.
+
+    Raises ConfigError when the installed Megatron-Core is not what a patch was made for.
+    """
+    patches: list[Patch] = []
+    if not has_transformer_engine():
+        patches += WITHOUT_TRANSFORMER_ENGINE
+    if not torch.cuda.is_available():
+        patches += WITHOUT_CUDA
+    for patch in patches:
+        patch.check()
+    for patch in patches:
+        patch.apply()
+    if not torch.cuda.is_available():
+        CpuForCuda().__enter__()  # type: ignore[no-untyped-call]
+
+
+def device() -> torch.device:
+    """This process's device: its current CUDA device, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend of `device()`."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+@functools.cache
+def has_transformer_engine() -> bool:
+    """Whether the layers are Transformer Engine's: it imports, and there is a GPU for its kernels."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError:
+        return False
+    return True
+
+
+def variable_length_attention(dtype: torch.dtype) -> Callable[..., Any] | None:
+    """torch's own packed flash attention (torch >= 2.11, CUDA, 16-bit), or None where it cannot run.
+
+    Called as f(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=, window_size=(-1, 0), enable_gqa=True).
+    """
+    if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    accepted = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(accepted) else None
+
+
+def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` of two matrices, accumulated and returned in fp32 (fp64 for fp64 inputs)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

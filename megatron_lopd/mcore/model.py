@@ -1,0 +1,201 @@
+"""Megatron-Core's GPTModel over packed documents, and the log-probs of its responses."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.mcore import compat
+from megatron_lopd.mcore.architecture import Architecture, check_layout
+from megatron_lopd.mcore.initialize import draw_weights
+from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs
+from megatron_lopd.mcore.spec import decoder_spec
+
+
+class PackedGPTModel(GPTModel):  # type: ignore[misc]
+    """A GPTModel that reads one packed micro-batch and stops before the output layer.
+
+    The output layer's logits are never made for all positions: `response_log_probs` takes the hidden
+    states from here, and only those that predict a response token.
+    """
+
+    arch: Architecture
+
+    def forward(
+        self, tokens: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """Run this pipeline stage.
+
+        tokens, position_ids: int64 [S]; cu_seqlens: int32 [documents + 1], from 0 to S; max_seqlen: tokens of
+        the longest document. S must be a multiple of the tensor parallel size under sequence parallelism.
+        Tensors may be on any device. Returns the hidden states [S, 1, h] ([S / tp, 1, h] under sequence
+        parallelism), normed on the last stage.
+        """
+        device = compat.device()
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+        )
+        hidden: torch.Tensor = super().forward(
+            input_ids=tokens[None].to(device, non_blocking=True),
+            position_ids=position_ids[None].to(device, non_blocking=True),
+            attention_mask=None,
+            packed_seq_params=packed,
+        )
+        return hidden
+
+    def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor:
+        """GPTModel's last part, where it would make logits of every position."""
+        return hidden_states
+
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows of the output layer, [padded vocabulary / tp, h]; the last stage has them."""
+        weight: torch.Tensor = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return weight
+
+
+def build_model(
+    arch: Architecture, parallel: ParallelConfig, precision: Literal["fp32", "bf16"], seed: int = 0
+) -> PackedGPTModel:
+    """This rank's part of the model, on `compat.device()`, inside `model_parallel`.
+
+    `precision` is that of the parameters and activations. `seed` decides the initial weights, which are
+    the same at every layout; reading a checkpoint overwrites them.
+    Raises ConfigError when `parallel` cannot split `arch`.
+    """
+    check_layout(arch, parallel)
+    config = transformer_config(arch, parallel, precision)
+    model = PackedGPTModel(
+        config=config,
+        transformer_layer_spec=decoder_spec(arch, config),
+        vocab_size=arch.padded_vocab_size(parallel.tensor),
+        max_sequence_length=arch.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+    )
+    model.arch = arch
+    if arch.rope_scaling is not None:
+        rotary, scaling = model.rotary_pos_emb, arch.rope_scaling
+        # GPTModel's own rope_scaling option fixes all of these but the factor.
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+    draw_weights(model, arch, seed)
+    return model
+
+
+def transformer_config(
+    arch: Architecture, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]
+) -> TransformerConfig:
+    """Megatron-Core's description of the model, its split and its numerics."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    fused = compat.has_transformer_engine()
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        qk_layernorm=arch.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        # Micro-batches are packed to a token budget, so their lengths differ.
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # the default refuses that, experts or not
+        bf16=precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,
+        **_moe_options(arch),
+    )
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """An init_method that does nothing: `draw_weights` draws the weights, alike at every layout."""
+
+
+def _moe_options(arch: Architecture) -> dict[str, Any]:
+    if arch.experts is None:
+        return {}
+    return {
+        "num_moe_experts": arch.experts.count,
+        "moe_router_topk": arch.experts.top_k,
+        "moe_ffn_hidden_size": arch.experts.ffn_size,
+        "moe_router_pre_softmax": not arch.experts.normalize_top_k,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": compat.has_transformer_engine(),
+    }
+
+
+def response_log_probs(
+    model: PackedGPTModel,
+    hidden: torch.Tensor,
+    predict_index: torch.Tensor,
+    response_tokens: torch.Tensor,
+    temperature: float = 1.0,
+) -> ResponseLogProbs:
+    """Log-prob and entropy of each response token, on the last pipeline stage.
+
+    hidden: what `model` returned. predict_index, response_tokens: int64 [R] (R may be 0), any device: the
+    position whose hidden state predicts each token, and the token. All tensor parallel ranks must call.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    index = predict_index.to(hidden.device, non_blocking=True)
+    if model.config.sequence_parallel:
+        # The backward of this gather sums what each rank's slice of the vocabulary contributes.
+        chosen = gather_from_sequence_parallel_region(hidden, group=group).squeeze(1).index_select(0, index)
+    else:
+        chosen = copy_to_tensor_model_parallel_region(hidden.squeeze(1).index_select(0, index), group=group)
+    return vocab_parallel_log_probs(
+        chosen,
+        model.output_weight(),
+        response_tokens.to(hidden.device, non_blocking=True),
+        vocab_size=model.arch.vocab_size,
+        temperature=temperature,
+        group=group,
+    )

@@ -1,0 +1,191 @@
+"""AdamW on Megatron-Core's distributed optimizer: data-parallel wrapping, schedule, and one guarded step.
+
+The distributed optimizer is used at every size, data-parallel 1 included: it alone writes checkpoints
+that can be read at another layout. Weight decay spares biases and norms (Megatron-Core's default).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from megatron_lopd.config import OptimizerConfig
+from megatron_lopd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What a step works on: the wrapped model, its optimizer and its schedule."""
+
+    model: DistributedDataParallel
+    optimizer: Any  # megatron.core.optimizer.ChainedOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate the next step will use."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+
+def build_optimization(
+    model: torch.nn.Module, config: OptimizerConfig, precision: Literal["fp32", "bf16"], total_steps: int
+) -> Optimization:
+    """Wrap `model`, whose weights must be loaded already: the fp32 master weights are copied from them.
+
+    Raises ConfigError when the warm-up is not shorter than the run.
+    """
+    if config.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.warmup_steps} is not below the run's {total_steps} steps: "
+            f"set it to at most {total_steps - 1}"
+        )
+    model_config = get_model_config(model)
+    # With calculate_per_token_loss it divides the summed gradients by the global batch's loss count.
+    model_config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    wrapped = DistributedDataParallel(model_config, ddp_config, model)
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=precision == "bf16",
+            params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        [wrapped],
+        use_gloo_process_groups=False,
+    )
+    for part in optimizer.chained_optimizers:
+        _allocate_moments(part)
+        _keep_bucket_padding(part)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=total_steps,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )
+    return Optimization(wrapped, optimizer, scheduler)
+
+
+def zero_gradients(optimization: Optimization) -> None:
+    """Clear the gradient buffers before a step."""
+    optimization.model.zero_grad_buffer()
+    optimization.optimizer.zero_grad()
+
+
+@torch.no_grad()
+def guarded_step(optimization: Optimization) -> tuple[float, bool]:
+    """Clip and apply the finalized gradients: (global norm before clipping, whether it was applied).
+
+    A norm that is not finite leaves weights and moments untouched. The norm is reduced over every rank
+    (`get_grad_norm`), so all of them skip together. `MegatronOptimizer.step` would clip by that norm and
+    go on, which is why its parts are called here. The schedule advances either way: the learning rate
+    is a function of the step alone.
+    """
+    optimizer = optimization.optimizer
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    finite = math.isfinite(norm)
+    if finite:
+        for part in optimizer.chained_optimizers:
+            if part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+        optimizer.step_with_ready_grads()
+    optimization.scheduler.step(1)
+    return norm, finite
+
+
+def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool) -> dict[Any, Any]:
+    """The optimizer's sharded state dict, in the layout-agnostic form."""
+    state: dict[Any, Any] = optimizer.sharded_state_dict(
+        model_state,
+        is_loading=is_loading,
+        metadata={"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True},
+    )
+    return state
+
+
+def load_optimizer_state(optimizer: Any, state: dict[Any, Any]) -> None:
+    """Load what `optimizer_sharded_state` described and `dist_checkpointing.load` filled in."""
+    parts = optimizer.chained_optimizers
+    for index, part in enumerate(parts):
+        part_state = dict(state if len(parts) == 1 else state[index])  # ChainedOptimizer's own form
+        moments = part_state.pop("param_state")
+        part.load_state_dict(part_state)
+        # torch's AdamW keeps `step` beside each parameter's moments. Megatron-Core's loader looks for it
+        # in the checkpoint's moments, where it never is, and gives all parameters ONE step tensor, which
+        # then counts every parameter's update: take it out, and hand each parameter its own.
+        steps = {param: entry.pop("step", None) for param, entry in part.optimizer.state.items()}
+        part.load_parameter_state_from_fully_reshardable(moments)
+        for param, step in steps.items():
+            if step is not None:
+                part.optimizer.state[param]["step"] = step.clone()
+
+
+def _allocate_moments(part: Any) -> None:
+    """Give torch's AdamW its moments now: a fresh one has none, and its state cannot be saved or loaded."""
+    if isinstance(part.optimizer, torch.optim.AdamW):
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                part.optimizer.state[param] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+def _keep_bucket_padding(part: Any) -> None:
+    """Let the gathered state have the padding between buckets that its reader counts on.
+
+    DistributedOptimizer.get_parameter_state_dp_zero (megatron-core 0.16.1) drops that padding, and
+    sharded_param_state_fully_reshardable then cuts parameters out at offsets that include it. All that
+    follows the first bucket would be saved shifted; tied embeddings under pipeline parallelism have a
+    bucket of their own.
+    """
+    gather = part.get_parameter_state_dp_zero
+
+    def gather_with_padding(**options: Any) -> dict[Any, Any]:
+        state: dict[Any, Any] = gather(**options)
+        for number, buffer in enumerate(part.buffers):
+            for tensors in state[number].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _at_bucket_offsets(tensors[name], buffer)
+        return state
+
+    part.get_parameter_state_dp_zero = gather_with_padding
+
+
+def _at_bucket_offsets(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """[buffer.numel_unpadded] -> [buffer.numel], each bucket where it begins in the buffer."""
+    padded = packed.new_zeros(buffer.numel)
+    parts = torch.split(packed, [bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
+    return padded

@@ -1,0 +1,106 @@
+"""The process group and Megatron-Core's parallel state, entered and left as one context."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.mcore import compat
+
+_entries = itertools.count()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: sizes, and 0-based ranks, of the world and of each parallel axis."""
+
+    world_size: int
+    rank: int
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    dp_size: int
+    dp_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return self.pp_rank == self.pp_size - 1
+
+
+@contextmanager
+def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
+    """Set up every process group Megatron-Core needs, and take them down on the way out.
+
+    Under torchrun (RANK and WORLD_SIZE set) the world is its processes; otherwise it is this process
+    alone. `seed` seeds Megatron-Core's named random states. May be entered again in one process.
+    Raises ConfigError when the processes do not divide into tensor x pipeline groups.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    _check_world(parallel, world_size)
+    compat.prepare()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses.
+    store = PrefixStore(f"lopd{next(_entries)}", _store(rank, world_size))
+    torch.distributed.init_process_group(compat.backend(), store=store, rank=rank, world_size=world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+        )
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        yield _ranks()
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _check_world(parallel: ParallelConfig, world_size: int) -> None:
+    model = parallel.tensor * parallel.pipeline
+    if world_size % model:
+        raise ConfigError(
+            f"parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline} needs a multiple "
+            f"of {model} processes, not {world_size}: start {model} "
+            f"(torchrun --nproc-per-node {model}, or parallel.processes={model}) or lower one of the two"
+        )
+
+
+@functools.cache
+def _store(rank: int, world_size: int) -> Store:
+    """torchrun's rendezvous store, kept for the life of the process, or one in memory."""
+    if "RANK" not in os.environ:
+        return HashStore()
+    store: Store
+    store, _, _ = next(rendezvous("env://", rank, world_size))
+    return store
+
+
+def _ranks() -> Ranks:
+    return Ranks(
+        world_size=torch.distributed.get_world_size(),
+        rank=torch.distributed.get_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+    )

@@ -1,0 +1,129 @@
+"""config.json -> Architecture, and every refusal naming its key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.mcore.architecture import RopeScaling, check_layout, read_architecture
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 101,
+    "tie_word_embeddings": True,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def write(directory: Path, **changes: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps({**QWEN3, **changes}))
+    return directory
+
+
+def test_reads_a_qwen3(tmp_path: Path) -> None:
+    arch = read_architecture(write(tmp_path, rope_theta=1e6))
+    assert (arch.family, arch.num_layers, arch.hidden_size, arch.ffn_size) == ("qwen3", 6, 64, 96)
+    assert (arch.num_heads, arch.num_kv_heads, arch.head_dim, arch.vocab_size) == (8, 2, 16, 101)
+    assert (arch.tied, arch.qk_norm, arch.qkv_bias, arch.experts) == (True, True, False, None)
+    assert arch.padded_vocab_size(4) == 104
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3_ROPE}},
+    ],
+    ids=["before transformers 5", "transformers 5"],
+)
+def test_reads_rope_of_either_age(tmp_path: Path, rope: dict[str, Any]) -> None:
+    arch = read_architecture(write(tmp_path, model_type="llama", max_position_embeddings=512, **rope))
+    assert arch.rope_theta == 5e5
+    assert arch.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "gpt2"},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"attention_dropout": 0.1},
+        {"use_sliding_window": True},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"model_type": "llama", "mlp_bias": True},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+        {"model_type": "qwen3_moe", "norm_topk_prob": True, "num_experts_per_tok": 1},
+    ],
+    ids=lambda changes: list(changes)[-1],
+)
+def test_refuses_what_it_cannot_run_and_names_the_key(tmp_path: Path, changes: dict[str, Any]) -> None:
+    key = list(changes)[-1]
+    named = {"rope_scaling": "rope_type", "rope_parameters": "partial_rotary_factor"}.get(key, key)
+    with pytest.raises(ConfigError) as refusal:
+        read_architecture(write(tmp_path, **changes))
+    assert str(tmp_path / "config.json") in str(refusal.value)
+    assert named in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "\xff"])
+def test_refuses_a_file_that_is_no_config(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parallel", "message"),
+    [
+        ({}, ParallelConfig(tensor=4, processes=4), "num_key_value_heads=2: set parallel.tensor to 1 or 2"),
+        ({}, ParallelConfig(tensor=3, processes=3), "num_attention_heads=8: set parallel.tensor to 1 or 2"),
+        ({}, ParallelConfig(pipeline=4, processes=4), "=6: set parallel.pipeline to 1 or 2 or 3 or 6"),
+        ({"intermediate_size": 95}, ParallelConfig(tensor=2, processes=2), "intermediate_size=95"),
+        ({"vocab_size": 1}, ParallelConfig(tensor=2, processes=2), "vocab_size=1: set parallel.tensor to 1"),
+        (
+            {"model_type": "qwen3_moe"},
+            ParallelConfig(tensor=2, processes=2, sequence=False),
+            "set parallel.sequence to true",
+        ),
+    ],
+)
+def test_a_bad_layout_says_which_number_to_change_and_to_what(
+    tmp_path: Path, changes: dict[str, Any], parallel: ParallelConfig, message: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_layout(read_architecture(write(tmp_path, **changes)), parallel)
+    assert message in str(refusal.value)
+
+
+def test_too_few_processes_are_refused() -> None:
+    from megatron_lopd.mcore.parallel import model_parallel
+
+    parallel = ParallelConfig(tensor=2, pipeline=2, processes=4)
+    with (
+        pytest.raises(ConfigError, match="2 x 2 needs a multiple of 4 processes, not 1"),
+        model_parallel(parallel, 0),
+    ):
+        pass
