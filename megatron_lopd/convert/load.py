@@ -1,0 +1,79 @@
+"""Reads a Hugging Face checkpoint into a Megatron model: each rank its own slices, at any TP and PP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_lopd.convert.hf_checkpoint import HFWeights
+from megatron_lopd.convert.mappings import Layout, TensorMap, canonical_name, merge_parts, tensor_maps
+from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.mcore.model import PackedGPTModel
+
+
+@torch.no_grad()
+def load_hf_weights(model: PackedGPTModel, arch: Architecture, hf_dir: str | Path) -> None:
+    """Fill every parameter of this rank's part of `model`, cast to the parameter's dtype.
+
+    Padded vocabulary rows are set to zero. Raises DataError naming tensor and file when a tensor is
+    missing, surplus, malformed or of the wrong shape, or when the weights are not safetensors.
+    """
+    parameters = parameters_by_name(model, arch)
+    maps = tensor_maps(arch)
+    with HFWeights(hf_dir) as weights:
+        weights.check(maps, arch.tied)
+        for item in maps:
+            parameter = parameters.pop(item.megatron, None)
+            if parameter is None:
+                continue  # another pipeline stage's
+            tensor = _read(item, weights, arch, parameter)
+            if tensor.shape != parameter.shape:
+                raise DataError(
+                    f"{weights.file(item.parts[0])}: {', '.join(item.parts)} make up {tuple(tensor.shape)}, "
+                    f"and {item.megatron} is {tuple(parameter.shape)}: config.json is of another model"
+                )
+            parameter.copy_(tensor)
+    if parameters:
+        raise ConfigError(f"no rule of the {arch.family} weight mapping fills {min(parameters)}")
+
+
+def parameters_by_name(model: PackedGPTModel, arch: Architecture) -> dict[str, Parameter]:
+    """This rank's parameters under the mapping's names."""
+    first_layer = model.decoder.layers[0].layer_number - 1
+    return {canonical_name(name, arch, first_layer): value for name, value in model.named_parameters()}
+
+
+def _read(item: TensorMap, weights: HFWeights, arch: Architecture, parameter: Parameter) -> Tensor:
+    """This rank's slice of a Megatron tensor."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if item.layout is Layout.VOCAB:
+        return _read_vocabulary(item.parts[0], weights, arch, parameter, rank)
+    axis = item.layout.split_axis
+    if axis is None:
+        return weights.read(item.parts[0])
+    parts = []
+    for name in item.parts:
+        width = weights.shape(name)[axis] // size
+        parts.append(weights.read(name, axis, rank * width, (rank + 1) * width))
+    return merge_parts(item.layout, parts, arch.num_kv_heads // size)
+
+
+def _read_vocabulary(
+    name: str, weights: HFWeights, arch: Architecture, parameter: Parameter, rank: int
+) -> Tensor:
+    entries, *features = weights.shape(name)
+    if entries != arch.vocab_size:
+        raise DataError(
+            f"{weights.file(name)}: tensor {name} has {entries} rows, and config.json says "
+            f"vocab_size={arch.vocab_size}: make them agree"
+        )
+    start = rank * len(parameter)
+    rows = weights.read(name, 0, start, min(start + len(parameter), entries))
+    padding = torch.zeros(len(parameter) - len(rows), *features, dtype=rows.dtype)
+    return torch.cat([rows, padding]) if len(padding) else rows

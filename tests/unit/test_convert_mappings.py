@@ -1,0 +1,78 @@
+"""The tables and the two reshapes that everything else follows from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lopd.convert.mappings import (
+    RULES,
+    Layout,
+    canonical_name,
+    merge_parts,
+    split_parts,
+    tensor_maps,
+)
+from megatron_lopd.mcore.architecture import read_architecture
+from tests.model_zoo import FAMILIES, make_config
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups_per_rank=st.integers(1, 4),
+    tp=st.integers(1, 4),
+    heads_per_group=st.integers(1, 4),
+    head_dim=st.integers(1, 4),
+    columns=st.sampled_from([(), (3,)]),  # a bias, a weight
+)
+def test_qkv_of_the_ranks_is_the_qkv_of_the_whole(
+    groups_per_rank: int, tp: int, heads_per_group: int, head_dim: int, columns: tuple[int, ...]
+) -> None:
+    groups = groups_per_rank * tp
+    kv_rows = groups * head_dim
+    whole = torch.arange(kv_rows * (heads_per_group + 2) * (columns or (1,))[0]).reshape(-1, *columns)
+    parts = list(torch.split(whole, [kv_rows * heads_per_group, kv_rows, kv_rows]))
+    merged = merge_parts(Layout.QKV, parts, groups)
+    # What Megatron does with the whole: rank r's slice is its r-th block of rows.
+    slices = [[part.chunk(tp)[rank] for part in parts] for rank in range(tp)]
+    assert torch.equal(torch.cat([merge_parts(Layout.QKV, mine, groups_per_rank) for mine in slices]), merged)
+    for back, part in zip(split_parts(Layout.QKV, merged, groups, heads_per_group), parts, strict=True):
+        assert torch.equal(back, part)
+
+
+def test_qkv_order_is_per_group_its_queries_its_key_its_value() -> None:
+    query, key, value = (torch.tensor(rows) for rows in ([0, 1, 2, 3], [10, 11], [20, 21]))
+    assert merge_parts(Layout.QKV, [query, key, value], groups=2).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_both_layer_specs_have_one_name(tmp_path: Path) -> None:
+    archs = {}
+    for family in FAMILIES:
+        make_config(family, tied=family == "qwen3").save_pretrained(tmp_path / family)
+        archs[family] = read_architecture(tmp_path / family)
+    cases = [
+        ("qwen3", "decoder.layers.0.input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        ("qwen3", "decoder.layers.0.pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+        ("qwen3_moe", "decoder.layers.0.pre_mlp_layernorm.weight", "pre_mlp_layernorm.weight"),
+        (
+            "qwen3_moe",
+            "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight",
+            "mlp.experts.experts.3.linear_fc1.weight",
+        ),
+        (
+            "qwen3_moe",
+            "decoder.layers.0.mlp.experts.linear_fc2.weight3",
+            "mlp.experts.experts.3.linear_fc2.weight",
+        ),
+    ]
+    for family, native, expected in cases:
+        name = canonical_name(native, archs[family], first_layer=2)
+        assert name == f"decoder.layers.2.{expected}"
+        assert name in {item.megatron for item in tensor_maps(archs[family])}
+    tied_copy = canonical_name("output_layer.weight", archs["qwen3"], first_layer=2)
+    assert tied_copy == "embedding.word_embeddings.weight"
+    assert canonical_name("output_layer.weight", archs["llama"], first_layer=2) == "output_layer.weight"
+    assert set(RULES) == set(FAMILIES)

@@ -1,0 +1,32 @@
+"""Hugging Face checkpoint -> Megatron distributed checkpoint, readable at any TP and PP.
+
+    python tools/hf_to_megatron.py HF_DIR OUT_DIR
+
+One process, no GPU, tensor by tensor. Exit codes: 0 done; 1 failed; 2 bad usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_lopd.convert.offline import hf_to_megatron
+from megatron_lopd.errors import LopdError
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Hugging Face checkpoint -> Megatron distributed checkpoint")
+    parser.add_argument("hf_dir", help="Hugging Face checkpoint directory (safetensors)")
+    parser.add_argument("out_dir", help="Megatron checkpoint directory to make; must not exist or be empty")
+    arguments = parser.parse_args()
+    try:
+        hf_to_megatron(arguments.hf_dir, arguments.out_dir)
+    except LopdError as error:
+        print(f"hf_to_megatron: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

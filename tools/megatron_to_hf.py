@@ -1,0 +1,37 @@
+"""Megatron distributed checkpoint -> Hugging Face checkpoint.
+
+    python tools/megatron_to_hf.py MEGATRON_DIR OUT_DIR [--hf-dir HF_DIR] [--max-shard-bytes N]
+
+Reads what hf_to_megatron.py wrote, and training checkpoints (their optimizer state is left alone).
+One process, no GPU, tensor by tensor. Exit codes: 0 done; 1 failed; 2 bad usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_lopd.convert.offline import megatron_to_hf
+from megatron_lopd.errors import LopdError
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Megatron distributed checkpoint -> Hugging Face checkpoint")
+    parser.add_argument("megatron_dir", help="Megatron checkpoint directory (torch_dist)")
+    parser.add_argument("out_dir", help="Hugging Face directory to make; must not exist or be empty")
+    parser.add_argument("--hf-dir", help="where config and tokenizer come from (default: MEGATRON_DIR/hf)")
+    parser.add_argument(
+        "--max-shard-bytes", type=int, default=4_000_000_000, help="largest safetensors file, bytes (4e9)"
+    )
+    arguments = parser.parse_args()
+    try:
+        megatron_to_hf(arguments.megatron_dir, arguments.out_dir, arguments.max_shard_bytes, arguments.hf_dir)
+    except LopdError as error:
+        print(f"megatron_to_hf: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
