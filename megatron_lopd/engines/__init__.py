@@ -1,0 +1,19 @@
+"""Engines: generate() and score() behind one protocol."""
+
+from __future__ import annotations
+
+from megatron_lopd.config import EngineConfig
+from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, ScoreRequest
+
+__all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engine"]
+
+
+def open_engine(config: EngineConfig, model_dir: str) -> Engine:
+    """Load a Hugging Face checkpoint into the engine that `config.name` asks for.
+
+    Raises EngineError when the model does not load.
+    """
+    # Here, for importing it takes seconds of torch and transformers.
+    from megatron_lopd.engines.hf import TransformersEngine
+
+    return TransformersEngine(config, model_dir)

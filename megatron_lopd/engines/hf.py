@@ -1,0 +1,301 @@
+"""The `transformers` engine: a Hugging Face model in this process, on the GPU if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from megatron_lopd.config import EngineConfig, Sampling
+from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.sampling import BLOCK, draw, uniforms
+from megatron_lopd.errors import EngineError
+
+# Elements of a [tokens, vocabulary] block of logits: 128 MB in fp32, and 220 tokens of a vocabulary of 152 k.
+LOGITS_ELEMENTS = 1 << 25
+
+# Finished rows leave the batch once this share of it is still running: leaving costs a copy of the cache.
+COMPACT_BELOW = 0.75
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TransformersEngine:
+    """Batched generation with a KV cache, and scoring. See `Engine` for what the methods return.
+
+    Logits are computed in fp32 from the last hidden state whatever the model's dtype: rounded to bf16
+    they would cost up to 1e-1 nats a token. Raises EngineError when the model does not load whole.
+    """
+
+    def __init__(self, config: EngineConfig, model_dir: str) -> None:
+        self._config = config
+        self._model_dir = model_dir
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with self._memory_advice("engine.dtype=bf16 halves what the weights need"):
+            model = _load_model(config, model_dir).to(self._device).eval()
+        head = model.get_output_embeddings()
+        self._decoder = model.base_model
+        self._head_weight = head.weight.detach().float()  # [V, h]; fp32 weights are shared, not copied
+        self._head_bias = None if head.bias is None else head.bias.detach().float()
+        self._model_config = model.config
+        self._check_head(model)
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Iterator[Completion]:
+        """Sample one response a request, batch by batch in order.
+
+        At temperature 0 the log-probs are those of temperature 1 (see `sampling.draw`). Raises EngineError
+        naming the sample for a token beyond the vocabulary, more tokens than the model has positions for, and
+        logits that are not finite; and when memory runs out.
+        """
+        for request in requests:
+            self._check_request(request.sample_id, request.prompt_tokens, sampling.max_new_tokens)
+        for start in range(0, len(requests), self._config.batch_size):
+            with self._memory_advice("lower engine.batch_size or sampling.max_new_tokens"):
+                batch = requests[start : start + self._config.batch_size]
+                completions = self._generate_batch(batch, sampling, sorted(end_tokens))
+            yield from completions
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[NDArray[np.float32]]:
+        """Log-probs of given responses, run together by length, the longest first. Raises as `generate`."""
+        lengths = [len(request.prompt_tokens) + len(request.response_tokens) for request in requests]
+        for request in requests:
+            if not len(request.response_tokens):
+                raise EngineError(f"sample {request.sample_id}: the response to score is empty")
+            tokens = np.concatenate([request.prompt_tokens, request.response_tokens])
+            self._check_request(request.sample_id, tokens, 0)
+        longest_first = sorted(range(len(requests)), key=lambda index: -lengths[index])
+        results: dict[int, NDArray[np.float32]] = {}
+        for start in range(0, len(requests), self._config.batch_size):
+            chosen = longest_first[start : start + self._config.batch_size]
+            with self._memory_advice("lower engine.batch_size"):
+                scored = self._score_batch([requests[index] for index in chosen])
+            results.update(zip(chosen, scored, strict=True))
+        return (results[index] for index in range(len(requests)))
+
+    @torch.inference_mode()
+    def _generate_batch(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: list[int]
+    ) -> list[Completion]:
+        ends = torch.tensor(end_tokens, dtype=torch.int64, device=self._device)
+        tokens, mask = self._left_padded(requests, sampling.max_new_tokens)
+        prompt_length = tokens.shape[1]
+        position = (mask[:, :prompt_length].cumsum(-1) - 1).clamp(min=0)
+        is_padded = not bool(mask.all())
+        cache = DynamicCache(config=self._model_config)
+
+        # Rows of the batch still running, by request; and what each request has got so far.
+        rows = torch.arange(len(requests), device=self._device)
+        shape = len(requests), sampling.max_new_tokens
+        responses = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        log_probs = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        lengths = torch.full((len(requests),), sampling.max_new_tokens, device=self._device)
+        stopped = torch.zeros(len(requests), dtype=torch.bool, device=self._device)
+        for step in range(sampling.max_new_tokens):
+            if step % BLOCK == 0:
+                seeds = [requests[row].seed for row in rows.tolist()]
+                uniform = uniforms(seeds, step // BLOCK).to(self._device)
+            seen = mask[:, : prompt_length + step] if is_padded else None
+            hidden = self._hidden(tokens, attention_mask=seen, position_ids=position, past_key_values=cache)
+            sampled, sampled_log_probs = self._draw(hidden[:, -1], sampling, uniform[:, step % BLOCK])
+            responses[rows, step] = sampled
+            log_probs[rows, step] = sampled_log_probs
+
+            ended = torch.isin(sampled, ends) & ~stopped[rows]
+            lengths[rows[ended]] = step + 1
+            stopped[rows[ended]] = True
+            running = (~stopped[rows]).nonzero().squeeze(-1)
+            if not len(running):
+                break
+            tokens, position = sampled[:, None], position[:, -1:] + 1
+            if len(running) <= COMPACT_BELOW * len(rows):
+                cache.batch_select_indices(running)
+                rows, tokens, position = rows[running], tokens[running], position[running]
+                mask, uniform = mask[running], uniform[running]
+        return self._completions(requests, responses, log_probs, lengths, stopped)
+
+    @torch.inference_mode()
+    def _score_batch(self, requests: Sequence[ScoreRequest]) -> list[NDArray[np.float32]]:
+        # The last token predicts nothing that is asked for, so it is not run. Padding comes after the tokens,
+        # which a causal model does not see, so there is no mask.
+        inputs = [np.concatenate([r.prompt_tokens, r.response_tokens[:-1]]) for r in requests]
+        tokens = np.zeros((len(inputs), max(map(len, inputs))), dtype=np.int64)
+        for row, values in enumerate(inputs):
+            tokens[row, : len(values)] = values
+        hidden = self._hidden(torch.from_numpy(tokens).to(self._device))  # [B, L, h]
+
+        # The position before a response token predicts it; all responses end to end: [R].
+        lengths = [len(r.response_tokens) for r in requests]
+        row_index = np.repeat(np.arange(len(requests)), lengths)
+        position = np.concatenate(
+            [len(r.prompt_tokens) - 1 + np.arange(len(r.response_tokens)) for r in requests]
+        )
+        targets = np.concatenate([r.response_tokens for r in requests]).astype(np.int64)
+        hidden = hidden[torch.from_numpy(row_index), torch.from_numpy(position)]  # [R, h]
+        log_probs = self._log_probs(hidden, torch.from_numpy(targets).to(self._device))
+        results = np.split(log_probs, np.cumsum(lengths)[:-1])
+        for request, result in zip(requests, results, strict=True):
+            self._check_finite(request.sample_id, result)
+        return results
+
+    def _log_probs(self, hidden: Tensor, targets: Tensor) -> NDArray[np.float32]:
+        """`log softmax(logits)[target]` of each row of `hidden` [R, h], a block of rows at a time: [R]."""
+        parts = []
+        for start in range(0, len(targets), self._rows_at_a_time()):
+            block = slice(start, start + self._rows_at_a_time())
+            logits = self._logits(hidden[block])
+            chosen = logits.gather(-1, targets[block, None]).squeeze(-1)
+            # No rounding makes this positive: a log-sum-exp is the largest logit plus the log of a sum >= 1.
+            parts.append(chosen - logits.logsumexp(dim=-1))
+        return torch.cat(parts).cpu().numpy()
+
+    def _draw(self, hidden: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """`sampling.draw` from the last hidden states [B, h], a block of rows at a time."""
+        rows = self._rows_at_a_time()
+        parts = [
+            draw(self._logits(states), sampling, draws)
+            for states, draws in zip(torch.split(hidden, rows), torch.split(uniform, rows), strict=True)
+        ]
+        tokens, log_probs = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(log_probs)
+
+    def _rows_at_a_time(self) -> int:
+        return max(1, LOGITS_ELEMENTS // len(self._head_weight))
+
+    def _hidden(self, tokens: Tensor, **inputs: Any) -> Tensor:
+        """The last hidden states, after the final norm: [B, L, h]."""
+        hidden: Tensor = self._decoder(
+            input_ids=tokens, use_cache="past_key_values" in inputs, **inputs
+        ).last_hidden_state
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [..., V]."""
+        return F.linear(hidden.float(), self._head_weight, self._head_bias)
+
+    def _left_padded(self, requests: Sequence[GenerateRequest], max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Prompts int64 [B, P], and an attention mask for all that will follow: int64 [B, P + max_new]."""
+        longest = max(len(request.prompt_tokens) for request in requests)
+        tokens = np.zeros((len(requests), longest), dtype=np.int64)
+        mask = np.ones((len(requests), longest + max_new_tokens), dtype=np.int64)
+        for row, request in enumerate(requests):
+            padding = longest - len(request.prompt_tokens)
+            tokens[row, padding:] = request.prompt_tokens
+            mask[row, :padding] = 0
+        return torch.from_numpy(tokens).to(self._device), torch.from_numpy(mask).to(self._device)
+
+    def _completions(
+        self,
+        requests: Sequence[GenerateRequest],
+        responses: Tensor,
+        log_probs: Tensor,
+        lengths: Tensor,
+        stopped: Tensor,
+    ) -> list[Completion]:
+        """Cut rows of [B, max_new_tokens] to their responses."""
+        completions = []
+        all_tokens, all_log_probs = responses.cpu().numpy().astype(np.int32), log_probs.cpu().numpy()
+        for row, request in enumerate(requests):
+            length = int(lengths[row])
+            kept = all_log_probs[row, :length].copy()
+            self._check_finite(request.sample_id, kept)
+            completions.append(
+                Completion(
+                    sample_id=request.sample_id,
+                    response_tokens=all_tokens[row, :length].copy(),
+                    log_probs=kept,
+                    finish_reason="stop" if stopped[row] else "length",
+                )
+            )
+        return completions
+
+    def _check_head(self, model: Any) -> None:
+        """Refuse a model that does more to its logits than the output layer: scaling, or soft caps."""
+        tokens = torch.arange(min(8, len(self._head_weight)), device=self._device)[None]
+        with torch.inference_mode():
+            expected = model(input_ids=tokens).logits.float()
+            error = (self._logits(self._hidden(tokens)) - expected).abs().max()
+        # What the model's own logits lose to its dtype; in fp32, what the order of a sum does.
+        tolerance = max(2 * torch.finfo(DTYPES[self._config.dtype]).eps, 1e-4) * expected.abs().max()
+        if not error <= tolerance:
+            raise EngineError(
+                f"{self._model_dir}: {self._model_config.model_type} changes its logits after the output "
+                f"layer (by up to {float(error):.3g}), which the transformers engine does not do"
+            )
+
+    def _check_request(self, sample_id: str, tokens: NDArray[np.int32], new_tokens: int) -> None:
+        if not len(tokens):
+            raise EngineError(f"sample {sample_id}: the prompt is empty")
+        vocabulary = len(self._head_weight)
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            outside = int(tokens.max() if tokens.max() >= vocabulary else tokens.min())
+            raise EngineError(
+                f"sample {sample_id}: token {outside} is outside the vocabulary of {vocabulary} of "
+                f"{self._model_dir}: was it made with another tokenizer?"
+            )
+        positions = getattr(self._model_config, "max_position_embeddings", None)
+        if positions is not None and len(tokens) + new_tokens > positions:
+            raise EngineError(
+                f"sample {sample_id}: {len(tokens)} tokens and {new_tokens} new ones do not fit the "
+                f"{positions} positions of {self._model_dir}: shorten it or lower sampling.max_new_tokens"
+            )
+
+    def _check_finite(self, sample_id: str, log_probs: NDArray[np.float32]) -> None:
+        if not np.isfinite(log_probs).all():
+            raise EngineError(
+                f"sample {sample_id}: {self._model_dir} gives log-probs that are not finite in "
+                f"{self._config.dtype}: are its weights damaged? engine.dtype=fp32 rules out overflow"
+            )
+
+    @contextmanager
+    def _memory_advice(self, advice: str) -> Iterator[None]:
+        """Turn running out of memory, on either device, into one line that says what to lower."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not is_memory and "can't allocate memory" not in str(error):  # what torch's CPU allocator says
+                raise
+            raise EngineError(
+                f"{self._model_dir}: out of memory on {self._device} "
+                f"(engine.batch_size={self._config.batch_size}): {advice}"
+            ) from error
+
+
+def _load_model(config: EngineConfig, model_dir: str) -> Any:
+    """The causal language model with every weight from safetensors: none made up, none from a pickle."""
+    if not Path(model_dir, "config.json").is_file():
+        raise EngineError(f"{model_dir}: not a Hugging Face checkpoint: there is no config.json")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its report of what is missing, said below in a line
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=DTYPES[config.dtype],
+            attn_implementation="sdpa",
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are reported below, in one line
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise EngineError(f"{model_dir}: the model does not load: {reason}") from error
+    # transformers makes up what it does not find, and says so in a warning.
+    for problem in ("missing_keys", "mismatched_keys"):
+        if found := sorted(map(str, info[problem])):
+            what = problem.removesuffix("_keys")
+            raise EngineError(f"{model_dir}: {len(found)} weights are {what}, the first is {found[0]}")
+    return model

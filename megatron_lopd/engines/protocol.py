@@ -1,0 +1,55 @@
+"""What every engine can do: sample responses, and score tokens that were sampled elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_lopd.config import Sampling
+from megatron_lopd.data.records import FinishReason
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """`prompt_tokens` int32 [P]; `seed` is this sample's own, so batching cannot change the draw."""
+
+    sample_id: str
+    prompt_tokens: NDArray[np.int32]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`response_tokens` int32 [T] with the end token if one was sampled; `log_probs` float32 [T]."""
+
+    sample_id: str
+    response_tokens: NDArray[np.int32]
+    log_probs: NDArray[np.float32]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """`prompt_tokens` int32 [P] and the `response_tokens` int32 [T] to score."""
+
+    sample_id: str
+    prompt_tokens: NDArray[np.int32]
+    response_tokens: NDArray[np.int32]
+
+
+class Engine(Protocol):
+    """A loaded model. Results come in the order of the requests."""
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Iterator[Completion]:
+        """Sample one response a request; stops at an end token (kept) or at max_new_tokens."""
+        ...
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[NDArray[np.float32]]:
+        """`log pi(a_t | s_t)` at temperature 1 of each response token: float32 [T] a request."""
+        ...

@@ -1,0 +1,1 @@
+"""Verifiable tasks: where prompts come from and how answers are graded."""

@@ -1,0 +1,109 @@
+"""The toy task of the quickstart: a chain of modular arithmetic with an exact grader.
+
+A prompt is six single digits joined by ``+``, ``-`` and ``*``, evaluated strictly from left to right
+modulo 10 (``*`` does not bind tighter). A solution goes through it operator by operator, and writes each
+running result::
+
+    3+4*7-2+9*5   ->   3+4=7*7=9-2=7+9=6*5=0
+
+Every expression belongs to exactly one split, by a digest of its text, so what is trained on is never
+evaluated on, whatever the seeds and counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_lopd.errors import ConfigError, DataError
+
+SPLITS = ("sft", "opd", "eval")
+OPERANDS = 6
+MODULUS = 10
+
+_DIGITS = "0123456789"
+_OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+_EXPRESSION = re.compile(r"[0-9](?:[-+*][0-9])+")
+_SOLUTION = re.compile(r"[0-9](?:[-+*][0-9]=[0-9])+")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One expression with its worked answer.
+
+    Attributes:
+        id: stable name, a digest of ``prompt``: the same expression has the same id in every run.
+        prompt: the user message, such as ``3+4*7-2+9*5``.
+        solution: the worked response, such as ``3+4=7*7=9-2=7+9=6*5=0``, without any end token.
+        answer: the final digit.
+    """
+
+    id: str
+    prompt: str
+    solution: str
+    answer: str
+
+
+def problems(count: int, seed: int, split: str) -> Iterator[Problem]:
+    """Yield ``count`` distinct problems of ``split``, the same ones for the same arguments on any machine.
+
+    A larger ``count`` extends the sequence of a smaller one. Two splits never share a prompt; two
+    seeds of one split may.
+
+    Raises:
+        ConfigError: ``split`` is not one of ``SPLITS``, or ``count`` is negative or more than a tenth of the
+            split (about 8.1 million), beyond which drawing without repeats grows slow.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"arithmetic: unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    most = MODULUS**OPERANDS * len(_OPERATORS) ** (OPERANDS - 1) // len(SPLITS) // 10
+    if not 0 <= count <= most:
+        raise ConfigError(f"arithmetic: cannot draw {count} problems of split {split!r}: ask for 0 to {most}")
+    return _draw(count, random.Random(f"{split}:{seed}"), split)
+
+
+def grade(prompt: str, response: str) -> bool:
+    """Whether ``response`` answers ``prompt``: right final digit, in the form that was taught.
+
+    ``response`` is the decoded text without the end token. It is well formed when it is a first digit and
+    then, for each operator of the prompt, an operator, a digit, ``=`` and a digit. Nothing may follow, not
+    even a space: a model that does not know when to stop is wrong. What the steps before the last one
+    say is not graded.
+
+    Raises:
+        DataError: ``prompt`` is not an expression of this task.
+    """
+    results = _running_results(prompt)
+    well_formed = _SOLUTION.fullmatch(response) is not None and response.count("=") == len(results)
+    return well_formed and int(response[-1]) == results[-1]
+
+
+def _draw(count: int, rng: random.Random, split: str) -> Iterator[Problem]:
+    seen: set[str] = set()
+    while len(seen) < count:
+        # Python promises the same sequence across versions for random() alone; choices() is built on it.
+        digits = rng.choices(_DIGITS, k=OPERANDS)
+        signs = rng.choices(list(_OPERATORS), k=OPERANDS - 1)
+        prompt = digits[0] + "".join(sign + digit for sign, digit in zip(signs, digits[1:], strict=True))
+        digest = hashlib.sha256(prompt.encode()).digest()
+        if prompt in seen or SPLITS[digest[-1] % len(SPLITS)] != split:
+            continue
+        seen.add(prompt)
+        results = _running_results(prompt)
+        steps = zip(prompt[1::2], prompt[2::2], results, strict=True)
+        solution = prompt[0] + "".join(f"{sign}{digit}={result}" for sign, digit, result in steps)
+        yield Problem(f"arithmetic-{digest[:8].hex()}", prompt, solution, str(results[-1]))
+
+
+def _running_results(prompt: str) -> list[int]:
+    """The value after each operator, left to right, modulo 10."""
+    if not _EXPRESSION.fullmatch(prompt):
+        raise DataError(f"arithmetic: {prompt!r} is not a chain of single digits joined by +, - and *")
+    results = [int(prompt[0])]
+    for sign, digit in zip(prompt[1::2], prompt[2::2], strict=True):
+        results.append(_OPERATORS[sign](results[-1], int(digit)) % MODULUS)
+    return results[1:]
