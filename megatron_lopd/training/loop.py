@@ -1,0 +1,178 @@
+"""The one training loop: sft and train differ in their objective, data and settings alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_lopd.artifacts.manifest import LineageStatus
+from megatron_lopd.config import ParallelConfig, TrainingConfig
+from megatron_lopd.convert.load import load_hf_weights
+from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.data.plan import BatchPlan
+from megatron_lopd.errors import StopRequested
+from megatron_lopd.mcore import compat
+from megatron_lopd.mcore.architecture import read_architecture
+from megatron_lopd.mcore.model import PackedGPTModel, build_model
+from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
+from megatron_lopd.mcore.parallel import Ranks, model_parallel
+from megatron_lopd.objectives import get_objective
+from megatron_lopd.training.agreement import any_rank
+from megatron_lopd.training.checkpoints import Checkpoints, Progress
+from megatron_lopd.training.guards import check_skipped
+from megatron_lopd.training.metrics import Counts, summarize
+from megatron_lopd.training.preemption import StopSignals
+from megatron_lopd.training.preflight import Preflight, check_rollouts
+from megatron_lopd.training.reporter import Reporter
+from megatron_lopd.training.step import BatchLoader, run_micro_batches
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a run depends on.
+
+    `name` labels its progress. `identity` is a digest of all that decides its numbers (model, data,
+    recipe): a checkpoint that carries another is refused. `model_dir` is the Hugging Face directory to
+    start from, its weights left unread when `init` is "random". `work_dir` gets checkpoints/,
+    metrics.jsonl and tensorboard/. `preflight` None checks nothing.
+    """
+
+    name: str
+    identity: str
+    lineage: LineageStatus
+    config: TrainingConfig
+    objective: str
+    parallel: ParallelConfig
+    precision: Literal["fp32", "bf16"]
+    seed: int
+    model_dir: Path
+    data: TrainingData
+    work_dir: Path
+    init: Literal["pretrained", "random"] = "pretrained"
+    preflight: Preflight | None = None
+
+
+def run_training(job: TrainingJob) -> Progress:
+    """Train from the newest checkpoint, or from the start, to the last step; called in every rank.
+
+    Returns what was consumed, over all attempts.
+
+    Raises ConfigError and DataError for input that cannot be trained on, CheckpointError for another
+    job's checkpoints or a full disk, NumericsError when a guard stops the run, and StopRequested after
+    SIGTERM or SIGUSR1, with the checkpoint saved.
+    """
+    compat.prepare()
+    job.data.require_within(job.config.micro_batch_tokens)
+    architecture = read_architecture(job.model_dir)
+    with (
+        StopSignals() as stop,
+        model_parallel(job.parallel, job.seed) as ranks,
+        Reporter(job.name, job.work_dir, ranks.rank) as reporter,
+    ):
+        model = build_model(architecture, job.parallel, job.precision, job.seed)
+        if job.init == "pretrained":
+            load_hf_weights(model, architecture, job.model_dir)
+        return _Run(job, model, ranks, reporter, stop).to_the_end()
+
+
+class _Run:
+    """One attempt at a job: from the newest checkpoint on."""
+
+    def __init__(
+        self, job: TrainingJob, model: PackedGPTModel, ranks: Ranks, reporter: Reporter, stop: StopSignals
+    ) -> None:
+        config = job.config
+        self.job, self.ranks, self.reporter, self.stop = job, ranks, reporter, stop
+        self.device: torch.device = compat.device()
+        self.objective = get_objective(job.objective)
+        self.plan = BatchPlan(len(job.data), config.global_batch_size, job.seed)
+        self.total_steps = _total_steps(config, self.plan)
+        self.loader = BatchLoader.of(job.data, config, job.parallel, ranks)
+        self.optimization: Optimization = build_optimization(
+            model, config.optimizer, job.precision, self.total_steps
+        )
+        self.checkpoints = Checkpoints(
+            job.work_dir / "checkpoints", job.identity, job.lineage, config.keep_checkpoints
+        )
+
+    def to_the_end(self) -> Progress:
+        progress = self.checkpoints.resume(self.optimization, self.ranks, self.reporter.note)
+        if progress.step:
+            self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
+        elif self.job.preflight is not None:
+            check_rollouts(
+                self.job.preflight,
+                self.optimization.model,
+                self.loader,
+                self.ranks,
+                self.device,
+                self.reporter.note,
+            )
+        self.reporter.begin(progress.step, self.total_steps)
+        while progress.step < self.total_steps:
+            progress = self._step(progress)
+            stopping = any_rank(self.stop.requested, self.device) and progress.step < self.total_steps
+            due = progress.step % self.job.config.checkpoint_every == 0 or progress.step == self.total_steps
+            if due or stopping:
+                self.reporter.sync()
+                self.checkpoints.save(self.optimization, progress, self.ranks)
+            if stopping:
+                raise StopRequested(
+                    f"{self.job.name}: stopped on request after step {progress.step} of {self.total_steps}, "
+                    "with the checkpoint saved: run the same command to go on"
+                )
+        return progress
+
+    def _step(self, before: Progress) -> Progress:
+        began = time.perf_counter()
+        config = self.job.config
+        micro_batches = self.loader.micro_batches(self.plan.samples(before.step).tolist())
+        zero_gradients(self.optimization)
+        parts = run_micro_batches(
+            self.optimization.model, self.objective, micro_batches, config.micro_batch_tokens, self.device
+        )
+        learning_rate = self.optimization.learning_rate
+        grad_norm, applied = guarded_step(self.optimization)
+        counts = Counts.of(micro_batches, self.device)
+        measured = summarize(parts, counts, self.objective, self.ranks, self.device)
+
+        seconds = time.perf_counter() - began
+        capacity = len(micro_batches) * self.ranks.dp_size * config.micro_batch_tokens
+        progress = Progress(
+            step=before.step + 1,
+            samples=before.samples + counts.samples,
+            tokens=before.tokens + counts.tokens,
+            response_tokens=before.response_tokens + counts.response_tokens,
+            skipped_steps=before.skipped_steps + (not applied),
+            seconds=before.seconds + seconds,
+            loss=measured["loss"] if math.isfinite(measured["loss"]) else None,
+        )
+        self.reporter.step(
+            {
+                "step": progress.step,
+                **measured,
+                "grad_norm": grad_norm,
+                "lr": learning_rate,
+                "samples": counts.samples,
+                "tokens": counts.tokens,
+                "response_tokens": counts.response_tokens,
+                "skipped": int(not applied),
+                "packing_fill": counts.tokens / capacity,
+                "seconds": seconds,
+                "tokens_per_s": counts.tokens / seconds,
+            }
+        )
+        check_skipped(progress.skipped_steps, config.max_skipped_steps, progress.step, grad_norm)
+        return progress
+
+
+def _total_steps(config: TrainingConfig, plan: BatchPlan) -> int:
+    if config.epochs is not None:
+        return plan.steps_for(config.epochs)
+    assert config.steps is not None  # TrainingConfig holds exactly one of the two
+    return config.steps

@@ -1,0 +1,53 @@
+"""What a run tells the world: its metrics files and its progress, from rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from megatron_lopd.training.loggers import MetricsLog
+from megatron_lopd.training.progress import ProgressDisplay
+
+
+class Reporter:
+    """Every rank calls it alike; only rank 0 writes. Open from `begin` to the end of the `with` block."""
+
+    def __init__(self, label: str, directory: Path, rank: int) -> None:
+        self._display = ProgressDisplay(label, "step") if rank == 0 else None
+        self._directory = directory
+        self._log: MetricsLog | None = None
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self._display is not None:
+            self._display.close()
+
+    def note(self, text: str) -> None:
+        """A line to the user."""
+        if self._display is not None:
+            self._display.note(text)
+
+    def begin(self, done_steps: int, total_steps: int) -> None:
+        """Start after `done_steps`; metrics of later steps, from an attempt that was cut off, are dropped."""
+        if self._display is not None:
+            self._display.begin(done_steps, total_steps)
+            self._log = MetricsLog(self._directory, done_steps)
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Record a step ; `metrics` has at least step, loss and tokens_per_s."""
+        if self._display is not None and self._log is not None:
+            self._log.write(metrics)
+            detail = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+            self._display.update(int(metrics["step"]), detail)
+
+    def sync(self) -> None:
+        """Put the metrics on the disk."""
+        if self._log is not None:
+            self._log.sync()

@@ -1,0 +1,102 @@
+"""A tiny training job, whole: model, rollouts whose kept log-probs are the model's own, scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_lopd.config import OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.data.records import Rollout, Score
+from megatron_lopd.data.schemas import ROLLOUTS, SCORES
+from megatron_lopd.data.shards import write_shard
+from tests.model_zoo import make_model_dir
+
+VOCABULARY = 67  # odd, and tied: what TP pads and what PP gives a gradient bucket of its own
+# What a step measures beside its numbers, different in every run.
+CLOCK = ("seconds", "tokens_per_s")
+
+
+def make_root(root: Path, *, samples: int = 40, temperature: float = 1.0, tied: bool = True) -> Path:
+    """`root`/model, and `root`/data with rollouts and scores of random tokens; returns `root`."""
+    from transformers import AutoModelForCausalLM
+
+    make_model_dir(root / "model", tied=tied, vocab_size=VOCABULARY, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    rollouts, scores = [], []
+    for number in range(samples):
+        # Not the pad token, 0: transformers gives its embedding no gradient.
+        prompt = rng.integers(1, VOCABULARY, rng.integers(1, 9), dtype=np.int32)
+        response = rng.integers(1, VOCABULARY, rng.integers(1, 12), dtype=np.int32)
+        kept = hf_log_probs(model, prompt, response, temperature).detach().numpy()
+        rollouts.append(Rollout(f"sample-{number}", prompt, response, "stop", kept))
+        # A teacher that likes every token better: the losses add up, rather than cancel to rounding.
+        scores.append(Score(f"sample-{number}", kept * rng.uniform(0.3, 0.9, len(kept)).astype(np.float32)))
+    write_shard(root / "data" / "rollouts-00000.arrow", ROLLOUTS, rollouts)
+    write_shard(root / "data" / "scores-00000.arrow", SCORES, scores)
+    return root
+
+
+def hf_log_probs(
+    model: Any, prompt: NDArray[np.int32], response: NDArray[np.int32], temperature: float = 1.0
+) -> torch.Tensor:
+    """log pi(response), float32 [T], by a plain transformers forward of this sample alone."""
+    tokens = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+    logits = model(tokens[None]).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0]
+
+
+def train(
+    root: Path,
+    work: str = "run",
+    *,
+    parallel: ParallelConfig | None = None,
+    objective: str = "sampled_reverse_kl",
+    identity: str = "a job",
+    preflight: Any = None,
+    optimizer: OptimizerConfig | None = None,
+    **config: Any,
+) -> tuple[Any, list[dict[str, Any]], str]:
+    """Run the job here: (Progress, the steps of metrics.jsonl, `tensor_digest` of the last checkpoint)."""
+    from megatron_lopd.training.loop import TrainingJob, run_training
+
+    settings = {"steps": 6, "global_batch_size": 16, "micro_batch_tokens": 64, "checkpoint_every": 2} | config
+    job = TrainingJob(
+        name="test",
+        identity=identity,
+        lineage="proved",
+        config=TrainConfig(optimizer=optimizer or OptimizerConfig(lr=1e-3, schedule="cosine"), **settings),
+        objective=objective,
+        parallel=parallel or ParallelConfig(),
+        precision="fp32",
+        seed=0,
+        model_dir=root / "model",
+        data=TrainingData(root / "data", root / "data"),
+        work_dir=root / work,
+        preflight=preflight,
+    )
+    progress = run_training(job)
+    last = root / work / "checkpoints" / f"step_{progress.step:08d}"
+    return progress, read_steps(root / work), tensor_digest(last)
+
+
+def tensor_digest(checkpoint: Path) -> str:
+    """A digest of every tensor in a checkpoint: weights and optimizer state."""
+    from megatron_lopd.convert.torch_dist import TorchDistReader
+
+    reader = TorchDistReader(checkpoint)
+    values = [reader.read(key, ()).numpy() for key in sorted(reader.tensors)]
+    return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()
+
+
+def read_steps(work_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the clock's values."""
+    steps = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in step.items() if name not in CLOCK} for step in steps]

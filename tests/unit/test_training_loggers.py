@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_lopd.training import progress
+from megatron_lopd.training.loggers import METRICS_FILE, MetricsLog
+from megatron_lopd.training.progress import ProgressDisplay, duration
+
+
+def lines(directory: Path) -> list[dict[str, float | None]]:
+    return [json.loads(line) for line in (directory / METRICS_FILE).read_text().splitlines()]
+
+
+def test_reopening_at_a_step_drops_what_came_after_it(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": math.nan if step == 2 else 0.5})
+    log.close()
+    with (tmp_path / METRICS_FILE).open("a") as stream:
+        stream.write('{"step": 4, "lo')  # a kill in the middle of a line
+
+    log = MetricsLog(tmp_path, 2)
+    log.write({"step": 3, "loss": 0.25})
+    log.sync()
+    log.close()
+    assert lines(tmp_path) == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 0.25},
+    ]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@given(st.integers(0, 10**6))
+def test_durations_read_back(seconds: int) -> None:
+    units = {"h": 3600, "m": 60, "s": 1}
+    total, number = 0, ""
+    for character in duration(seconds):
+        if character in units:
+            total, number = total + int(number) * units[character], ""
+        else:
+            number += character
+    assert total == seconds if seconds < 3600 else 0 <= seconds - total < 60
+
+
+def test_plain_lines_tell_detail_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
+    display = ProgressDisplay("sft", "step")
+    display.begin(10, 12)
+    display.update(11, "loss 1.5, 5,300 tokens/s")
+    display.update(12, "loss 1.2, 5,300 tokens/s")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("sft: step 11/12")
+    assert "loss 1.5, 5,300 tokens/s" in said[0]
+    assert said[0].endswith(" left")
+    assert said[1].endswith("0s left"), "the last step is always told"

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gloo import RankError, run_ranks
+
+from megatron_lopd.config import OptimizerConfig, Sampling
+from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.data.plan import BatchPlan
+from megatron_lopd.data.records import Rollout
+from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.data.shards import write_shard
+from tests.training_zoo import hf_log_probs, make_root, train
+
+STEPS = 5
+OPTIMIZER = OptimizerConfig(lr=3e-3, schedule="linear", warmup_steps=2, weight_decay=0.3, clip_grad=0.7)
+
+
+def plain_loop(root: Path, normalization: str) -> tuple[list[float], list[float]]:
+    """The same five SFT steps in transformers and torch alone: (losses, gradient norms)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    spared = [p for p in model.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": OPTIMIZER.weight_decay},
+            {"params": spared, "weight_decay": 0.0},
+        ],
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=OPTIMIZER.eps,
+    )
+    data = TrainingData(root / "data")
+    plan = BatchPlan(len(data), 16, seed=0)
+    losses, norms = [], []
+    for step in range(STEPS):
+        decay = 1 - (step - 2) / (STEPS - 2)
+        rate = OPTIMIZER.lr * (step / 2 if step <= 2 else decay)
+        adam.param_groups[0]["lr"] = adam.param_groups[1]["lr"] = rate
+        rollouts = [data.sample(int(position)).rollout for position in plan.samples(step)]
+        nlls = [-hf_log_probs(model, rollout.prompt_tokens, rollout.response_tokens) for rollout in rollouts]
+        if normalization == "sequence_mean":
+            loss = torch.stack([nll.mean() for nll in nlls]).mean()
+        else:
+            loss = torch.cat(nlls).mean()
+        adam.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)))
+        adam.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+@pytest.mark.parametrize("normalization", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_five_sft_steps_are_those_of_a_plain_loop(tmp_path: Path, normalization: str, tied: bool) -> None:
+    root = make_root(tmp_path, tied=tied)
+    losses, norms = plain_loop(root, normalization)
+    options = {"objective": "sft", "steps": STEPS, "loss_normalization": normalization}
+    ((_, steps, _),) = run_ranks(1, _train, root, {"optimizer": OPTIMIZER, **options})
+    assert norms[0] > OPTIMIZER.clip_grad, "the test must clip"
+    # fp32 sums in another order (packed against one by one): 1e-6 seen; the issue asks for 1e-4.
+    assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-5)
+    assert [step["grad_norm"] for step in steps] == pytest.approx(norms, rel=1e-5)
+
+
+def test_metrics_of_a_first_step_on_rollouts_of_the_model_itself(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    ((progress, steps, _),) = run_ranks(1, _train, root, {"epochs": 1.0, "steps": None})
+    assert progress.step == len(steps) == 3  # 40 samples in batches of 16, the last one filled up
+    assert progress.samples == 48
+    assert progress.tokens == sum(step["tokens"] for step in steps)
+    first, data = steps[0], TrainingData(root / "data", root / "data")
+    samples = [data.sample(int(position)) for position in BatchPlan(40, 16, 0).samples(0)]
+    behaviour = np.concatenate([sample.rollout.log_probs for sample in samples])
+    teacher = np.concatenate([sample.teacher_log_probs for sample in samples])
+    # The kept log-probs are the starting model's, to fp32 rounding (1e-6 seen) of values up to about 10.
+    assert first["advantage_mean"] == pytest.approx(float((teacher - behaviour).mean()), abs=1e-5)
+    assert first["advantage_p95"] == pytest.approx(float(np.quantile(teacher - behaviour, 0.95)), abs=1e-5)
+    assert first["drift_kl"] == pytest.approx(0, abs=1e-9)
+    assert first["effective_sample_size"] == pytest.approx(1, abs=1e-9)
+    assert first["response_tokens"] == len(behaviour)
+    assert steps[-1]["drift_kl"] > 1e-6
+
+
+def test_preflight_passes_its_own_rollouts_and_refuses_shifted_ones(tmp_path: Path) -> None:
+    from megatron_lopd.training.preflight import Preflight
+
+    def options(**sampling: Any) -> dict[str, Any]:
+        # fp32 against fp32: anything above rounding is a mistake.
+        return {"steps": 1, "preflight": Preflight(16, 1e-4, Sampling(**sampling))}
+
+    root = make_root(tmp_path, temperature=0.7)
+    run_ranks(1, _train, root, options(temperature=0.7))
+    with pytest.raises(RankError, match=r"NumericsError: preflight: over 16 rollouts .* likely causes"):
+        run_ranks(1, _train, root, {"work": "at-1", **options()})
+    run_ranks(1, _train, root, {"work": "truncated", **options(temperature=0.7, top_p=0.9)})
+
+    rollouts = TrainingData(root / "data")
+    shifted = [rollouts.sample(number).rollout for number in range(len(rollouts))]
+    shifted = [
+        Rollout(r.sample_id, r.prompt_tokens, r.response_tokens, r.finish_reason, np.roll(r.log_probs, 1))
+        for r in shifted
+    ]
+    write_shard(root / "data" / "rollouts-00000.arrow", ROLLOUTS, shifted)
+    with pytest.raises(RankError, match="log-probs shifted by one token"):
+        run_ranks(1, _train, root, {"work": "shifted", **options(temperature=0.7)})
+
+
+def test_bad_jobs_are_refused_before_a_step(tmp_path: Path) -> None:
+    root = make_root(tmp_path, samples=4)
+    with pytest.raises(RankError, match="micro_batch_tokens=8: raise it to at least"):
+        run_ranks(1, _train, root, {"micro_batch_tokens": 8})
+    with pytest.raises(RankError, match=r"warmup_steps=6 is not below the run's 6 steps"):
+        run_ranks(1, _train, root, {"optimizer": OptimizerConfig(warmup_steps=6)})
+
+
+def _train(root: Path, options: dict[str, Any]) -> Any:
+    result = train(root, **options)
+    assert all(math.isfinite(step["loss"]) for step in result[1])
+    return result
