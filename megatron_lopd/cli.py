@@ -1,0 +1,176 @@
+"""`lopd <command> recipe.yaml key=value ...`: parse, run, and end with the right exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from megatron_lopd import __version__
+from megatron_lopd.config import Recipe, describe_keys, load_recipe, to_plain
+from megatron_lopd.errors import LopdError, StopRequested
+
+EXIT_CODES = """exit codes:
+  0   done
+  1   failed (bad data, damaged file, engine or checkpoint error)
+  2   bad usage or configuration
+  3   refused: the lineage does not hold, or a guard stopped the run
+  75  stopped on request, checkpoint saved: run the same command again"""
+
+STAGE_HELP = {
+    "run": "every stage in order; skips what is committed, resumes what was cut off",
+    "generate": "1. the teacher answers the SFT prompts",
+    "tokenize": "1. instead: SFT text from a file, when sft.data names one",
+    "sft": "2. fine-tune the student on those answers",
+    "rollout": "3. the student answers the OPD prompts, once",
+    "score": "4. the same teacher scores those tokens, once",
+    "train": "5. train from the cached scores, no teacher in sight",
+    "export": "6. write the trained student as a Hugging Face checkpoint",
+    "evaluate": "7. accuracy of the students on prompts with answers",
+    "report": "8. summary.json and a page with figures",
+}
+_SECTIONS = {
+    "generate": ("teacher", "prompts.sft", "generate"),
+    "tokenize": ("student", "sft.data", "sft.teacher"),
+    "sft": ("student", "sft", "precision", "parallel"),
+    "rollout": ("prompts.opd", "rollout"),
+    "score": ("teacher", "score"),
+    "train": ("train", "precision", "parallel"),
+    "export": ("export",),
+    "evaluate": ("prompts.eval", "evaluate"),
+    "report": (),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process exit code."""
+    options = _parse(arguments)
+    try:
+        options.handler(options)
+    except LopdError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not isinstance(error, StopRequested):  # that one every rank raises
+            where = f" (rank {rank})" if rank else ""
+            print(f"lopd {options.command}{where}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `lopd inspect ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"lopd {options.command}: interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse stops taking overrides at the first option; those after it are taken here."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strange = [text for text in rest if text.startswith("-") or "=" not in text or "overrides" not in options]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lopd",
+        description="Offline on-policy distillation on Megatron-Core (Lightning OPD, arXiv 2604.13010).",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-lopd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in STAGE_HELP.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"recipe keys:\n{_key_help(name)}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("recipe", help="YAML recipe of the whole run")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="dotted overrides: train.optimizer.lr=1e-6"
+        )
+        command.add_argument(
+            "--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop"
+        )
+        command.set_defaults(handler=_run_stages)
+    verify = commands.add_parser("verify", help="re-hash an artifact, and its lineage")
+    verify.add_argument("path", type=Path, help="artifact directory, or run directory")
+    verify.set_defaults(handler=_verify)
+    inspect = commands.add_parser("inspect", help="show an artifact or a shard to a person")
+    inspect.add_argument("path", type=Path, help="artifact directory, or .arrow shard")
+    inspect.add_argument("--samples", type=int, default=2, help="samples shown of each shard (count)")
+    inspect.set_defaults(handler=_inspect)
+    doctor = commands.add_parser("doctor", help="what this machine has, and what a recipe would use")
+    doctor.add_argument("recipe", nargs="?", help="YAML recipe (optional)")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    doctor.set_defaults(handler=_doctor)
+    return parser
+
+
+def _key_help(command: str) -> str:
+    sections = ("run_dir", "seed", "allow_teacher_mismatch", *_SECTIONS.get(command, ()))
+    lines = []
+    for name, kind, text in describe_keys():
+        if command == "run" or any(name == section or name.startswith(f"{section}.") for section in sections):
+            lines.append(f"  {name}\n      {text} ({kind})")
+    return "\n".join(lines)
+
+
+# The handlers import what they need when called: torch and Megatron-Core take seconds to import, and
+# `--help` or a misspelt key should not wait for them.
+
+
+def _run_stages(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from megatron_lopd.stages import run
+
+    names = [stage.name for stage in run.STAGES] if options.command == "run" else [options.command]
+    if options.dry_run:
+        _print_dry_run(recipe, run.describe(recipe, names))
+    elif options.command == "run":
+        run.run_all(recipe, options.recipe, options.overrides)
+    else:
+        run.run_one(options.command, recipe)
+
+
+def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:
+    print(yaml.safe_dump(to_plain(recipe), sort_keys=False).rstrip())
+    print("\nplan:")
+    for line in plan:
+        print(f"  {line}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from megatron_lopd.stages.verify import verify_path
+
+    for line in verify_path(options.path):
+        print(line)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from megatron_lopd.stages.inspection import describe_path
+
+    for line in describe_path(options.path, options.samples):
+        print(line)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from megatron_lopd.stages.doctor import diagnose
+
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
+    for line in diagnose(recipe):
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

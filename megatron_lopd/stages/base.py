@@ -1,0 +1,239 @@
+"""How every stage runs: plan, skip if committed, run or resume, commit.
+
+A stage is made from functions, not by inheritance: `check` looks at the recipe alone (so that a
+wrong setting is found before anything is spent), `plan` looks at what it will read and proves its
+lineage, `run` does the work in the stage's directory and says which files to commit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import megatron_lopd
+from megatron_lopd.artifacts.files import atomic_write_json, read_json
+from megatron_lopd.artifacts.lineage import short
+from megatron_lopd.artifacts.manifest import (
+    MANIFEST,
+    LineageStatus,
+    Manifest,
+    Parent,
+    clear_temporaries,
+    commit,
+    is_committed,
+    load_manifest,
+    verify_files,
+)
+from megatron_lopd.config import Recipe
+from megatron_lopd.errors import LineageError, LopdError
+
+PLAN_FILE = "plan.json"
+TIMING_FILE = "timing.json"
+LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage is about to make, and from what: enough to know whether it is already made."""
+
+    config: dict[str, Any]
+    parents: dict[str, Parent]
+    lineage: LineageStatus
+
+
+OTHER_RANK = Plan({}, {}, "proved")
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files a stage made (relative to its directory), what it counted, what it ran on."""
+
+    files: list[str]
+    counts: dict[str, int]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step from committed artifacts to a committed artifact. `name` is also its directory.
+
+    `check(recipe)` returns what would be done, a line each. `distributed` stages are entered by every
+    rank of a training job; rank 0 alone plans, proves and commits, and `run` in the others is given
+    `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
+    """
+
+    name: str
+    kind: str
+    check: Callable[[Recipe], list[str]]
+    plan: Callable[[Recipe], Plan]
+    run: Callable[[Recipe, Plan, Path], Output]
+    distributed: bool = False
+    needed: Callable[[Recipe], bool] = lambda recipe: True
+
+
+def directory_of(recipe: Recipe, stage: str) -> Path:
+    """Where a stage's artifact is."""
+    return Path(recipe.run_dir) / stage
+
+
+def parent_manifest(recipe: Recipe, stage: str) -> Manifest:
+    """The committed manifest of an earlier stage. DataError when that stage has not run."""
+    return load_manifest(directory_of(recipe, stage))
+
+
+def execute(stage: Stage, recipe: Recipe) -> bool:
+    """Run `stage` unless it is committed. Returns whether anything was done.
+
+    Raises LineageError when what is committed, or was begun, is not what the recipe now asks for.
+    """
+    directory = directory_of(recipe, stage.name)
+    committed = is_committed(directory)
+    if not is_main_rank():
+        if not committed:
+            stage.run(recipe, OTHER_RANK, directory)
+        return not committed
+    if committed:
+        check_unchanged(stage, recipe)
+        return False
+    plan = stage.plan(recipe)
+    with _sole_worker(directory):
+        _begin(stage, directory, plan)
+        _verify_parents(recipe, plan)
+        started = time.monotonic()
+        output = stage.run(recipe, plan, directory)
+        _record_seconds(directory, time.monotonic() - started)
+        commit(
+            directory,
+            stage.kind,
+            files=output.files,
+            config=plan.config,
+            counts=output.counts,
+            versions=base_versions() | output.versions,
+            parents=plan.parents,
+            lineage=plan.lineage,
+        )
+    return True
+
+
+def _verify_parents(recipe: Recipe, plan: Plan) -> None:
+    """Re-hash every file of the artifacts about to be read. DataError naming one that is damaged."""
+    for parent in plan.parents.values():
+        if parent.kind == "artifact":
+            directory = directory_of(recipe, parent.path)
+            verify_files(directory, load_manifest(directory))
+
+
+@contextmanager
+def _sole_worker(directory: Path) -> Iterator[None]:
+    """Hold the stage's directory against a second run of it. The lock goes with the process."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_FILE).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LopdError(f"{directory}: another lopd is at work here: wait for it, or end it") from None
+        yield
+
+
+def unchanged_manifest(recipe: Recipe, stage: str, kind: str | None = None) -> Manifest:
+    """The committed manifest of a stage, after re-hashing the files modified since it was written.
+
+    Whoever goes on to read the files has them all re-hashed (`execute`), and so does `lopd verify`.
+    DataError when the stage has not run, or a file is damaged.
+    """
+    directory = directory_of(recipe, stage)
+    manifest = load_manifest(directory, kind)
+    verify_files(directory, manifest, since=(directory / MANIFEST).stat().st_mtime_ns)
+    return manifest
+
+
+def check_unchanged(stage: Stage, recipe: Recipe) -> None:
+    """A committed stage must be what the recipe would make now, and its files what it committed.
+
+    Raises LineageError or DataError.
+    """
+    directory = directory_of(recipe, stage.name)
+    manifest = unchanged_manifest(recipe, stage.name, stage.kind)
+    plan = stage.plan(recipe)
+    if recipe.allow_teacher_mismatch and "teacher" in manifest.parents:
+        plan.parents["teacher"] = manifest.parents["teacher"]  # the one that made it, whoever comes after
+    _refuse_change(stage.name, directory, manifest.config, manifest.parents, plan)
+
+
+def is_main_rank() -> bool:
+    """Whether this process writes: the only one, or rank 0 of a training job."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def base_versions() -> dict[str, str]:
+    """The versions that every stage's numbers depend on."""
+    versions = {"megatron-lopd": megatron_lopd.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "megatron-core", "transformer-engine"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return versions
+
+
+def seconds_of(directory: Path) -> float:
+    """Seconds a stage has taken over all its attempts, as far as they ended; 0 when unknown."""
+    path = directory / TIMING_FILE
+    return float(read_json(path)["seconds"]) if path.is_file() else 0.0
+
+
+def _begin(stage: Stage, directory: Path, plan: Plan) -> None:
+    """Note what is being made, or check that what was begun here before is the same thing."""
+    clear_temporaries(directory)
+    path = directory / PLAN_FILE
+    if path.is_file():
+        begun = read_json(path)
+        parents = {role: Parent(**parent) for role, parent in begun["parents"].items()}
+        _refuse_change(stage.name, directory, begun["config"], parents, plan)
+        return
+    parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
+    atomic_write_json(path, {"config": plan.config, "parents": parents_plain})
+
+
+def _record_seconds(directory: Path, seconds: float) -> None:
+    atomic_write_json(directory / TIMING_FILE, {"seconds": seconds_of(directory) + seconds})
+
+
+def _refuse_change(
+    stage: str, directory: Path, config: Mapping[str, Any], parents: Mapping[str, Parent], plan: Plan
+) -> None:
+    remedy = f"undo that, or remove {directory} and what follows to make it again, or set another run_dir"
+    for role in sorted(parents.keys() | plan.parents.keys()):
+        before, now = parents.get(role), plan.parents.get(role)
+        if before is None or now is None:
+            raise LineageError(
+                f"refused: {directory} was made {'without' if before is None else 'with'} {role}: {remedy}"
+            )
+        for part in sorted(before.digests.keys() | now.digests.keys()):
+            was, is_now = before.digests.get(part, "none"), now.digests.get(part, "none")
+            if was != is_now:
+                raise LineageError(
+                    f"refused: the {role} that {stage} was made from has changed: {part} was {short(was)} "
+                    f"({before.path}), is now {short(is_now)} ({now.path}): {remedy}"
+                )
+    for name, was, is_now in _differences(config, plan.config):
+        raise LineageError(
+            f"refused: {directory} was made with {name}={was!r}, the recipe now says {is_now!r}: {remedy}"
+        )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for name in sorted(old.keys() | new.keys()):
+            found += _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        return found
+    return [] if old == new else [(prefix, old, new)]

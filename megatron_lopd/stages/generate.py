@@ -1,0 +1,61 @@
+"""1. generate: the teacher answers the SFT prompts. D_SFT = {(q, x) : x ~ pi_T(.|q)}."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lopd.config import Recipe, deciding
+from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
+from megatron_lopd.data.chat import Chat
+from megatron_lopd.stages import inputs
+from megatron_lopd.stages.base import Output, Plan, Stage
+from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, write_rollouts
+
+
+def check(recipe: Recipe) -> list[str]:
+    prompts = inputs.prompts_of(recipe, "sft")[0]
+    per_prompt = recipe.generate.sampling.samples_per_prompt
+    teacher = inputs.teacher_directory(recipe)
+    limit = inputs.longest_prompt(teacher, recipe.generate.sampling, recipe.sft)
+    encode_prompts(prompts, Chat(str(teacher), recipe.generate.engine.trust_remote_code), limit)
+    return [f"{teacher} answers {len(prompts)} prompts, {per_prompt} each"]
+
+
+def plan(recipe: Recipe) -> Plan:
+    return Plan(
+        config=deciding(recipe.generate) | {"seed": recipe.seed},
+        parents={
+            "prompts": inputs.prompts_of(recipe, "sft")[1],
+            "teacher": inputs.teacher_parent(recipe, "generate"),
+        },
+        lineage="proved",
+    )
+
+
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    settings, teacher = recipe.generate, inputs.teacher_directory(recipe)
+    job = SamplingJob(
+        model_dir=teacher,
+        prompts=inputs.prompts_of(recipe, "sft")[0],
+        max_prompt_tokens=inputs.longest_prompt(teacher, settings.sampling, recipe.sft),
+        sampling=settings.sampling,
+        engine=settings.engine,
+        seed=recipe.seed,
+        stream="generate",
+        label="generate",
+    )
+    files = write_rollouts(job, directory)
+    voice = copy_files(teacher, directory / "tokenizer", VOICE)
+    return Output([*files, *(f"tokenizer/{name}" for name in voice)], count_rollouts(directory))
+
+
+STAGE = Stage(
+    "generate",
+    "rollouts",
+    check,
+    plan,
+    run,
+    needed=lambda recipe: (
+        recipe.sft is not None and recipe.sft.data is None and recipe.sft.checkpoint is None
+    ),
+)

@@ -1,0 +1,98 @@
+"""The order of the stages, and running all of them or one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from megatron_lopd.artifacts.manifest import is_committed
+from megatron_lopd.config import Recipe
+from megatron_lopd.errors import ConfigError, LopdError, NumericsError, StopRequested
+from megatron_lopd.stages import evaluate, export, generate, report, rollout, score, sft, tokenize, train
+from megatron_lopd.stages.base import Stage, check_unchanged, directory_of, execute, is_main_rank
+from megatron_lopd.stages.launch import launch
+
+STAGES: tuple[Stage, ...] = (
+    generate.STAGE,
+    tokenize.STAGE,
+    sft.STAGE,
+    rollout.STAGE,
+    score.STAGE,
+    train.STAGE,
+    export.STAGE,
+    evaluate.STAGE,
+    report.STAGE,
+)
+
+
+def describe(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """Check the recipe for the named stages and say what each would do, a line each."""
+    lines = []
+    for stage in STAGES:
+        if stage.name in names and stage.needed(recipe):
+            state = "committed" if is_committed(directory_of(recipe, stage.name)) else "to do"
+            lines += [f"{stage.name:9} [{state}] {line}" for line in stage.check(recipe)]
+    return lines
+
+
+def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
+    """Every stage the recipe needs, in order. Nothing is spent before the whole recipe is checked."""
+    needed = [stage for stage in STAGES if stage.needed(recipe)]
+    if not needed:
+        raise ConfigError("the recipe asks for nothing: give a section sft, and train to go on to OPD")
+    waiting = [stage for stage in needed if not is_committed(directory_of(recipe, stage.name))]
+    for stage in waiting:
+        stage.check(recipe)
+    done = 0
+    for number, stage in enumerate(needed, start=1):
+        if stage in waiting:
+            _say(f"[{number}/{len(needed)}] {stage.name}: {'; '.join(stage.check(recipe))}")
+        started = time.monotonic()
+        if stage in waiting and stage.distributed and recipe.parallel.processes > 1:
+            _launch(stage, recipe, recipe_path, overrides)
+            done += 1
+        elif execute(stage, recipe):
+            done += 1
+            _say(f"[{number}/{len(needed)}] {stage.name}: done in {time.monotonic() - started:.1f} s")
+    if report.STAGE in needed:
+        _say(report.headline(recipe))
+    if not done:
+        _say(f"nothing to do: all {len(needed)} stages in {recipe.run_dir} are committed and unchanged")
+
+
+def run_one(name: str, recipe: Recipe) -> None:
+    """One stage, after checking that what it stands on is still what the recipe says."""
+    stage = next(stage for stage in STAGES if stage.name == name)
+    if is_main_rank():
+        stage.check(recipe)
+        for earlier in _before(stage, recipe):
+            check_unchanged(earlier, recipe)
+    started = time.monotonic()
+    if execute(stage, recipe):
+        _say(f"{name}: done in {time.monotonic() - started:.1f} s: {directory_of(recipe, name)}")
+    else:
+        _say(f"{name}: nothing to do: {directory_of(recipe, name)} is committed and unchanged")
+
+
+def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
+    """The committed stages in front of `stage`."""
+    for earlier in STAGES[: STAGES.index(stage)]:
+        if earlier.needed(recipe) and is_committed(directory_of(recipe, earlier.name)):
+            yield earlier
+
+
+def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
+    """Run a stage in as many processes as the recipe says. They have printed what went wrong, if anything."""
+    code = launch([stage.name, recipe_path, *overrides], recipe.parallel.processes)
+    if code:
+        raise _error_of(code)(f"{stage.name} ended with exit code {code}: its own message is above")
+
+
+def _error_of(exit_code: int) -> type[LopdError]:
+    kinds: tuple[type[LopdError], ...] = (StopRequested, ConfigError, NumericsError)
+    return next((kind for kind in kinds if kind.exit_code == exit_code), LopdError)
+
+
+def _say(text: str) -> None:
+    if is_main_rank():
+        print(f"lopd: {text}", flush=True)

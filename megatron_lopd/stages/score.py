@@ -1,0 +1,44 @@
+"""4. score: the SAME teacher scores every rollout token, once. After this the teacher is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
+from megatron_lopd.config import Recipe, deciding
+from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.stages import inputs
+from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.stages.sampling import write_scores
+
+
+def check(recipe: Recipe) -> list[str]:
+    return [f"{inputs.teacher_directory(recipe)} scores every rollout token, once"]
+
+
+def plan(recipe: Recipe) -> Plan:
+    teacher = inputs.teacher_parent(recipe, "score")
+    sft, rollout = parent_manifest(recipe, "sft"), parent_manifest(recipe, "rollout")
+    proofs = [
+        prove_parent("rollout", "sft", rollout.parents["sft"], sft, directory_of(recipe, "sft")),
+        *inputs.prove_teacher(recipe, sft, teacher),
+        inputs.prove_tokens(recipe, teacher, rollout.parents["student"]),
+    ]
+    return Plan(
+        config=deciding(recipe.score),
+        parents={"rollouts": artifact_parent("rollout", rollout), "teacher": teacher},
+        lineage=inputs.status_of(proofs, rollout.lineage),
+    )
+
+
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    rollout = parent_manifest(recipe, "rollout")
+    rollout_dir = directory_of(recipe, "rollout")
+    files = write_scores(
+        inputs.teacher_directory(recipe), recipe.score.engine, rollout_dir, list(rollout.files), directory
+    )
+    TrainingData(rollout_dir, directory)  # every rollout has its score, of the right length
+    return Output(files, {name: rollout.counts[name] for name in ("samples", "response_tokens", "tokens")})
+
+
+STAGE = Stage("score", "scores", check, plan, run, needed=lambda recipe: recipe.train is not None)

@@ -1,0 +1,64 @@
+"""What sft, train and export share: a training job to its last checkpoint, and that to a model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_lopd.artifacts.files import canonical_json, sha256_bytes
+from megatron_lopd.artifacts.fingerprint import CACHE_NAME, fingerprint_model
+from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
+from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
+from megatron_lopd.config import ExportConfig
+from megatron_lopd.convert.offline import megatron_to_hf
+from megatron_lopd.stages.base import Plan
+from megatron_lopd.training.loop import TrainingJob, run_training
+
+
+def identity_of(plan: Plan) -> str:
+    """A digest of all that decides a training job's numbers; its checkpoints carry it."""
+    parents = {role: parent.digests for role, parent in plan.parents.items()}
+    return sha256_bytes(canonical_json([plan.config, parents]))
+
+
+def train_to_checkpoint(job: TrainingJob) -> tuple[Path, dict[str, int]]:
+    """Run `job`; its last checkpoint (a Megatron one), and what it consumed. Every rank calls."""
+    progress = run_training(job)
+    counts = {
+        "steps": progress.step,
+        "samples": progress.samples,
+        "tokens": progress.tokens,
+        "response_tokens": progress.response_tokens,
+        "skipped_steps": progress.skipped_steps,
+    }
+    return job.work_dir / "checkpoints" / f"step_{progress.step:08d}", counts
+
+
+def write_student(
+    checkpoint: Path, hf_dir: Path, out_dir: Path, export: ExportConfig, lineage: ModelLineage
+) -> list[str]:
+    """Write a checkpoint's model as a Hugging Face directory that carries its lineage.
+
+    `hf_dir` gives config.json and the tokenizer's files. `lineage.model` is filled in here. What a
+    killed attempt left in `out_dir` is replaced. Returns the files, relative to `out_dir`.
+    """
+    if out_dir.exists():
+        shutil.rmtree(out_dir)
+    megatron_to_hf(checkpoint, out_dir, export.max_shard_bytes, hf_dir)
+    model = fingerprint_model(out_dir).parts()
+    write_model_lineage(out_dir, ModelLineage(**(vars(lineage) | {"model": model})))
+    files = (path for path in out_dir.rglob("*") if path.is_file() and path.name != CACHE_NAME)
+    return sorted(str(path.relative_to(out_dir)) for path in files)
+
+
+def lineage_of(
+    stage: str, plan_lineage: LineageStatus, teacher: Parent | None, ancestors: dict[str, Manifest]
+) -> ModelLineage:
+    """What a model made by `stage` will say of itself, but for its own fingerprint."""
+    chain: dict[str, dict[str, Any]] = {}
+    for name, manifest in ancestors.items():
+        parents = {role: asdict(parent) for role, parent in manifest.parents.items()}
+        chain[name] = {"id": manifest.id, "lineage": manifest.lineage, "parents": parents}
+    return ModelLineage(model={}, made_by=stage, status=plan_lineage, teacher=teacher, chain=chain)

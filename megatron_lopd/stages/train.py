@@ -1,0 +1,69 @@
+"""5. train: from the cached scores; no teacher, no sampler. Refused unless its lineage is proved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lopd.artifacts.lineage import artifact_parent
+from megatron_lopd.config import Recipe, deciding
+from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.mcore.architecture import check_layout, read_architecture
+from megatron_lopd.stages import inputs
+from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.stages.students import identity_of, train_to_checkpoint
+from megatron_lopd.training.loop import TrainingJob
+from megatron_lopd.training.preflight import Preflight
+
+
+def check(recipe: Recipe) -> list[str]:
+    config = inputs.train_config(recipe)
+    if config.checkpoint is not None:
+        check_layout(read_architecture(Path(config.checkpoint)), recipe.parallel)
+    length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
+    work = f"{length} of {config.global_batch_size} samples"
+    return [f"train with {config.objective} from the cached scores: {work}"]
+
+
+def plan(recipe: Recipe) -> Plan:
+    config = inputs.train_config(recipe)
+    student = inputs.parent_of_model(_start(recipe))
+    proofs = inputs.prove_training(recipe, student)
+    stages = ("sft", "rollout", "score")
+    manifests = {stage: parent_manifest(recipe, stage) for stage in stages}
+    return Plan(
+        config=deciding(config) | {"seed": recipe.seed, "precision": recipe.precision},
+        parents={stage: artifact_parent(stage, manifests[stage]) for stage in stages} | {"student": student},
+        lineage=inputs.status_of(proofs, *(manifest.lineage for manifest in manifests.values())),
+    )
+
+
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    config = inputs.train_config(recipe)
+    preflight = Preflight(config.preflight_samples, config.preflight_tolerance, recipe.rollout.sampling)
+    job = TrainingJob(
+        name="train",
+        identity=identity_of(plan),
+        lineage=plan.lineage,
+        config=config,
+        objective=config.objective,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        seed=recipe.seed,
+        model_dir=_start(recipe),
+        data=TrainingData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
+        work_dir=directory,
+        preflight=preflight if config.preflight_samples else None,
+    )
+    checkpoint, counts = train_to_checkpoint(job)
+    files = sorted(str(path.relative_to(directory)) for path in checkpoint.rglob("*") if path.is_file())
+    return Output(files, counts)
+
+
+def _start(recipe: Recipe) -> Path:
+    checkpoint = inputs.train_config(recipe).checkpoint
+    return Path(checkpoint) if checkpoint else inputs.reference_directory(recipe)
+
+
+STAGE = Stage(
+    "train", "checkpoint", check, plan, run, distributed=True, needed=lambda recipe: recipe.train is not None
+)

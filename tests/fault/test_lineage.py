@@ -1,0 +1,241 @@
+"""A finished run is tampered with in every way that matters; each is refused, and says what differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_lopd.artifacts.fingerprint import CACHE_NAME
+from megatron_lopd.artifacts.lineage import read_model_lineage
+from megatron_lopd.artifacts.manifest import load_manifest
+from megatron_lopd.cli import main
+from megatron_lopd.data.chat import Chat
+from megatron_lopd.data.dataset import open_shards
+from megatron_lopd.data.schemas import ROLLOUTS
+from tests.model_zoo import make_model_dir
+from tests.pipeline import SMALL, write_recipe
+
+AFTER_ROLLOUT = ("score", "train", "export", "evaluate", "report")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main(["run", recipe.name]) == 0
+    return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run, with the recipe's relative paths pointing into it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def undo(root: Path, *stages: str) -> None:
+    for stage in stages:
+        shutil.rmtree(root / "run" / stage)
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, *expected: str) -> None:
+    capsys.readouterr()
+    assert main(arguments) == code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    for text in expected:
+        assert text in message
+
+
+def test_a_second_run_does_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def files() -> dict[Path, int]:
+        found = (root / "run").rglob("*.*")
+        return {path: path.stat().st_mtime_ns for path in found if path.name != CACHE_NAME}
+
+    before = files()
+    assert main(["run", "recipe.yaml"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert files() == before
+
+
+def test_the_report_says_proved(root: Path) -> None:
+    summary = json.loads((root / "run/report/summary.json").read_text())
+    assert summary["lineage"] == "proved"
+    assert summary["seed"] == 5
+    assert set(summary["accuracy"]) == {"sft", "lightning_opd"}
+    for row in summary["accuracy"].values():
+        assert set(row) == {"sampled", "greedy", "n"}
+    stages = {"generate", "sft", "rollout", "score", "train", "evaluate"}
+    assert stages <= set(summary["seconds"])
+    assert stages <= set(summary["tokens"])
+
+
+def test_another_teacher_may_not_score(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    undo(root, *AFTER_ROLLOUT)
+    make_model_dir(root / "other", seed=9, **SMALL)
+    refused(capsys, ["score", "recipe.yaml", "teacher.model=other"], 3, "weights", "other", "teacher")
+    assert not (root / "run/score").exists()
+    shutil.rmtree(root / "teacher")
+    shutil.move(root / "other", root / "teacher")  # the same name, another model
+    refused(capsys, ["run", "recipe.yaml"], 3, "weights", "teacher")
+    assert not (root / "run/score").exists()
+
+
+def test_the_override_is_written_into_everything_after_it(root: Path) -> None:
+    undo(root, *AFTER_ROLLOUT)
+    make_model_dir(root / "other", seed=9, **SMALL)
+    arguments = ["run", "recipe.yaml", "teacher.model=other", "allow_teacher_mismatch=true"]
+    assert main(arguments) == 0
+    for stage in AFTER_ROLLOUT:
+        assert load_manifest(root / "run" / stage).lineage == "overridden"
+    assert load_manifest(root / "run/rollout").lineage == "proved"
+    exported = read_model_lineage(root / "run/export/model")
+    assert exported is not None
+    assert exported.status == "overridden"
+    assert json.loads((root / "run/report/summary.json").read_text())["lineage"] == "overridden"
+
+
+@pytest.mark.parametrize("stage", ["rollout", "score"])
+def test_a_flipped_byte_of_a_shard_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    undo(root, "train", "export", "evaluate", "report")
+    shard = sorted((root / "run" / stage).glob("*.arrow"))[1]
+    before = shard.stat()
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    refused(capsys, ["train", "recipe.yaml"], 1, str(shard.relative_to(root)), "damaged")
+    assert not (root / "run/train").exists()
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # as bit rot leaves it
+    refused(capsys, ["train", "recipe.yaml"], 1, str(shard.relative_to(root)), "damaged")
+    assert not (root / "run/train/checkpoints").exists()
+
+
+def test_a_committed_run_notices_an_edited_shard(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = next((root / "run/generate").glob("*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[-20] ^= 64
+    shard.write_bytes(data)
+    refused(capsys, ["run", "recipe.yaml"], 1, shard.name, "damaged")
+    refused(capsys, ["verify", "run"], 1, shard.name, "damaged")
+
+
+def test_train_refuses_another_sft_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    undo(root, "train", "export", "evaluate", "report")
+    refused(
+        capsys,
+        ["train", "recipe.yaml", "train.checkpoint=student"],
+        3,
+        "the student that sampled is the student being trained",
+        "weights",
+        "run/sft/model",
+        "student",
+        "allow_teacher_mismatch=true",
+    )
+    weights = root / "run/sft/model/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    refused(capsys, ["train", "recipe.yaml"], 1, "run/sft/model/model.safetensors", "damaged")
+
+
+def test_a_changed_chat_template_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    undo(root, *AFTER_ROLLOUT)
+    template = root / "teacher/chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    refused(capsys, ["score", "recipe.yaml"], 3, "chat_template")
+    undo(root, "rollout")
+    template.write_text(template.read_text()[:-1])
+    template = root / "run/sft/model/chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    refused(capsys, ["rollout", "recipe.yaml"], 1, "chat_template.jinja", "damaged")
+
+
+def test_changed_settings_are_refused_by_name(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["run", "recipe.yaml", "sft.optimizer.lr=0.5"], 3, "optimizer.lr=0.001", "0.5")
+    assert main(["run", "recipe.yaml", "train.checkpoint_every=1"]) == 0
+
+
+def test_what_was_begun_is_not_mixed_with_other_settings(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undo(root, *AFTER_ROLLOUT)
+    (root / "run/rollout/manifest.json").unlink()  # as a kill just before the commit leaves it
+    refused(
+        capsys, ["rollout", "recipe.yaml", "rollout.sampling.temperature=0.5"], 3, "temperature=1.0", "0.5"
+    )
+    assert main(["rollout", "recipe.yaml"]) == 0
+
+
+def test_training_needs_no_teacher(root: Path) -> None:
+    undo(root, "train", "export", "evaluate", "report")
+    shutil.rmtree(root / "teacher")
+    assert main(["run", "recipe.yaml"]) == 0
+    assert load_manifest(root / "run/train").lineage == "proved"
+
+
+def test_a_checkpoint_made_elsewhere_is_declared_or_proves_itself(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model_dir(root / "foreign", seed=3, **SMALL)
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text())
+    recipe |= {"run_dir": "run2", "sft": {"checkpoint": "foreign"}}
+    (root / "elsewhere.yaml").write_text(yaml.safe_dump(recipe))
+    refused(capsys, ["run", "elsewhere.yaml"], 2, "foreign", "sft.teacher")
+    assert main(["run", "elsewhere.yaml", "sft.teacher=teacher"]) == 0
+    for stage in ("sft", "rollout", "score", "train", "export"):
+        assert load_manifest(root / "run2" / stage).lineage == "declared"
+    assert main(["run", "elsewhere.yaml", "sft.checkpoint=run/sft/model", "run_dir=run3"]) == 0
+    assert load_manifest(root / "run3/train").lineage == "proved"
+    make_model_dir(root / "other", seed=9, **SMALL)
+    arguments = [
+        "run",
+        "elsewhere.yaml",
+        "sft.checkpoint=run/sft/model",
+        "run_dir=run4",
+        "teacher.model=other",
+    ]
+    refused(capsys, arguments, 3, "teacher", "weights")
+
+
+def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "run"]) == 0
+    out = capsys.readouterr().out
+    for stage in ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report"):
+        assert f"run/{stage}: " in out
+    manifest = root / "run/rollout/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"samples": 40', '"samples": 41'))
+    refused(capsys, ["verify", "run"], 3, "rollout")
+
+
+def test_inspect_shows_what_was_sampled(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rollout = next(iter(open_shards(ROLLOUTS, root / "run/rollout")))
+    assert main(["inspect", "run/rollout", "--samples", "1"]) == 0
+    out = capsys.readouterr().out
+    chat = Chat(str(root / "run/sft/model"))
+    for shown in ("lineage proved", rollout.sample_id, repr(chat.tokenizer.decode(rollout.response_tokens))):
+        assert shown in out
+    assert main(["inspect", "run/score/scores-00000.arrow"]) == 0
+    assert rollout.sample_id in capsys.readouterr().out
+    refused(capsys, ["inspect", "teacher"], 1, "teacher", "neither")
+
+
+def test_doctor_names_versions_and_the_plan(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "recipe.yaml", "run_dir=new"]) == 0
+    out = capsys.readouterr().out
+    for shown in (version("megatron-core"), version("torch"), "gloo", "tensor 1", "score"):
+        assert shown in out
+    refused(
+        capsys, ["doctor", "recipe.yaml", "run_dir=new", "parallel.tensor=3", "parallel.processes=3"], 2, "3"
+    )

@@ -1,0 +1,145 @@
+"""What users get wrong: one line with what, where and what to do, before anything is spent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_lopd.cli import main
+from tests.pipeline import write_recipe
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_recipe(root)
+    return root
+
+
+@pytest.fixture
+def root(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(models, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def edit_json(path: str, **changes: object) -> Callable[[], None]:
+    def edit() -> None:
+        content = json.loads(Path(path).read_text())
+        Path(path).write_text(json.dumps(content | changes))
+
+    return edit
+
+
+def write(path: str, text: str) -> Callable[[], None]:
+    return lambda: Path(path).write_text(text) and None
+
+
+def no_end_token() -> None:
+    edit_json("teacher/tokenizer_config.json", eos_token=None)()
+    Path("teacher/generation_config.json").unlink()
+
+
+FROM_FILE = "prompts.opd={path: p.jsonl}"
+GOOD_LINE = '{"prompt": "1+2+3+4+5+6"}\n'
+CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
+    "misspelt key": (lambda: None, ["train.optimiser.lr=1"], 2, ["train.optimiser", "train.optimizer"]),
+    "wrong type": (lambda: None, ["seed=x"], 2, ["seed", "expected int"]),
+    "no such teacher": (lambda: None, ["teacher.model=nowhere"], 2, ["nowhere", "config.json", "give a"]),
+    "no such prompts": (lambda: None, [FROM_FILE], 1, ["p.jsonl", "No such file"]),
+    "empty prompts": (write("p.jsonl", ""), [FROM_FILE], 1, ["p.jsonl", "empty"]),
+    "malformed line": (write("p.jsonl", GOOD_LINE + "{oops\n"), [FROM_FILE], 1, ["p.jsonl:2", "JSON"]),
+    "a line without a prompt": (
+        write("p.jsonl", GOOD_LINE + '{"text": "1"}\n'),
+        [FROM_FILE],
+        1,
+        ["p.jsonl:2", "prompt"],
+    ),
+    "long prompt": (
+        write("p.jsonl", json.dumps({"id": "big", "prompt": "1" * 99})),
+        [FROM_FILE],
+        1,
+        ["big", "limit of 52"],
+    ),
+    "no room for a prompt": (
+        lambda: None,
+        ["rollout.sampling.max_new_tokens=64"],
+        2,
+        ["max_new_tokens=64", "max_position_embeddings=64"],
+    ),
+    "no such task": (lambda: None, ["prompts.eval.task=chess"], 2, ["chess", "arithmetic"]),
+    "no such grader": (lambda: None, ["evaluate.grader=maths"], 2, ["maths", "arithmetic"]),
+    "unsupported architecture": (
+        edit_json("student/config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+        [],
+        2,
+        ["student", "gpt2"],
+    ),
+    "no chat template": (
+        lambda: Path("teacher/chat_template.jinja").unlink(),
+        [],
+        2,
+        ["teacher", "chat template"],
+    ),
+    "no end token": (no_end_token, [], 2, ["teacher", "end token"]),
+    "heads do not divide": (lambda: None, ["parallel.tensor=3", "parallel.processes=3"], 2, ["tensor", "3"]),
+    "layers do not divide": (
+        lambda: None,
+        ["parallel.pipeline=4", "parallel.processes=4"],
+        2,
+        ["pipeline", "4"],
+    ),
+    "a processes number that cannot be": (lambda: None, ["parallel.tensor=2"], 2, ["parallel.processes=2"]),
+    "another tokenizer": (
+        lambda: edit_json("student/tokenizer.json", normalizer={"type": "NFC"})(),
+        [],
+        3,
+        ["tokenizer differs", "teacher", "student"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_before_anything_is_spent(
+    root: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    spoil, overrides, code, expected = CASES[case]
+    spoil()
+    capsys.readouterr()
+    assert main(["run", "recipe.yaml", *overrides]) == code
+    captured = capsys.readouterr()
+    (message,) = [line for line in captured.err.splitlines() if line.startswith("lopd run:")]
+    for text in expected:
+        assert text in message
+    assert captured.out == ""
+    assert not (root / "run").exists()
+
+
+def test_too_few_processes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "recipe.yaml"]) == 0
+    assert main(["sft", "recipe.yaml", "parallel.tensor=2", "parallel.processes=2"]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "needs a multiple of 2 processes, not 1" in message
+
+
+def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "recipe.yaml", "--dry-run", "seed=7"]) == 0
+    out = capsys.readouterr().out
+    assert "seed: 7" in out
+    for stage in ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report"):
+        assert f"  {stage}" in out
+    assert not (root / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["fly", "recipe.yaml"], ["run", "recipe.yaml", "--fast"]])
+def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2

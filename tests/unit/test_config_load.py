@@ -1,0 +1,109 @@
+"""Strict recipes: every kind of mistake is one line naming the file, the dotted key and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_lopd.config import Recipe, deciding, describe_keys, load_recipe, to_plain
+from megatron_lopd.errors import ConfigError
+
+GOOD = """
+run_dir: runs/x
+seed: 3
+teacher: {model: models/t}
+student: {model: models/s, init: random}
+prompts:
+  opd: {task: arithmetic, count: 10}
+sft: {steps: 5, optimizer: {lr: 1e-3, schedule: cosine}}
+train: {epochs: 1.5}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, GOOD),
+        ["train.optimizer.lr=2e-6", "seed=9", "parallel.tensor=2", "parallel.processes=2"],
+    )
+    assert recipe.seed == 9
+    assert recipe.sft is not None
+    assert recipe.train is not None
+    assert recipe.sft.optimizer.lr == 1e-3  # YAML 1.1 reads 1e-3 as text
+    assert recipe.train.optimizer.lr == 2e-6
+    assert recipe.train.optimizer.beta2 == 0.98
+    assert to_plain(recipe)["parallel"]["tensor"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "expected"),
+    [
+        ("run_dirr: x", None, "unknown key run_dirr: did you mean run_dir?"),
+        (GOOD, "train.optimzer.lr=1", "unknown key train.optimzer: did you mean train.optimizer?"),
+        (GOOD, "lr=1", "unknown key lr: did you mean sft.optimizer.lr?"),
+        (GOOD, "train.lr=1", "unknown key train.lr: did you mean sft.optimizer.lr?"),
+        (GOOD, "seed=abc", "seed: expected int, got 'abc'"),
+        (GOOD, "seed=true", "seed: expected int, got True"),
+        (GOOD, "seed=", "seed: expected int, got nothing"),
+        (GOOD, "train.optimizer.lr=fast", "train.optimizer.lr: expected float, got 'fast'"),
+        (GOOD, "train.optimizer.lr=-1", "optimizer.lr must be above 0"),
+        (
+            GOOD,
+            "sft.optimizer.schedule=cosin",
+            "'cosin' is not one of constant, cosine, linear: did you mean cosine?",
+        ),
+        (GOOD, "train.steps=3", "train: give either steps or epochs, and not both"),
+        (
+            GOOD,
+            "parallel.tensor=2",
+            "parallel.processes=1 must be a multiple of tensor x pipeline = 2 x 1: set parallel.processes=2",
+        ),
+        (GOOD, "prompts.opd.path=x.jsonl", "give either path (a JSONL file) or task"),
+        (GOOD, "seed", "write it as dotted.key=value"),
+        (GOOD, "seed.deeper=1", "seed holds a value, not keys"),
+        ("seed: 1", None, "missing key run_dir"),
+        ("run_dir: x\nrun_dir: y", None, "key 'run_dir' is given twice"),
+        ("- a", None, "a recipe is a mapping"),
+        ("a: [", None, "not valid YAML"),
+    ],
+)
+def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, override: str | None, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(tmp_path, text), [override] if override else [])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_operational_keys_do_not_decide(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    one = load_recipe(path)
+    other = load_recipe(path, ["train.checkpoint_every=7", "parallel.processes=4"])
+    changed = load_recipe(path, ["train.optimizer.clip_grad=0.5"])
+    assert deciding(one) == deciding(other)
+    assert deciding(one) != deciding(changed)
+
+
+def test_every_key_is_described_once() -> None:
+    names = [name for name, _, _ in describe_keys()]
+    assert len(names) == len(set(names)) > 50
+    assert {item.name for item in dataclasses.fields(Recipe)} == {name.split(".")[0] for name in names}
+    assert all(text for _, _, text in describe_keys())
+
+
+def test_config_imports_no_torch() -> None:
+    code = "import sys, megatron_lopd.config, megatron_lopd.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
