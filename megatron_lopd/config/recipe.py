@@ -181,6 +181,11 @@ class TrainingConfig:
         )
         require(self.steps is None or self.steps >= 1, f"{self.section}.steps must be at least 1")
         require(self.epochs is None or self.epochs > 0, f"{self.section}.epochs must be above 0")
+        warmup = self.optimizer.warmup_steps
+        require(
+            self.steps is None or warmup < self.steps,
+            f"{self.section}.optimizer.warmup_steps={warmup} must be below {self.section}.steps={self.steps}",
+        )
         for name in ("global_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"{self.section}.{name} must be at least 1")
         require(self.max_skipped_steps >= 0, f"{self.section}.max_skipped_steps must be at least 0")
@@ -257,3 +262,6 @@ class Recipe:
     allow_teacher_mismatch: bool = key(
         "go on although the lineage is broken; written into everything downstream", False
     )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63 - 1, not {self.seed}")

@@ -52,6 +52,8 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         (GOOD, "lr=1", "unknown key lr: did you mean sft.optimizer.lr?"),
         (GOOD, "train.lr=1", "unknown key train.lr: did you mean sft.optimizer.lr?"),
         (GOOD, "seed=abc", "seed: expected int, got 'abc'"),
+        (GOOD, "seed=-1", "seed must be between 0 and 2^63 - 1, not -1"),
+        (GOOD, "sft.optimizer.warmup_steps=5", "sft.optimizer.warmup_steps=5 must be below sft.steps=5"),
         (GOOD, "seed=true", "seed: expected int, got True"),
         (GOOD, "seed=", "seed: expected int, got nothing"),
         (GOOD, "train.optimizer.lr=fast", "train.optimizer.lr: expected float, got 'fast'"),
