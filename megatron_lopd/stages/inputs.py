@@ -134,18 +134,20 @@ def prove_reference(recipe: Recipe, reference: Parent) -> tuple[Manifest, list[P
         )
     ]
     data = sft.parents.get("data")
-    if data is not None and data.kind == "artifact":
-        generate = parent_manifest(recipe, "generate")
-        proofs.append(prove_parent("sft", "generate", data, generate, directory_of(recipe, "generate")))
-        proofs.append(
-            prove_same(
-                "the SFT data's teacher is the one that generate ran",
-                evidence(sft.parents["teacher"], "sft's teacher"),
-                evidence(generate.parents["teacher"], "generate's teacher"),
-                parts=WHOLE_MODEL,
-                allow=False,
+    if data is not None:
+        stage = data.path  # generate or tokenize
+        made_data = parent_manifest(recipe, stage)
+        proofs.append(prove_parent("sft", stage, data, made_data, directory_of(recipe, stage)))
+        if "teacher" in sft.parents:
+            proofs.append(
+                prove_same(
+                    f"the SFT data's teacher is the one of {stage}",
+                    evidence(sft.parents["teacher"], "sft's teacher"),
+                    evidence(made_data.parents["teacher"], f"{stage}'s teacher"),
+                    parts=WHOLE_MODEL,
+                    allow=False,
+                )
             )
-        )
     return sft, proofs
 
 

@@ -32,6 +32,11 @@ def check(recipe: Recipe) -> list[str]:
     student = inputs.base_student(recipe)
     Chat(student.model)
     check_layout(read_architecture(Path(student.model)), recipe.parallel)
+    if config.data is not None and config.teacher is None and recipe.train is not None:
+        raise ConfigError(
+            f"sft.data: {config.data} does not say which teacher wrote its answers, and the same one must "
+            "score: declare it with sft.teacher=PATH"
+        )
     if config.data is None:
         inputs.prove_tokenizer(
             recipe, inputs.teacher_parent(recipe, "generate"), inputs.base_student_parent(recipe)

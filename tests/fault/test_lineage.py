@@ -19,6 +19,7 @@ from megatron_lopd.cli import main
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.tasks.arithmetic import problems
 from tests.model_zoo import make_model_dir
 from tests.pipeline import SMALL, write_recipe
 
@@ -207,6 +208,25 @@ def test_a_checkpoint_made_elsewhere_is_declared_or_proves_itself(
         "teacher.model=other",
     ]
     refused(capsys, arguments, 3, "teacher", "weights")
+
+
+def test_sft_text_from_a_file_has_a_declared_teacher(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conversations = [
+        {"messages": [{"role": "user", "content": p.prompt}, {"role": "assistant", "content": p.solution}]}
+        for p in problems(20, seed=0, split="sft")
+    ]
+    (root / "sft.jsonl").write_text("\n".join(map(json.dumps, conversations)))
+    arguments = ["run", "recipe.yaml", "run_dir=run2", "sft.data=sft.jsonl"]
+    refused(capsys, arguments, 2, "sft.jsonl", "sft.teacher=PATH")
+    assert main([*arguments, "sft.teacher=teacher"]) == 0
+    assert load_manifest(root / "run2/tokenize").counts["samples"] == 20
+    for stage in ("tokenize", "sft", "rollout", "score", "train", "export", "report"):
+        assert load_manifest(root / "run2" / stage).lineage == "declared"
+    make_model_dir(root / "other", seed=9, **SMALL)
+    shutil.rmtree(root / "run2/score")
+    refused(
+        capsys, ["score", *arguments[1:], "sft.teacher=teacher", "teacher.model=other"], 3, "weights", "other"
+    )
 
 
 def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
