@@ -102,7 +102,10 @@ def safetensors_files(root: Path) -> list[Path]:
     """
     index = root / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise DataError(f"{index}: damaged: no weight_map: copy the checkpoint again") from None
         missing = [name for name in names if not (root / name).is_file()]
         if missing:
             raise DataError(f"{root / missing[0]}: missing: {index.name} lists it; copy the checkpoint again")
@@ -129,13 +132,24 @@ def tensor_locations(path: Path) -> Iterator[TensorLocation]:
             header = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: damaged: unreadable safetensors header ({error})") from None
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end > size:
-            raise DataError(f"{path}: damaged: tensor {name} ends at byte {end} of {size}")
-        yield TensorLocation(path, name, entry["dtype"], tuple(entry["shape"]), start, end)
+    try:
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        found = [
+            TensorLocation(
+                path,
+                name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(8 + length + offset for offset in entry["data_offsets"]),
+            )
+            for name, entry in entries.items()
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: damaged: unreadable safetensors header: copy it again") from None
+    for location in found:
+        if location.end > size:
+            raise DataError(f"{path}: damaged: tensor {location.name} ends at byte {location.end} of {size}")
+    yield from found
 
 
 def _read_config(root: Path) -> dict[str, Any]:
@@ -153,13 +167,22 @@ def _weights_digest(root: Path, tied: bool) -> str:
     stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     cache_key = {"path": str(root.resolve()), "files": stamps, "tied": tied}
     cache = root / CACHE_NAME
-    cached = read_json(cache) if cache.is_file() else {}
-    if cached.get("key") == cache_key:
+    cached = _read_cache(cache)
+    if cached.get("key") == cache_key and isinstance(cached.get("weights"), str):
         return str(cached["weights"])
     digest = _hash_weights(files, tied)
     if os.access(root, os.W_OK):
         atomic_write_json(cache, {"key": cache_key, "weights": digest})
     return digest
+
+
+def _read_cache(path: Path) -> dict[str, Any]:
+    """What was cached; nothing when there is no cache or it cannot be read, for it can be made again."""
+    try:
+        cached = read_json(path)
+    except DataError:
+        return {}
+    return cached if isinstance(cached, dict) else {}
 
 
 def _hash_weights(files: list[Path], tied: bool) -> str:

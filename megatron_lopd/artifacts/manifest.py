@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_lopd.artifacts.files import (
     TEMPORARY_PREFIX,
@@ -129,6 +129,10 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: damaged: a part is missing or of the wrong type ({error})") from None
+    if manifest.lineage not in get_args(LineageStatus):
+        raise DataError(
+            f"{path}: damaged: lineage {manifest.lineage!r}: restore it or make the artifact again"
+        )
     if kind is not None and manifest.kind != kind:
         raise DataError(f"{directory}: holds {manifest.kind}, not {kind}: give another path")
     return manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type or
     out of range, each in one line naming the file and the dotted key.
     """
-    raw = _read_yaml(Path(path))
+    raw = _unshared(_read_yaml(Path(path)))
     for override in overrides:
         _apply_override(raw, override)
     try:
@@ -89,6 +90,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
     return raw
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML's aliases are copies too: an override of one section must not reach another."""
+    if isinstance(value, dict):
+        return {name: _unshared(child) for name, child in value.items()}
+    return [_unshared(child) for child in value] if isinstance(value, list) else value
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -173,9 +181,10 @@ def _scalar(kind: Any, value: Any) -> Any:
         return None
     if kind is float and isinstance(value, int | float | str):
         try:
-            return float(value)
-        except ValueError:
+            number = float(value)
+        except (ValueError, OverflowError):
             return None
+        return number if math.isfinite(number) else None
     if kind is int and isinstance(value, int):
         return value
     return None

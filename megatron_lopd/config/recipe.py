@@ -152,6 +152,10 @@ class OptimizerConfig:
         require(self.lr > 0, "optimizer.lr must be above 0")
         require(0 <= self.min_lr <= self.lr, "optimizer.min_lr must be between 0 and lr")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps must be at least 0")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1)")
+        require(self.eps > 0, "optimizer.eps must be above 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay must be at least 0")
         require(self.clip_grad >= 0, "optimizer.clip_grad must be at least 0 (0 does not clip)")
 
 
@@ -226,10 +230,18 @@ class TrainConfig(TrainingConfig):
 
     section = "train"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.preflight_samples >= 0, "train.preflight_samples must be at least 0 (0 checks nothing)")
+        require(self.preflight_tolerance > 0, "train.preflight_tolerance must be above 0")
+
 
 @dataclass(frozen=True)
 class ExportConfig:
     max_shard_bytes: int = key("largest safetensors file, bytes", 4_000_000_000)
+
+    def __post_init__(self) -> None:
+        require(self.max_shard_bytes >= 1, "export.max_shard_bytes must be at least 1")
 
 
 @dataclass(frozen=True)

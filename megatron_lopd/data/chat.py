@@ -28,9 +28,15 @@ def end_tokens(model_dir: str, tokenizer: Any) -> frozenset[int]:
     if path.is_file():
         try:
             named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: not valid JSON: {error}") from None
-        found.update(named if isinstance(named, list) else [named])
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ConfigError(f"{path}: not a JSON object: {error}") from None
+        ids = named if isinstance(named, list) else [named]
+        for token in ids:
+            if token is not None and not (isinstance(token, int) and 0 <= token < len(tokenizer)):
+                raise ConfigError(
+                    f"{path}: eos_token_id {token!r} is no token id: give one below {len(tokenizer)}"
+                )
+        found.update(ids)
     found.discard(None)
     if not found:
         raise ConfigError(
@@ -54,7 +60,7 @@ class Chat:
             self.tokenizer = AutoTokenizer.from_pretrained(
                 model_dir, trust_remote_code=trust_remote_code, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise ConfigError(f"{model_dir}: its tokenizer does not load: {_first_line(error)}") from error
         if not self.tokenizer.chat_template:
             raise ConfigError(

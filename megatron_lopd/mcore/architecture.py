@@ -81,15 +81,25 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
 
     Raises ConfigError naming the file and the key for a model family or an option that is not supported.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # takes seconds, and most of this package does not need it
 
     path = Path(hf_dir) / "config.json"
     family = _read_family(path)
     try:
         config = AutoConfig.from_pretrained(hf_dir)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: transformers does not accept it: {reason}") from error
+    for size in (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ):
+        if getattr(config, size) < 1:
+            raise ConfigError(f"{path}: {size} is {getattr(config, size)}: it must be at least 1")
     for option, supported in SUPPORTED_OPTIONS.items():
         value = getattr(config, option, supported)
         if value != supported and value is not None:

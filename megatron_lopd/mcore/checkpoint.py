@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
 from megatron_lopd.errors import CheckpointError
@@ -92,6 +93,13 @@ def _restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+class _PlainWriter(FileSystemWriter):
+    """Without the writer's path and a random id in `.metadata`: same state, same bytes."""
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+
 class _SaveInProcess(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # untyped base
     """The stock format, written by this process through torch's own writer.
 
@@ -105,6 +113,6 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # unt
         )
         save_with_torch(
             mcore_to_pyt_state_dict(state, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
+            storage_writer=_PlainWriter(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )

@@ -33,7 +33,7 @@ from megatron_lopd.artifacts.manifest import (
     verify_files,
 )
 from megatron_lopd.config import Recipe
-from megatron_lopd.errors import LineageError, LopdError
+from megatron_lopd.errors import ConfigError, DataError, LineageError, LopdError
 
 PLAN_FILE = "plan.json"
 TIMING_FILE = "timing.json"
@@ -134,8 +134,12 @@ def _verify_parents(recipe: Recipe, plan: Plan) -> None:
 @contextmanager
 def _sole_worker(directory: Path) -> Iterator[None]:
     """Hold the stage's directory against a second run of it. The lock goes with the process."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK_FILE).open("w") as stream:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / LOCK_FILE).open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {directory} cannot be written: {error.strerror}") from None
+    with lock as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -187,7 +191,10 @@ def base_versions() -> dict[str, str]:
 def seconds_of(directory: Path) -> float:
     """Seconds a stage has taken over all its attempts, as far as they ended; 0 when unknown."""
     path = directory / TIMING_FILE
-    return float(read_json(path)["seconds"]) if path.is_file() else 0.0
+    try:
+        return float(read_json(path)["seconds"])
+    except (DataError, TypeError, KeyError, ValueError):
+        return 0.0  # a duration is not worth stopping a run for
 
 
 def _begin(stage: Stage, directory: Path, plan: Plan) -> None:
@@ -196,8 +203,12 @@ def _begin(stage: Stage, directory: Path, plan: Plan) -> None:
     path = directory / PLAN_FILE
     if path.is_file():
         begun = read_json(path)
-        parents = {role: Parent(**parent) for role, parent in begun["parents"].items()}
-        _refuse_change(stage.name, directory, begun["config"], parents, plan)
+        try:
+            parents = {role: Parent(**parent) for role, parent in begun["parents"].items()}
+            config = begun["config"]
+        except (TypeError, KeyError, AttributeError):
+            raise DataError(f"{path}: damaged: remove {directory} to make it again") from None
+        _refuse_change(stage.name, directory, config, parents, plan)
         return
     parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
     atomic_write_json(path, {"config": plan.config, "parents": parents_plain})

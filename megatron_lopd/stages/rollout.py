@@ -8,7 +8,7 @@ from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage
+from megatron_lopd.stages.base import Output, Plan, Stage, parent_manifest
 from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, write_rollouts
 
 
@@ -24,6 +24,7 @@ def check(recipe: Recipe) -> list[str]:
 
 
 def plan(recipe: Recipe) -> Plan:
+    parent_manifest(recipe, "sft")  # or the error that says to run it
     student = inputs.parent_of_model(inputs.reference_directory(recipe))
     sft, proofs = inputs.prove_reference(recipe, student)
     teacher = sft.parents.get("teacher")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Recipe
@@ -40,6 +41,7 @@ def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
     needed = [stage for stage in STAGES if stage.needed(recipe)]
     if not needed:
         raise ConfigError("the recipe asks for nothing: give a section sft, and train to go on to OPD")
+    check_run_dir(recipe)
     waiting = [stage for stage in needed if not is_committed(directory_of(recipe, stage.name))]
     for stage in waiting:
         stage.check(recipe)
@@ -64,6 +66,7 @@ def run_one(name: str, recipe: Recipe) -> None:
     """One stage, after checking that what it stands on is still what the recipe says."""
     stage = next(stage for stage in STAGES if stage.name == name)
     if is_main_rank():
+        check_run_dir(recipe)
         stage.check(recipe)
         for earlier in _before(stage, recipe):
             check_unchanged(earlier, recipe)
@@ -72,6 +75,14 @@ def run_one(name: str, recipe: Recipe) -> None:
         _say(f"{name}: done in {time.monotonic() - started:.1f} s: {directory_of(recipe, name)}")
     else:
         _say(f"{name}: nothing to do: {directory_of(recipe, name)} is committed and unchanged")
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """Raise ConfigError when a file is where the run's directory should be."""
+    path = Path(recipe.run_dir)
+    for each in (path, *path.parents):
+        if each.exists() and not each.is_dir():
+            raise ConfigError(f"run_dir: {each} is a file: choose another directory")
 
 
 def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:

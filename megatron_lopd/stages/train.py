@@ -26,6 +26,7 @@ def check(recipe: Recipe) -> list[str]:
 
 def plan(recipe: Recipe) -> Plan:
     config = inputs.train_config(recipe)
+    parent_manifest(recipe, "sft")  # or the error that says to run it
     student = inputs.parent_of_model(_start(recipe))
     proofs = inputs.prove_training(recipe, student)
     stages = ("sft", "rollout", "score")

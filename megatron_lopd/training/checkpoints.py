@@ -34,15 +34,14 @@ KIND = "checkpoint"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps done and what they consumed. `seconds` of stepping, over all attempts;
-    `loss` is the last step's, None when it was not finite or none was run."""
+    """How far a run is: steps done and what they consumed; `loss` is the last step's, None when it was
+    not finite or none was run. No clock is in it: the same run gives the same checkpoint, byte for byte."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     response_tokens: int = 0
     skipped_steps: int = 0
-    seconds: float = 0.0
     loss: float | None = None
 
 

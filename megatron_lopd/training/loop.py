@@ -149,7 +149,6 @@ class _Run:
             tokens=before.tokens + counts.tokens,
             response_tokens=before.response_tokens + counts.response_tokens,
             skipped_steps=before.skipped_steps + (not applied),
-            seconds=before.seconds + seconds,
             loss=measured["loss"] if math.isfinite(measured["loss"]) else None,
         )
         self.reporter.step(

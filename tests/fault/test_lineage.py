@@ -179,6 +179,11 @@ def test_what_was_begun_is_not_mixed_with_other_settings(
     assert main(["rollout", "recipe.yaml"]) == 0
 
 
+def test_a_stage_made_again_is_the_same_artifact(root: Path) -> None:
+    undo(root, "train")
+    assert main(["run", "recipe.yaml"]) == 0  # export, evaluate and report still stand on it
+
+
 def test_training_needs_no_teacher(root: Path) -> None:
     undo(root, "train", "export", "evaluate", "report")
     shutil.rmtree(root / "teacher")

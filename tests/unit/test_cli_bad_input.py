@@ -120,6 +120,32 @@ def test_bad_input_is_one_line_before_anything_is_spent(
     assert not (root / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("path", "content", "code"),
+    [
+        ("student/config.json", "[]", 2),
+        ("teacher/generation_config.json", "[]", 2),
+        ("teacher/generation_config.json", '{"eos_token_id": 99999}', 2),
+        ("teacher/model.safetensors", "0123456789", 1),
+        ("teacher/model.safetensors.index.json", "{}", 1),
+        ("teacher/tokenizer.json", "{", 2),
+        ("run", "a file", 2),
+    ],
+)
+def test_damaged_files_are_named(
+    root: Path, capsys: pytest.CaptureFixture[str], path: str, content: str, code: int
+) -> None:
+    Path(path).write_text(content)
+    assert main(["run", "recipe.yaml"]) == code
+    assert path.split("/")[0] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_stages_out_of_order_say_which_to_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("rollout", "train", "export"):
+        assert main([stage, "recipe.yaml"]) == 1
+        assert "run the stage that makes it" in capsys.readouterr().err
+
+
 def test_too_few_processes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "recipe.yaml"]) == 0
     assert main(["sft", "recipe.yaml", "parallel.tensor=2", "parallel.processes=2"]) == 2

@@ -54,6 +54,9 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         (GOOD, "seed=abc", "seed: expected int, got 'abc'"),
         (GOOD, "seed=-1", "seed must be between 0 and 2^63 - 1, not -1"),
         (GOOD, "sft.optimizer.warmup_steps=5", "sft.optimizer.warmup_steps=5 must be below sft.steps=5"),
+        (GOOD, "train.optimizer.lr=inf", "train.optimizer.lr: expected float, got 'inf'"),
+        (GOOD, "train.optimizer.beta1=2", "optimizer.beta1 must be in [0, 1)"),
+        (GOOD, "train.preflight_samples=-1", "train.preflight_samples must be at least 0"),
         (GOOD, "seed=true", "seed: expected int, got True"),
         (GOOD, "seed=", "seed: expected int, got nothing"),
         (GOOD, "train.optimizer.lr=fast", "train.optimizer.lr: expected float, got 'fast'"),
@@ -83,6 +86,13 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, override: str | 
         load_recipe(write(tmp_path, text), [override] if override else [])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_override_reaches_only_its_own_section(tmp_path: Path) -> None:
+    text = GOOD + "generate: {sampling: &s {top_k: 3}}\nrollout: {sampling: *s}\n"
+    recipe = load_recipe(write(tmp_path, text), ["rollout.sampling.temperature=0.5"])
+    assert (recipe.generate.sampling.temperature, recipe.rollout.sampling.temperature) == (1.0, 0.5)
+    assert recipe.rollout.sampling.top_k == 3
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:

@@ -117,8 +117,9 @@ def test_bad_jobs_are_refused_before_a_step(tmp_path: Path) -> None:
     root = make_root(tmp_path, samples=4)
     with pytest.raises(RankError, match="micro_batch_tokens=8: raise it to at least"):
         run_ranks(1, _train, root, {"micro_batch_tokens": 8})
-    with pytest.raises(RankError, match=r"warmup_steps=6 is not below the run's 6 steps"):
-        run_ranks(1, _train, root, {"optimizer": OptimizerConfig(warmup_steps=6)})
+    late = {"steps": None, "epochs": 0.1, "optimizer": OptimizerConfig(warmup_steps=6)}
+    with pytest.raises(RankError, match=r"warmup_steps=6 is not below the run's"):
+        run_ranks(1, _train, root, late)
 
 
 def _train(root: Path, options: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from megatron_lopd.artifacts.files import atomic_file, atomic_write_json, read_j
 from megatron_lopd.artifacts.lineage import Proof, artifact_parent, worst
 from megatron_lopd.artifacts.manifest import Manifest, is_committed, load_manifest
 from megatron_lopd.config import Recipe
+from megatron_lopd.errors import DataError
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest, seconds_of
 from megatron_lopd.stages.report.lineage_graph import Edge, LineageGraph, Node
@@ -115,7 +116,12 @@ def _settings(
 
 def _history(directory: Path) -> list[dict[str, Any]]:
     path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: damaged ({error}): remove it to draw the report without it") from None
 
 
 def _graph(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) -> LineageGraph:
