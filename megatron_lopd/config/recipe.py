@@ -7,6 +7,7 @@ raise ConfigError with the dotted key.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -115,24 +116,88 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class ScoreConfig:
     engine: EngineConfig = key("what runs the teacher", factory=EngineConfig)
+    top_k: int = key(
+        "most likely teacher tokens kept at each response position, for topk_reverse_kl; 0 keeps none", 0
+    )
+
+    def __post_init__(self) -> None:
+        require(self.top_k >= 0, "score.top_k must be at least 0 (0 keeps none)")
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    """How a model is split. Ranks are tensor x context x pipeline x data; experts divide them anew."""
+
     tensor: int = key("tensor parallel size (ranks)", 1)
     pipeline: int = key("pipeline parallel size (ranks)", 1)
+    virtual_pipeline: int = key("model chunks on each pipeline rank, interleaved (count)", 1)
+    context: int = key("context parallel size: ranks that share a sequence", 1)
+    expert: int = key("expert parallel size: ranks that share the experts of a layer", 1)
+    expert_tensor: int | None = key("tensor parallel size within experts (ranks); empty: as tensor", None)
     sequence: bool = key("sequence parallelism, when tensor > 1", True)
+    recompute: Literal["none", "selective", "full"] = key(
+        "activations made again in the backward pass: none, attention's (selective), whole layers (full)",
+        "none",
+    )
     processes: int = key("processes `lopd run` starts for sft and train on this machine (ranks)", 1)
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "processes"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "processes"):
             require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1")
-        model = self.tensor * self.pipeline
         require(
-            self.processes % model == 0,
-            f"parallel.processes={self.processes} must be a multiple of tensor x pipeline = "
-            f"{self.tensor} x {self.pipeline}: set parallel.processes="
-            f"{model * max(1, self.processes // model)}",
+            self.expert_tensor is None or self.expert_tensor >= 1, "parallel.expert_tensor must be at least 1"
+        )
+        require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            f"parallel.virtual_pipeline={self.virtual_pipeline} interleaves pipeline stages, and "
+            "parallel.pipeline is 1: set parallel.virtual_pipeline=1 or parallel.pipeline to at least 2",
+        )
+        require(
+            self.processes % self.ranks_multiple == 0,
+            f"parallel.processes={self.processes} must be a multiple of {self.ranks_multiple} "
+            f"({self.product}): set parallel.processes="
+            f"{self.ranks_multiple * max(1, self.processes // self.ranks_multiple)}",
+        )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor parallel size within experts."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def ranks_multiple(self) -> int:
+        """The number of ranks must be a multiple of this: both the dense and the expert axes divide it."""
+        dense = self.tensor * self.context * self.pipeline
+        return math.lcm(dense, self.expert_tensor_size * self.expert * self.pipeline)
+
+    @property
+    def product(self) -> str:
+        """The sizes behind `ranks_multiple`, for messages: the axes that are not 1, or tensor x pipeline."""
+        dense = f"tensor x context x pipeline = {self.tensor} x {self.context} x {self.pipeline}"
+        if self.expert == 1 and self.expert_tensor is None:
+            return dense
+        return (
+            f"{dense}, and expert_tensor x expert x pipeline = "
+            f"{self.expert_tensor_size} x {self.expert} x {self.pipeline}"
+        )
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """Transformer Engine's FP8 in the linear layers; log-probs and master weights stay fp32."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = key(
+        "how scales are found: from earlier steps, by tensor, by block, or in blocks of 32 (Blackwell)"
+    )
+    format: Literal["e4m3", "hybrid"] = key("hybrid: e4m3 forward and e5m2 backward", "hybrid")
+    bf16_first_last_layers: int = key("layers kept in bf16 at each end (count; not with delayed)", 0)
+
+    def __post_init__(self) -> None:
+        require(self.bf16_first_last_layers >= 0, "fp8.bf16_first_last_layers must be at least 0")
+        require(
+            self.recipe != "delayed" or self.bf16_first_last_layers == 0,
+            f"fp8.bf16_first_last_layers={self.bf16_first_last_layers} does not go with fp8.recipe=delayed: "
+            "set it to 0, or fp8.recipe to tensorwise or blockwise",
         )
 
 
@@ -221,7 +286,9 @@ class SftConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class TrainConfig(TrainingConfig):
-    objective: Literal["sampled_reverse_kl"] = key("the loss; see objectives.py", "sampled_reverse_kl")
+    objective: Literal["sampled_reverse_kl", "topk_reverse_kl"] = key(
+        "the loss; see objectives.py; topk_reverse_kl needs score.top_k", "sampled_reverse_kl"
+    )
     checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
     preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
     preflight_tolerance: float = key(
@@ -261,6 +328,7 @@ class Recipe:
     student: StudentConfig | None = key("the base student", None)
     prompts: PromptSources = key("prompts by stage", factory=PromptSources)
     precision: Literal["fp32", "bf16"] = key("training precision (master weights are fp32)", "bf16")
+    fp8: Fp8Config | None = key("FP8 layers on NVIDIA GPUs with Transformer Engine, in training", None)
     parallel: ParallelConfig = key(
         "how sft and train are split over ranks", factory=ParallelConfig, operational=True
     )
@@ -277,3 +345,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63 - 1, not {self.seed}")
+        require(
+            self.fp8 is None or self.precision == "bf16",
+            "fp8 layers stand among bf16 ones: set precision=bf16, or drop the fp8 section",
+        )
+        require(
+            self.train is None or self.train.objective != "topk_reverse_kl" or self.score.top_k > 0,
+            "train.objective=topk_reverse_kl needs the teacher's top k: set score.top_k (to 64, say)",
+        )

@@ -32,7 +32,9 @@ class MicroBatch:
     `sum(loss_weights * loss) / sum(loss_count)`, both sums over the global batch: with sequence_mean the
     weights are one over the response's length and the count is samples, with token_mean 1 and response
     tokens. `loss_weights` float32 [R]. `behaviour_log_probs`, `teacher_log_probs` float32 [R], nats, or
-    None where the samples have none. `num_tokens` leaves padding out.
+    None where the samples have none; so too the teacher's k likeliest tokens (records.TopK): `top_k_ids`
+    int64 [R, k], `top_k_log_probs` float32 [R, k], `tail_log_probs` float32 [R]. `num_tokens` leaves
+    padding out.
     """
 
     tokens: Tensor
@@ -46,6 +48,9 @@ class MicroBatch:
     loss_count: int
     behaviour_log_probs: Tensor | None
     teacher_log_probs: Tensor | None
+    top_k_ids: Tensor | None
+    top_k_log_probs: Tensor | None
+    tail_log_probs: Tensor | None
     num_samples: int
     num_tokens: int
 
@@ -58,8 +63,8 @@ def collate(
     No samples give a micro-batch of padding alone (R = 0), so that a rank with nothing left to do can
     still take part in the step's communication.
 
-    Raises DataError naming the sample when its prompt is empty, or when some samples have behaviour or
-    teacher log-probs and others do not.
+    Raises DataError naming the sample when its prompt is empty, when some samples have behaviour
+    log-probs, teacher log-probs or top-k scores and others do not, or when their k differ.
     """
     rollouts = [sample.rollout for sample in samples]
     for rollout in rollouts:
@@ -77,6 +82,7 @@ def collate(
     parts = [part for rollout in rollouts for part in (rollout.prompt_tokens, rollout.response_tokens)]
     weights = 1.0 / response if loss_normalization == "sequence_mean" else np.ones(len(rollouts))
     count = len(rollouts) if loss_normalization == "sequence_mean" else int(response.sum())
+    teacher = [None if sample.score is None else sample.score.log_probs for sample in samples]
     return MicroBatch(
         tokens=_joined([*parts, np.full(padding, PADDING_TOKEN)], np.int64),
         position_ids=torch.from_numpy(_ramps(np.zeros_like(documents), documents)),
@@ -88,7 +94,8 @@ def collate(
         loss_weights=torch.from_numpy(np.repeat(weights, response).astype(np.float32)),
         loss_count=count,
         behaviour_log_probs=_log_probs(rollouts, [rollout.log_probs for rollout in rollouts], "behaviour"),
-        teacher_log_probs=_log_probs(rollouts, [sample.teacher_log_probs for sample in samples], "teacher"),
+        teacher_log_probs=_log_probs(rollouts, teacher, "teacher"),
+        **_top_k(samples),
         num_samples=len(rollouts),
         num_tokens=num_tokens,
     )
@@ -124,3 +131,23 @@ def _log_probs(
             )
         present.append(log_probs)
     return _joined(present, np.float32)
+
+
+def _top_k(samples: Sequence[Sample]) -> dict[str, Tensor | None]:
+    """The MicroBatch's three top-k tensors; None when no sample has any. Raises DataError on a mixture."""
+    scored = [(sample, sample.score.top_k) for sample in samples if sample.score and sample.score.top_k]
+    if not scored:
+        return {"top_k_ids": None, "top_k_log_probs": None, "tail_log_probs": None}
+    k = scored[0][1].ids.shape[1]
+    with_k = {sample.rollout.sample_id for sample, top_k in scored if top_k.ids.shape[1] == k}
+    for sample in samples:
+        if sample.rollout.sample_id not in with_k:
+            raise DataError(
+                f"sample {sample.rollout.sample_id} does not have the {k} top-k scores that others of its "
+                "micro-batch have: score all rollouts with one score.top_k"
+            )
+    return {
+        "top_k_ids": torch.from_numpy(np.concatenate([t.ids for _, t in scored]).astype(np.int64)),
+        "top_k_log_probs": torch.from_numpy(np.concatenate([t.log_probs for _, t in scored])),
+        "tail_log_probs": torch.from_numpy(np.concatenate([t.tail_log_probs for _, t in scored])),
+    }

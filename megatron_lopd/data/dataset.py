@@ -55,9 +55,8 @@ class TrainingData:
         """Sample `index`, with the teacher's log-probs if there are scores. Its arrays are read-only."""
         rollout = self._rollouts.record(index)
         if self._scores is None:
-            return Sample(rollout, teacher_log_probs=None)
-        score = self._scores.record(self._scores.position(rollout.sample_id))
-        return Sample(rollout, teacher_log_probs=score.log_probs)
+            return Sample(rollout, score=None)
+        return Sample(rollout, self._scores.record(self._scores.position(rollout.sample_id)))
 
     def require_within(self, token_budget: int) -> None:
         """Raise DataError naming the longest sample when it is above `token_budget` tokens."""

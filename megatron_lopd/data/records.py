@@ -29,16 +29,34 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """The teacher's k likeliest tokens after each prefix of a response, at temperature 1.
+
+    `ids` int32 [T, k], likeliest first; `log_probs` float32 [T, k], nats; `tail_log_probs` float32 [T],
+    nats: the log of the mass of all tokens that are neither among the k nor the response token itself.
+    """
+
+    ids: NDArray[np.int32]
+    log_probs: NDArray[np.float32]
+    tail_log_probs: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Score:
-    """A teacher's `log pi_T(a_t | s_t)` of one rollout's response: float32 [T], nats, temperature 1."""
+    """What a teacher said of one rollout.
+
+    `log_probs` float32 [T], nats: `log pi_T(a_t | s_t)` at temperature 1, exact whether or not a_t is among
+    the top k. `top_k` None where only the response tokens were scored.
+    """
 
     sample_id: str
     log_probs: NDArray[np.float32]
+    top_k: TopK | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the trainer reads of one sample: the rollout and, for OPD, its teacher log-probs."""
+    """What the trainer reads of one sample: the rollout and, for OPD, its teacher's score."""
 
     rollout: Rollout
-    teacher_log_probs: NDArray[np.float32] | None
+    score: Score | None

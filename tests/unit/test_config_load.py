@@ -70,8 +70,11 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         (
             GOOD,
             "parallel.tensor=2",
-            "parallel.processes=1 must be a multiple of tensor x pipeline = 2 x 1: set parallel.processes=2",
+            "parallel.processes=1 must be a multiple of 2 (tensor x context x pipeline = 2 x 1 x 1): "
+            "set parallel.processes=2",
         ),
+        (GOOD, "parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline to at"),
+        (GOOD, "train.objective=topk_reverse_kl", "needs the teacher's top k: set score.top_k"),
         (GOOD, "prompts.opd.path=x.jsonl", "give either path (a JSONL file) or task"),
         (GOOD, "seed", "write it as dotted.key=value"),
         (GOOD, "seed.deeper=1", "seed holds a value, not keys"),

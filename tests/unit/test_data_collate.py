@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.data.collate import MicroBatch, collate
-from megatron_lopd.data.records import Rollout, Sample
+from megatron_lopd.data.records import Rollout, Sample, Score, TopK
 from megatron_lopd.errors import DataError
 
 
@@ -24,7 +24,10 @@ def sample(index: int, prompt: int, response: int) -> Sample:
         finish_reason="stop",
         log_probs=-response_tokens.astype(np.float32),
     )
-    return Sample(rollout, teacher_log_probs=-2 * response_tokens.astype(np.float32))
+    values = response_tokens.astype(np.float32)
+    columns = np.arange(3, dtype=np.int32)
+    top_k = TopK(response_tokens[:, None] + columns, -3 * values[:, None] - columns, -4 * values)
+    return Sample(rollout, Score(rollout.sample_id, -2 * values, top_k))
 
 
 def check_against_oracle(batch: MicroBatch, samples: list[Sample], multiple: int) -> None:
@@ -45,6 +48,12 @@ def check_against_oracle(batch: MicroBatch, samples: list[Sample], multiple: int
             assert batch.teacher_log_probs is not None
             assert batch.behaviour_log_probs[row] == -float(token)
             assert batch.teacher_log_probs[row] == -2 * float(token)
+            assert batch.top_k_ids is not None
+            assert batch.top_k_log_probs is not None
+            assert batch.tail_log_probs is not None
+            assert batch.top_k_ids[row].tolist() == [token, token + 1, token + 2]
+            assert batch.top_k_log_probs[row].tolist() == [-3 * token, -3 * token - 1, -3 * token - 2]
+            assert batch.tail_log_probs[row] == -4 * float(token)
             row += 1
         start += len(prompt) + len(response)
     assert row == len(batch.predict_index) == len(batch.response_tokens) == len(batch.loss_weights)
@@ -115,7 +124,7 @@ def test_dtypes() -> None:
 
 def test_unsampled_responses_have_no_log_probs_and_do_not_mix() -> None:
     sampled, other = sample(0, 2, 3), sample(1, 2, 3)
-    text = Sample(replace(other.rollout, log_probs=None), teacher_log_probs=None)
+    text = Sample(replace(other.rollout, log_probs=None), score=None)
     batch = collate([text], "sequence_mean", 1)
     assert batch.behaviour_log_probs is None
     assert batch.teacher_log_probs is None
@@ -125,7 +134,12 @@ def test_unsampled_responses_have_no_log_probs_and_do_not_mix() -> None:
 
 def test_bad_samples_are_named() -> None:
     good = sample(0, 2, 3)
-    short = replace(good, teacher_log_probs=np.zeros(2, dtype=np.float32))
+    other = sample(1, 2, 3)
+    assert other.score is not None
+    without_top_k = replace(other, score=replace(other.score, top_k=None))
+    with pytest.raises(DataError, match="sample-1 does not have the 3 top-k scores"):
+        collate([good, without_top_k], "sequence_mean", 1)
+    short = replace(good, score=Score(good.rollout.sample_id, np.zeros(2, dtype=np.float32)))
     with pytest.raises(DataError, match="sample-0 has 2 teacher log-probs for 3 response tokens"):
         collate([short], "sequence_mean", 1)
     no_prompt = replace(good, rollout=replace(good.rollout, prompt_tokens=np.empty(0, dtype=np.int32)))

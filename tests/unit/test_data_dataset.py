@@ -48,8 +48,8 @@ def test_scores_are_joined_by_id_and_not_by_position(tmp_path: Path) -> None:
     for index, sample_id in enumerate("abcd"):
         sample = data.sample(index)
         assert sample.rollout.sample_id == sample_id
-        assert sample.teacher_log_probs is not None
-        assert sample.teacher_log_probs.tolist() == [-ord(sample_id)] * LENGTHS[sample_id]
+        assert sample.score is not None
+        assert sample.score.log_probs.tolist() == [-ord(sample_id)] * LENGTHS[sample_id]
     data.require_within(7)
     with pytest.raises(DataError, match=r"rollouts-00001\.arrow: sample d has 7 tokens.*at least 7"):
         data.require_within(6)
@@ -57,7 +57,7 @@ def test_scores_are_joined_by_id_and_not_by_position(tmp_path: Path) -> None:
 
 def test_without_scores(tmp_path: Path) -> None:
     write_rollouts(tmp_path, ["a"])
-    assert TrainingData(tmp_path).sample(0).teacher_log_probs is None
+    assert TrainingData(tmp_path).sample(0).score is None
 
 
 @pytest.mark.parametrize(

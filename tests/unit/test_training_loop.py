@@ -79,7 +79,7 @@ def test_metrics_of_a_first_step_on_rollouts_of_the_model_itself(tmp_path: Path)
     first, data = steps[0], TrainingData(root / "data", root / "data")
     samples = [data.sample(int(position)) for position in BatchPlan(40, 16, 0).samples(0)]
     behaviour = np.concatenate([sample.rollout.log_probs for sample in samples])
-    teacher = np.concatenate([sample.teacher_log_probs for sample in samples])
+    teacher = np.concatenate([sample.score.log_probs for sample in samples])
     # The kept log-probs are the starting model's, to fp32 rounding (1e-6 seen) of values up to about 10.
     assert first["advantage_mean"] == pytest.approx(float((teacher - behaviour).mean()), abs=1e-5)
     assert first["advantage_p95"] == pytest.approx(float(np.quantile(teacher - behaviour, 0.95)), abs=1e-5)
