@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, check_layout
+from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
 from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs
 from megatron_lopd.mcore.spec import decoder_spec
@@ -106,6 +107,7 @@ def build_model(
             high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
+    mark_expert_weights(model)
     draw_weights(model, arch, seed)
     return model
 
@@ -149,27 +151,12 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         calculate_per_token_loss=True,
-        **_moe_options(arch),
+        **moe_options(arch, parallel),
     )
 
 
 def _leave(weight: torch.Tensor) -> None:
     """An init_method that does nothing: `draw_weights` draws the weights, alike at every layout."""
-
-
-def _moe_options(arch: Architecture) -> dict[str, Any]:
-    if arch.experts is None:
-        return {}
-    return {
-        "num_moe_experts": arch.experts.count,
-        "moe_router_topk": arch.experts.top_k,
-        "moe_ffn_hidden_size": arch.experts.ffn_size,
-        "moe_router_pre_softmax": not arch.experts.normalize_top_k,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": compat.has_transformer_engine(),
-    }
 
 
 def response_log_probs(

@@ -52,7 +52,7 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
     Under torchrun (RANK and WORLD_SIZE set) the world is its processes; otherwise it is this process
     alone. `seed` seeds Megatron-Core's named random states. May be entered again in one process.
-    Raises ConfigError when the processes do not divide into tensor x pipeline groups.
+    Raises ConfigError when the processes do not divide into the groups of `parallel`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     _check_world(parallel, world_size)
@@ -64,7 +64,10 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     torch.distributed.init_process_group(compat.backend(), store=store, rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield _ranks()
@@ -74,12 +77,11 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
 
 def _check_world(parallel: ParallelConfig, world_size: int) -> None:
-    model = parallel.tensor * parallel.pipeline
-    if world_size % model:
+    multiple = parallel.ranks_multiple
+    if world_size % multiple:
         raise ConfigError(
-            f"parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline} needs a multiple "
-            f"of {model} processes, not {world_size}: start {model} "
-            f"(torchrun --nproc-per-node {model}, or parallel.processes={model}) or lower one of the two"
+            f"{parallel.product} needs a multiple of {multiple} processes, not {world_size}: start {multiple} "
+            f"(torchrun --nproc-per-node {multiple}, or parallel.processes={multiple}) or lower one of them"
         )
 
 
