@@ -202,8 +202,8 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
         _check_experts(arch.experts, parallel)
     elif parallel.expert > 1 or parallel.expert_tensor not in (None, parallel.tensor):
         raise ConfigError(
-            f"parallel.expert={parallel.expert} and parallel.expert_tensor={parallel.expert_tensor_size} split "
-            f"experts, and a {arch.family} model has none: set parallel.expert to 1 and leave "
+            f"parallel.expert={parallel.expert} and parallel.expert_tensor={parallel.expert_tensor_size} "
+            f"split experts, and a {arch.family} model has none: set parallel.expert to 1 and leave "
             "parallel.expert_tensor empty"
         )
 

@@ -105,7 +105,7 @@ def _all_gather_unequal(
 def _reduce_scatter_unequal(output: torch.Tensor, parts: list[torch.Tensor], *, group: Any) -> None:
     whole = torch.cat(parts)
     distributed_c10d.all_reduce(whole, group=group)
-    output.copy_(whole.split([len(part) for part in parts])[group.rank()])
+    output.copy_(torch.split(whole, [len(part) for part in parts])[group.rank()])
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,9 @@ def moe_options(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
 def first_expert(arch: Architecture) -> int:
     """The 0-based global index of this rank's expert 0; 0 for a dense model."""
     count = arch.experts.count if arch.experts else 0
-    per_rank = count // parallel_state.get_expert_model_parallel_world_size()
-    return per_rank * parallel_state.get_expert_model_parallel_rank()
+    per_rank: int = count // parallel_state.get_expert_model_parallel_world_size()
+    rank: int = parallel_state.get_expert_model_parallel_rank()
+    return per_rank * rank
 
 
 def mark_expert_weights(model: GPTModel) -> None:

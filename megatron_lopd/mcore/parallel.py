@@ -80,8 +80,9 @@ def _check_world(parallel: ParallelConfig, world_size: int) -> None:
     multiple = parallel.ranks_multiple
     if world_size % multiple:
         raise ConfigError(
-            f"{parallel.product} needs a multiple of {multiple} processes, not {world_size}: start {multiple} "
-            f"(torchrun --nproc-per-node {multiple}, or parallel.processes={multiple}) or lower one of them"
+            f"{parallel.product} needs a multiple of {multiple} processes, not {world_size}: start "
+            f"{multiple} (torchrun --nproc-per-node {multiple}, or parallel.processes={multiple}) or lower "
+            "one of them"
         )
 
 

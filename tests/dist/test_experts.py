@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def test_losses_and_gradients_do_not_depend_on_where_experts_are(
 def test_a_run_goes_on_where_experts_are_laid_out_anew(root: Path) -> None:
     """Each layout resumes from a checkpoint of the one before."""
     [(_, expected, _)] = run_ranks(1, run_job, root, "alone", SINGLE)
-    for at_step, layout in ((0, "TP2 x EP2, ETP1"), (2, "PP2 x EP2"), (4, "ETP2"), (2, "alone"), (4, "EP2")):
+    for at_step, layout in ((0, "TP2 x EP2, ETP1"), (2, "PP2 x EP2"), (4, "ETP2"), (4, "alone")):
         for checkpoint in (root / "moved" / "checkpoints").glob("step_*"):
             if int(checkpoint.name.removeprefix("step_")) > at_step:
                 shutil.rmtree(checkpoint)
@@ -95,6 +95,32 @@ def test_a_run_goes_on_where_experts_are_laid_out_anew(root: Path) -> None:
                 # Rounding in another order, through six steps of Adam.
                 seen = [step[name] for step in steps]
                 assert seen == pytest.approx([step[name] for step in expected], rel=1e-5), (layout, name)
+
+
+@pytest.mark.parametrize("layout", ["EP2", "TP2 x EP2, ETP2"])
+def test_experts_that_no_token_chooses_have_zero_gradients(root: Path, layout: str) -> None:
+    """Experts 2 and 3 get nothing on any rank: all that the second expert parallel rank holds."""
+    [expected] = run_ranks(1, one_step_on_two_experts, root, SINGLE)
+    parallel = LAYOUTS[layout]
+    ranks = run_ranks(parallel.processes, one_step_on_two_experts, root, parallel, timeout=60)
+    reference, gradients = whole_gradients([expected]), whole_gradients(ranks)
+    for name, gradient in gradients.items():
+        if ".experts.2." in name or ".experts.3." in name:
+            assert torch.count_nonzero(gradient) == 0, name
+        else:
+            error = (gradient - reference[name]).norm() / reference[name].norm()
+            assert error < 1e-4, f"{name}: {error}"
+    for trained in ranks:
+        assert trained.norms == pytest.approx(expected.norms, rel=1e-4)
+
+
+def test_padding_goes_through_the_experts_and_leaves_no_trace(root: Path) -> None:
+    [(bare, padded)] = run_ranks(1, one_step_bare_and_padded, root)
+    assert padded.losses == pytest.approx(bare.losses, rel=1e-6)
+    for name, gradient in whole_gradients([bare]).items():
+        # The padding makes every expert's matrix products longer, which are then summed in another order.
+        error = (padded.gradients[name][3] - gradient).norm() / gradient.norm()
+        assert error < 1e-5, f"{name}: {error}"
 
 
 def whole_gradients(trained: list[Trained]) -> dict[str, torch.Tensor]:
@@ -123,47 +149,95 @@ def run_job(root: Path, work: str, parallel: ParallelConfig) -> Any:
 
 
 def train_some_steps(root: Path, parallel: ParallelConfig) -> dict[str, Trained]:
+    from megatron_lopd.convert.load import load_hf_weights
     from megatron_lopd.mcore.parallel import model_parallel
 
     with model_parallel(parallel, seed=0) as ranks:
-        return {objective: train_with(root, parallel, ranks, objective) for objective in OBJECTIVES}
+        trained = {}
+        for objective, weights in OBJECTIVES.items():
+            job = Job(root, parallel, ranks, objective)
+            if weights == "read":
+                load_hf_weights(job.model, job.arch, root / "model")
+            trained[objective] = job.train(STEPS)
+        return trained
 
 
-def train_with(root: Path, parallel: ParallelConfig, ranks: Any, objective_name: str) -> Trained:
-    from megatron_lopd.convert.load import load_hf_weights
-    from megatron_lopd.data.dataset import TrainingData
-    from megatron_lopd.data.plan import BatchPlan
-    from megatron_lopd.mcore import compat
-    from megatron_lopd.mcore.architecture import read_architecture
-    from megatron_lopd.mcore.model import build_model
-    from megatron_lopd.mcore.optimizer import build_optimization, guarded_step, zero_gradients
-    from megatron_lopd.objectives import get_objective
-    from megatron_lopd.training.metrics import Counts, summarize
-    from megatron_lopd.training.step import BatchLoader, run_micro_batches
+def one_step_on_two_experts(root: Path, parallel: ParallelConfig) -> Trained:
+    """Of each token's four router logits one is above zero, the first or the second; top 1 is chosen."""
+    from megatron_lopd.mcore.parallel import model_parallel
 
-    config = TrainConfig(
-        optimizer=OptimizerConfig(lr=1e-3, clip_grad=CLIP), steps=STEPS, global_batch_size=16, micro_batch_tokens=64
-    )
-    arch = read_architecture(root / "model")
-    model = build_model(arch, parallel, "fp32", seed=0)
-    if OBJECTIVES[objective_name] == "read":
-        load_hf_weights(model, arch, root / "model")
-    optimization = build_optimization(model, config.optimizer, "fp32", STEPS)
-    data = TrainingData(root / "data", root / "data")
-    loader = BatchLoader.of(data, config, parallel, ranks)
-    plan = BatchPlan(len(data), config.global_batch_size, 0)
-    objective, device = get_objective(objective_name), compat.device()
-    losses, norms, clipped, gradients = [], [], 0.0, {}
-    for step in range(STEPS):
-        batches = loader.micro_batches(plan.samples(step).tolist())
-        zero_gradients(optimization)
-        parts = run_micro_batches(optimization.model, objective, batches, config.micro_batch_tokens, device)
-        gradients = gradients or first_gradients(optimization.model, arch)
-        norms.append(guarded_step(optimization)[0])
-        clipped = clipped or optimization.optimizer.get_grad_norm()
-        counts = Counts.of(batches, device)
-        losses.append(summarize(parts, counts, objective, ranks, device)["loss"])
-    return Trained(losses, norms, clipped, gradients)
+    with model_parallel(parallel, seed=0) as ranks:
+        job = Job(root, parallel, ranks, "sft", top_k=1, normalize_top_k=False)
+        for layer in job.model.decoder.layers:
+            weight = layer.mlp.router.weight.detach()  # [experts, h]
+            weight[1], weight[2:] = -weight[0], 0
+        return job.train(1)
+
+
+def one_step_bare_and_padded(root: Path) -> tuple[Trained, Trained]:
+    from megatron_lopd.mcore.parallel import model_parallel
+
+    with model_parallel(SINGLE, seed=0) as ranks:
+        bare, padded = (
+            Job(root, SINGLE, ranks, "sft", pad_to_multiple=multiple).train(1) for multiple in (1, 48)
+        )
+        return bare, padded
+
+
+class Job:
+    """A few optimizer steps on the data below `root`, with the weights as drawn."""
+
+    def __init__(
+        self,
+        root: Path,
+        parallel: ParallelConfig,
+        ranks: Any,
+        objective: str,
+        pad_to_multiple: int | None = None,
+        **experts: Any,
+    ) -> None:
+        from megatron_lopd.data.dataset import TrainingData
+        from megatron_lopd.mcore.architecture import read_architecture
+        from megatron_lopd.mcore.model import build_model
+        from megatron_lopd.objectives import get_objective
+        from megatron_lopd.training.step import BatchLoader
+
+        self.config = TrainConfig(
+            optimizer=OptimizerConfig(lr=1e-3, clip_grad=CLIP),
+            steps=STEPS,
+            global_batch_size=16,
+            micro_batch_tokens=64,
+        )
+        arch = read_architecture(root / "model")
+        assert arch.experts is not None
+        self.arch = replace(arch, experts=replace(arch.experts, **experts))
+        self.model = build_model(self.arch, parallel, "fp32", seed=0)
+        self.ranks, self.objective = ranks, get_objective(objective)
+        self.loader = BatchLoader.of(TrainingData(root / "data", root / "data"), self.config, parallel, ranks)
+        if pad_to_multiple is not None:
+            self.loader = replace(self.loader, pad_to_multiple=pad_to_multiple)
+
+    def train(self, steps: int) -> Trained:
+        from megatron_lopd.data.plan import BatchPlan
+        from megatron_lopd.mcore import compat
+        from megatron_lopd.mcore.optimizer import build_optimization, guarded_step, zero_gradients
+        from megatron_lopd.training.metrics import Counts, summarize
+        from megatron_lopd.training.step import run_micro_batches
+
+        optimization = build_optimization(self.model, self.config.optimizer, "fp32", steps)
+        plan = BatchPlan(len(self.loader.data), self.config.global_batch_size, 0)
+        device = compat.device()
+        losses, norms, clipped, gradients = [], [], 0.0, {}
+        for step in range(steps):
+            batches = self.loader.micro_batches(plan.samples(step).tolist())
+            zero_gradients(optimization)
+            parts = run_micro_batches(optimization.model, self.objective, batches, 64, device)
+            gradients = gradients or first_gradients(optimization.model, self.arch)
+            norms.append(guarded_step(optimization)[0])
+            clipped = clipped or optimization.optimizer.get_grad_norm()
+            counts = Counts.of(batches, device)
+            losses.append(summarize(parts, counts, self.objective, self.ranks, device)["loss"])
+        return Trained(losses, norms, clipped, gradients)
 
 
 def first_gradients(wrapped: Any, arch: Any) -> dict[str, Shard]:
