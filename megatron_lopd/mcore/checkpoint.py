@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -74,7 +74,7 @@ def _sharded_state(optimization: Optimization, ranks: Ranks, is_loading: bool) -
             None if is_loading else _random_state(),
             (ranks.pp_size, ranks.tp_size),
             (ranks.pp_rank, ranks.tp_rank),
-            replica_id=ranks.dp_rank,
+            replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         ),
     }
 

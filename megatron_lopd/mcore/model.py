@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -18,6 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, check_layout
+from megatron_lopd.mcore.attention import PackedDocuments
 from megatron_lopd.mcore.initialize import draw_weights
 from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs
 from megatron_lopd.mcore.spec import decoder_spec
@@ -39,18 +39,12 @@ class PackedGPTModel(GPTModel):  # type: ignore[misc]
 
         tokens, position_ids: int64 [S]; cu_seqlens: int32 [documents + 1], from 0 to S; max_seqlen: tokens of
         the longest document. S must be a multiple of the tensor parallel size under sequence parallelism.
+        Under context parallelism S counts this rank's tokens, and cu_seqlens those of all its ranks.
         Tensors may be on any device. Returns the hidden states [S, 1, h] ([S / tp, 1, h] under sequence
         parallelism), normed on the last stage.
         """
         device = compat.device()
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_kv=max_seqlen,
-        )
+        packed = PackedDocuments.of(cu_seqlens.to(device, non_blocking=True), max_seqlen)
         hidden: torch.Tensor = super().forward(
             input_ids=tokens[None].to(device, non_blocking=True),
             position_ids=position_ids[None].to(device, non_blocking=True),
@@ -137,6 +131,7 @@ def transformer_config(
         embedding_init_method=_leave,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         # Micro-batches are packed to a token budget, so their lengths differ.
         variable_seq_lengths=parallel.pipeline > 1,

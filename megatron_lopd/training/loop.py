@@ -14,6 +14,7 @@ from megatron_lopd.artifacts.manifest import LineageStatus
 from megatron_lopd.config import ParallelConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
 from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.errors import StopRequested
 from megatron_lopd.mcore import compat
@@ -67,7 +68,7 @@ def run_training(job: TrainingJob) -> Progress:
     SIGTERM or SIGUSR1, with the checkpoint saved.
     """
     compat.prepare()
-    job.data.require_within(job.config.micro_batch_tokens)
+    job.data.require_within(job.config.micro_batch_tokens, Padding.of(job.parallel))
     architecture = read_architecture(job.model_dir)
     with (
         StopSignals() as stop,
