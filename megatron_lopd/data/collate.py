@@ -33,10 +33,9 @@ class MicroBatch:
     The loss of a step is `sum(loss_weights * loss) / sum(loss_count)`, both sums over the global batch:
     with sequence_mean the weights are one over the response's length and the count is samples, with
     token_mean 1 and response tokens. `loss_weights` float32 [R]. `behaviour_log_probs`,
-    `teacher_log_probs` float32 [R], nats, or
-    None where the samples have none; so too the teacher's k likeliest tokens (records.TopK): `top_k_ids`
-    int64 [R, k], `top_k_log_probs` float32 [R, k], `tail_log_probs` float32 [R]. `num_tokens` leaves
-    padding out.
+    `teacher_log_probs` float32 [R], nats, or None where the samples have none; so too the teacher's k
+    likeliest tokens (records.TopK): `top_k_ids` int64 [R, k], `top_k_log_probs` float32 [R, k],
+    `tail_log_probs` float32 [R]. `num_tokens` leaves padding out.
     """
 
     tokens: Tensor

@@ -69,25 +69,36 @@ class PackedGPTModel(GPTModel):  # type: ignore[misc]
 
 def build_model(
     arch: Architecture, parallel: ParallelConfig, precision: Literal["fp32", "bf16"], seed: int = 0
-) -> PackedGPTModel:
+) -> list[PackedGPTModel]:
     """This rank's part of the model, on `compat.device()`, inside `model_parallel`.
 
+    One chunk of consecutive layers, or `parallel.virtual_pipeline` of them, in the order they run.
     `precision` is that of the parameters and activations. `seed` decides the initial weights, which are
     the same at every layout; reading a checkpoint overwrites them.
     Raises ConfigError when `parallel` cannot split `arch`.
     """
     check_layout(arch, parallel)
     config = transformer_config(arch, parallel, precision)
+    chunks = [_build_chunk(arch, parallel, config, number) for number in range(parallel.virtual_pipeline)]
+    for chunk in chunks:
+        draw_weights(chunk, arch, seed)
+    return chunks
+
+
+def _build_chunk(
+    arch: Architecture, parallel: ParallelConfig, config: TransformerConfig, number: int
+) -> PackedGPTModel:
     model = PackedGPTModel(
         config=config,
-        transformer_layer_spec=decoder_spec(arch, config),
+        transformer_layer_spec=decoder_spec(arch, config, number),
         vocab_size=arch.padded_vocab_size(parallel.tensor),
         max_sequence_length=arch.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage() and number == 0,
+        post_process=parallel_state.is_pipeline_last_stage() and number == parallel.virtual_pipeline - 1,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
+        vp_stage=number if parallel.virtual_pipeline > 1 else None,
     )
     model.arch = arch
     if arch.rope_scaling is not None:
@@ -100,7 +111,6 @@ def build_model(
             high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
-    draw_weights(model, arch, seed)
     return model
 
 
@@ -144,12 +154,38 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         calculate_per_token_loss=True,
+        **_interleaving(parallel),
+        **_recomputation(parallel),
         **_moe_options(arch),
     )
 
 
 def _leave(weight: torch.Tensor) -> None:
     """An init_method that does nothing: `draw_weights` draws the weights, alike at every layout."""
+
+
+def _interleaving(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.virtual_pipeline == 1:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        # Sends and receives one by one: between two stages, which are each other's next and previous, a
+        # batch of them would pair a forward send with a backward receive.
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if parallel.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
 
 
 def _moe_options(arch: Architecture) -> dict[str, Any]:

@@ -64,13 +64,12 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses.
     store = PrefixStore(f"lopd{next(_entries)}", _store(rank, world_size))
     torch.distributed.init_process_group(compat.backend(), store=store, rank=rank, world_size=world_size)
+    chunks = parallel.virtual_pipeline
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=(
-                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-            ),
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
             context_parallel_size=parallel.context,
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -54,7 +54,7 @@ class BatchLoader:
 
 
 def run_micro_batches(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     objective: Objective,
     micro_batches: Sequence[MicroBatch],
     token_budget: int,
@@ -65,7 +65,7 @@ def run_micro_batches(
 ) -> list[TokenValues]:
     """Forward each micro-batch, and backward unless `forward_only`; then finalize the gradients.
 
-    `model` is the wrapped PackedGPTModel. The gradients end up those of
+    `chunks` are this rank's wrapped PackedGPTModels. The gradients end up those of
     `sum(loss_weights * token_loss) / sum(loss_count)` over the global batch. `temperature` divides the
     logits. Returns the values of each micro-batch on the last pipeline stage, nothing on the others.
     """
@@ -79,8 +79,8 @@ def run_micro_batches(
 
     values: list[TokenValues] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(micro_batches),
         seq_length=token_budget,
         micro_batch_size=1,
