@@ -140,12 +140,9 @@ def _log_probs(
 
 def _top_k(samples: Sequence[Sample]) -> dict[str, Tensor | None]:
     """The MicroBatch's three top-k tensors; None when no sample has any. Raises DataError on a mixture."""
-    if not samples:
-        return {
-            "top_k_ids": torch.empty((0, 0), dtype=torch.int64),
-            "top_k_log_probs": torch.empty((0, 0)),
-            "tail_log_probs": torch.empty(0),
-        }
+    if not samples:  # k = 0: as with the other kept log-probs, there are none to miss
+        empty = torch.empty((0, 0))
+        return {"top_k_ids": empty.long(), "top_k_log_probs": empty, "tail_log_probs": empty.flatten()}
     scored = [(sample, sample.score.top_k) for sample in samples if sample.score and sample.score.top_k]
     if not scored:
         return {"top_k_ids": None, "top_k_log_probs": None, "tail_log_probs": None}

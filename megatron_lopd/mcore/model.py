@@ -209,11 +209,13 @@ def response_log_probs(
     predict_index: torch.Tensor,
     response_tokens: torch.Tensor,
     temperature: float = 1.0,
+    top_k_ids: torch.Tensor | None = None,
 ) -> ResponseLogProbs:
-    """Log-prob and entropy of each response token, on the last pipeline stage.
+    """Log-probs and entropy at each response token, on the last pipeline stage.
 
     hidden: what `model` returned. predict_index, response_tokens: int64 [R] (R may be 0), any device: the
-    position whose hidden state predicts each token, and the token. All tensor parallel ranks must call.
+    position whose hidden state predicts each token, and the token. top_k_ids: int64 [R, k], any device, more
+    tokens to take log-probs of. All tensor parallel ranks must call.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     index = predict_index.to(hidden.device, non_blocking=True)
@@ -226,6 +228,7 @@ def response_log_probs(
         chosen,
         model.output_weight(),
         response_tokens.to(hidden.device, non_blocking=True),
+        None if top_k_ids is None else top_k_ids.to(hidden.device, non_blocking=True),
         vocab_size=model.arch.vocab_size,
         temperature=temperature,
         group=group,

@@ -44,10 +44,12 @@ class Counts:
 class TokenValues:
     """Per-token values of a micro-batch or a batch: float32 [R] each, constants.
 
-    `loss` is weighted (MicroBatch.loss_weights), `entropy` in nats; kept log-probs as the objective needs.
+    `loss` is the objective's, `loss_weights` the MicroBatch's, `entropy` in nats; kept log-probs as the
+    objective needs, without `top_k`: a gather of k floats a token would be the step's largest.
     """
 
     loss: Tensor
+    loss_weights: Tensor
     entropy: Tensor
     log_probs: TokenLogProbs
 
@@ -57,16 +59,15 @@ class TokenValues:
         table = torch.cat([part._table() for part in parts], dim=1)  # [columns, R of this rank]
         kept = parts[0].log_probs
         names = [name for name in ("teacher", "behaviour") if getattr(kept, name) is not None]
-        loss, entropy, current, *rest = _all_gather(table)
+        loss, loss_weights, entropy, current, *rest = _all_gather(table)
         by_name = dict(zip(names, rest, strict=True))
-        return TokenValues(
-            loss, entropy, TokenLogProbs(current, by_name.get("teacher"), by_name.get("behaviour"))
-        )
+        gathered = TokenLogProbs(current, by_name.get("teacher"), by_name.get("behaviour"))
+        return TokenValues(loss, loss_weights, entropy, gathered)
 
     def _table(self) -> Tensor:
         tokens = self.log_probs
         kept = [column for column in (tokens.teacher, tokens.behaviour) if column is not None]
-        return torch.stack([self.loss, self.entropy, tokens.current, *kept])
+        return torch.stack([self.loss, self.loss_weights, self.entropy, tokens.current, *kept])
 
 
 def _all_gather(table: Tensor) -> Tensor:
@@ -95,9 +96,9 @@ def summarize(
     if ranks.is_last_stage:
         batch = TokenValues.gather(parts, device)
         measured = {
-            "loss": batch.loss.double().sum().item() / counts.loss_count,
+            "loss": (batch.loss_weights * batch.loss).double().sum().item() / counts.loss_count,
             "entropy": batch.entropy.double().mean().item(),
-            **objective.metrics(batch.log_probs),
+            **objective.metrics(batch.log_probs, batch.loss),
         }
         values = torch.tensor([measured[name] for name in names], dtype=torch.float64, device=device)
     if ranks.pp_size > 1:

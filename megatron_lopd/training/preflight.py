@@ -40,7 +40,7 @@ class Agreement:
             )
         return (tokens.current - tokens.behaviour).abs()
 
-    def metrics(self, tokens: TokenLogProbs) -> dict[str, float]:
+    def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
         return {}
 
 

@@ -16,9 +16,10 @@ from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.context_parallel import slice_micro_batch
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.packing import Padding, pack
+from megatron_lopd.mcore.log_probs import ResponseLogProbs
 from megatron_lopd.mcore.model import PackedGPTModel, response_log_probs
 from megatron_lopd.mcore.parallel import Ranks
-from megatron_lopd.objectives import Objective, TokenLogProbs
+from megatron_lopd.objectives import Objective, TokenLogProbs, TopKLogProbs
 from megatron_lopd.training.metrics import TokenValues
 
 
@@ -95,16 +96,32 @@ def _loss(
     """(summed weighted loss, its count, constants for the metrics), as Megatron-Core's schedules want."""
     model = wrapped.module
     assert isinstance(model, PackedGPTModel)
-    scored = response_log_probs(model, hidden, batch.predict_index, batch.response_tokens, temperature)
+    ids = batch.top_k_ids if "top_k" in objective.needs else None
+    scored = response_log_probs(model, hidden, batch.predict_index, batch.response_tokens, temperature, ids)
     tokens = TokenLogProbs(
         scored.log_probs,
         batch.teacher_log_probs if "teacher" in objective.needs else None,
         batch.behaviour_log_probs if "behaviour" in objective.needs else None,
+        _top_k(batch, scored) if "top_k" in objective.needs else None,
     )
-    loss = batch.loss_weights * objective.token_loss(tokens)  # [R]
-    values = TokenValues(loss.detach(), scored.entropy, replace(tokens, current=scored.log_probs.detach()))
+    loss = objective.token_loss(tokens)  # [R]
+    constants = replace(tokens, current=scored.log_probs.detach(), top_k=None)
+    values = TokenValues(loss.detach(), batch.loss_weights, scored.entropy, constants)
     count = torch.tensor(batch.loss_count, dtype=torch.int, device=hidden.device)
-    return loss.sum(), count, values
+    return (batch.loss_weights * loss).sum(), count, values
+
+
+def _top_k(batch: MicroBatch, scored: ResponseLogProbs) -> TopKLogProbs | None:
+    """The kept top k beside the student's; None where none was kept."""
+    if batch.top_k_ids is None or batch.top_k_log_probs is None or batch.tail_log_probs is None:
+        return None
+    return TopKLogProbs(
+        scored.top_k_log_probs,
+        scored.tail_log_probs,
+        batch.top_k_log_probs,
+        batch.tail_log_probs,
+        counted=batch.top_k_ids != batch.response_tokens[:, None],
+    )
 
 
 def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
