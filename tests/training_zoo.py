@@ -24,12 +24,18 @@ CLOCK = ("seconds", "tokens_per_s")
 
 
 def make_root(
-    root: Path, *, samples: int = 40, temperature: float = 1.0, tied: bool = True, family: Family = "qwen3"
+    root: Path,
+    *,
+    samples: int = 40,
+    temperature: float = 1.0,
+    family: Family = "qwen3",
+    tied: bool = True,
+    layers: int = 2,
 ) -> Path:
     """`root`/model, and `root`/data with rollouts and scores of random tokens; returns `root`."""
     from transformers import AutoModelForCausalLM
 
-    make_model_dir(root / "model", family, tied=tied, vocab_size=VOCABULARY, num_hidden_layers=2)
+    make_model_dir(root / "model", family, tied=tied, vocab_size=VOCABULARY, num_hidden_layers=layers)
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
     rng = np.random.default_rng(0)
     rollouts, scores = [], []

@@ -32,6 +32,8 @@ class Ranks:
     tp_rank: int
     pp_size: int
     pp_rank: int
+    cp_size: int
+    cp_rank: int
     dp_size: int
     dp_rank: int
 
@@ -62,10 +64,13 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses.
     store = PrefixStore(f"lopd{next(_entries)}", _store(rank, world_size))
     torch.distributed.init_process_group(compat.backend(), store=store, rank=rank, world_size=world_size)
+    chunks = parallel.virtual_pipeline
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor_size,
         )
@@ -77,12 +82,11 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
 
 def _check_world(parallel: ParallelConfig, world_size: int) -> None:
-    multiple = parallel.ranks_multiple
-    if world_size % multiple:
+    needed = parallel.ranks_multiple
+    if world_size % needed:
         raise ConfigError(
-            f"{parallel.product} needs a multiple of {multiple} processes, not {world_size}: start "
-            f"{multiple} (torchrun --nproc-per-node {multiple}, or parallel.processes={multiple}) or lower "
-            "one of them"
+            f"parallel: {parallel.product} needs a multiple of {needed} processes, not {world_size}: start "
+            f"{needed} (torchrun --nproc-per-node {needed}, or parallel.processes={needed}) or lower a size"
         )
 
 
@@ -104,6 +108,8 @@ def _ranks() -> Ranks:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
     )

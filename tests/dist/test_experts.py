@@ -12,6 +12,7 @@ import torch
 from gloo import run_ranks
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_lopd.data.packing import Padding
 from tests.training_zoo import VOCABULARY, make_root, train
 
 SINGLE = ParallelConfig()
@@ -24,6 +25,7 @@ LAYOUTS = {
     "TP2 x EP2, ETP1": ParallelConfig(tensor=2, expert=2, expert_tensor=1, processes=4),
     "TP2 x EP2, ETP2": ParallelConfig(tensor=2, expert=2, processes=4),
     "PP2 x EP2": ParallelConfig(pipeline=2, expert=2, processes=4),
+    "CP2 x EP2": ParallelConfig(context=2, expert=2, processes=2),
 }
 # objective -> where its weights are from: drawn alike at every layout, or read from a Hugging Face directory
 OBJECTIVES = {"sft": "drawn", "sampled_reverse_kl": "read"}
@@ -157,7 +159,8 @@ def train_some_steps(root: Path, parallel: ParallelConfig) -> dict[str, Trained]
         for objective, weights in OBJECTIVES.items():
             job = Job(root, parallel, ranks, objective)
             if weights == "read":
-                load_hf_weights(job.model, job.arch, root / "model")
+                for chunk in job.chunks:
+                    load_hf_weights(chunk, job.arch, root / "model")
             trained[objective] = job.train(STEPS)
         return trained
 
@@ -168,7 +171,7 @@ def one_step_on_two_experts(root: Path, parallel: ParallelConfig) -> Trained:
 
     with model_parallel(parallel, seed=0) as ranks:
         job = Job(root, parallel, ranks, "sft", top_k=1, normalize_top_k=False)
-        for layer in job.model.decoder.layers:
+        for layer in job.chunks[0].decoder.layers:
             weight = layer.mlp.router.weight.detach()  # [experts, h]
             weight[1], weight[2:] = -weight[0], 0
         return job.train(1)
@@ -179,7 +182,7 @@ def one_step_bare_and_padded(root: Path) -> tuple[Trained, Trained]:
 
     with model_parallel(SINGLE, seed=0) as ranks:
         bare, padded = (
-            Job(root, SINGLE, ranks, "sft", pad_to_multiple=multiple).train(1) for multiple in (1, 48)
+            Job(root, SINGLE, ranks, "sft", padding=Padding(total=total)).train(1) for total in (1, 48)
         )
         return bare, padded
 
@@ -193,7 +196,7 @@ class Job:
         parallel: ParallelConfig,
         ranks: Any,
         objective: str,
-        pad_to_multiple: int | None = None,
+        padding: Padding | None = None,
         **experts: Any,
     ) -> None:
         from megatron_lopd.data.dataset import TrainingData
@@ -211,11 +214,11 @@ class Job:
         arch = read_architecture(root / "model")
         assert arch.experts is not None
         self.arch = replace(arch, experts=replace(arch.experts, **experts))
-        self.model = build_model(self.arch, parallel, "fp32", seed=0)
+        self.chunks = build_model(self.arch, parallel, "fp32", seed=0)
         self.ranks, self.objective = ranks, get_objective(objective)
         self.loader = BatchLoader.of(TrainingData(root / "data", root / "data"), self.config, parallel, ranks)
-        if pad_to_multiple is not None:
-            self.loader = replace(self.loader, pad_to_multiple=pad_to_multiple)
+        if padding is not None:
+            self.loader = replace(self.loader, padding=padding)
 
     def train(self, steps: int) -> Trained:
         from megatron_lopd.data.plan import BatchPlan
@@ -224,15 +227,15 @@ class Job:
         from megatron_lopd.training.metrics import Counts, summarize
         from megatron_lopd.training.step import run_micro_batches
 
-        optimization = build_optimization(self.model, self.config.optimizer, "fp32", steps)
+        optimization = build_optimization(self.chunks, self.config.optimizer, "fp32", steps)
         plan = BatchPlan(len(self.loader.data), self.config.global_batch_size, 0)
         device = compat.device()
         losses, norms, clipped, gradients = [], [], 0.0, {}
         for step in range(steps):
             batches = self.loader.micro_batches(plan.samples(step).tolist())
             zero_gradients(optimization)
-            parts = run_micro_batches(optimization.model, self.objective, batches, 64, device)
-            gradients = gradients or first_gradients(optimization.model, self.arch)
+            parts = run_micro_batches(optimization.chunks, self.objective, batches, 64, device)
+            gradients = gradients or first_gradients(optimization.chunks, self.arch)
             norms.append(guarded_step(optimization)[0])
             clipped = clipped or optimization.optimizer.get_grad_norm()
             counts = Counts.of(batches, device)
@@ -240,11 +243,12 @@ class Job:
         return Trained(losses, norms, clipped, gradients)
 
 
-def first_gradients(wrapped: Any, arch: Any) -> dict[str, Shard]:
+def first_gradients(chunks: list[Any], arch: Any) -> dict[str, Shard]:
     from megatron_lopd.mcore.experts import tensor_split
     from megatron_lopd.mcore.names import parameters_by_name
 
-    gather_gradients(wrapped)
+    for chunk in chunks:
+        gather_gradients(chunk)
     return {
         name: (
             tensor_split(weight)[0] if getattr(weight, "tensor_model_parallel", False) else 0,
@@ -252,7 +256,8 @@ def first_gradients(wrapped: Any, arch: Any) -> dict[str, Shard]:
             getattr(weight, "partition_stride", 1),
             weight.main_grad.clone(),
         )
-        for name, weight in parameters_by_name(wrapped.module, arch).items()
+        for chunk in chunks
+        for name, weight in parameters_by_name(chunk.module, arch).items()
     }
 
 

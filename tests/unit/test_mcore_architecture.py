@@ -102,6 +102,12 @@ def test_refuses_a_file_that_is_no_config(tmp_path: Path, content: str | None) -
         ({}, ParallelConfig(tensor=4, processes=4), "num_key_value_heads=2: set parallel.tensor to 1 or 2"),
         ({}, ParallelConfig(tensor=3, processes=3), "num_attention_heads=8: set parallel.tensor to 1 or 2"),
         ({}, ParallelConfig(pipeline=4, processes=4), "=6: set parallel.pipeline to 1 or 2 or 3 or 6"),
+        (
+            {},
+            ParallelConfig(pipeline=3, virtual_pipeline=3, processes=3),
+            "2 layers of a pipeline rank (num_hidden_layers=6, parallel.pipeline=3): set "
+            "parallel.virtual_pipeline to 1 or 2",
+        ),
         ({"intermediate_size": 95}, ParallelConfig(tensor=2, processes=2), "intermediate_size=95"),
         ({"vocab_size": 1}, ParallelConfig(tensor=2, processes=2), "vocab_size=1: set parallel.tensor to 1"),
         (
