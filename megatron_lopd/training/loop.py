@@ -14,6 +14,7 @@ from megatron_lopd.artifacts.manifest import LineageStatus
 from megatron_lopd.config import ParallelConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
 from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.errors import StopRequested
 from megatron_lopd.mcore import compat
@@ -67,7 +68,7 @@ def run_training(job: TrainingJob) -> Progress:
     SIGTERM or SIGUSR1, with the checkpoint saved.
     """
     compat.prepare()
-    job.data.require_within(job.config.micro_batch_tokens)
+    job.data.require_within(job.config.micro_batch_tokens, Padding.of(job.parallel))
     architecture = read_architecture(job.model_dir)
     with (
         StopSignals() as stop,
@@ -76,7 +77,8 @@ def run_training(job: TrainingJob) -> Progress:
     ):
         model = build_model(architecture, job.parallel, job.precision, job.seed)
         if job.init == "pretrained":
-            load_hf_weights(model, architecture, job.model_dir)
+            for chunk in model:
+                load_hf_weights(chunk, architecture, job.model_dir)
         return _Run(job, model, ranks, reporter, stop).to_the_end()
 
 
@@ -84,7 +86,12 @@ class _Run:
     """One attempt at a job: from the newest checkpoint on."""
 
     def __init__(
-        self, job: TrainingJob, model: PackedGPTModel, ranks: Ranks, reporter: Reporter, stop: StopSignals
+        self,
+        job: TrainingJob,
+        model: list[PackedGPTModel],
+        ranks: Ranks,
+        reporter: Reporter,
+        stop: StopSignals,
     ) -> None:
         config = job.config
         self.job, self.ranks, self.reporter, self.stop = job, ranks, reporter, stop
@@ -107,7 +114,7 @@ class _Run:
         elif self.job.preflight is not None:
             check_rollouts(
                 self.job.preflight,
-                self.optimization.model,
+                self.optimization.chunks,
                 self.loader,
                 self.ranks,
                 self.device,
@@ -134,7 +141,7 @@ class _Run:
         micro_batches = self.loader.micro_batches(self.plan.samples(before.step).tolist())
         zero_gradients(self.optimization)
         parts = run_micro_batches(
-            self.optimization.model, self.objective, micro_batches, config.micro_batch_tokens, self.device
+            self.optimization.chunks, self.objective, micro_batches, config.micro_batch_tokens, self.device
         )
         learning_rate = self.optimization.learning_rate
         grad_norm, applied = guarded_step(self.optimization)

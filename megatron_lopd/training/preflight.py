@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,7 @@ class Agreement:
 
 def check_rollouts(
     preflight: Preflight,
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     loader: BatchLoader,
     ranks: Ranks,
     device: torch.device,
@@ -70,7 +70,7 @@ def check_rollouts(
     positions = [int(position) for position in np.linspace(0, size - 1, count)]
     micro_batches = loader.micro_batches(positions)
     parts = run_micro_batches(
-        model,
+        chunks,
         Agreement(),
         micro_batches,
         loader.config.micro_batch_tokens,
