@@ -11,12 +11,13 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_lopd.config import ParallelConfig, TrainingConfig
+from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.packing import pack
 from megatron_lopd.mcore.model import PackedGPTModel, response_log_probs
 from megatron_lopd.mcore.parallel import Ranks
+from megatron_lopd.mcore.precision import token_alignment
 from megatron_lopd.objectives import Objective, TokenLogProbs
 from megatron_lopd.training.metrics import TokenValues
 
@@ -31,9 +32,16 @@ class BatchLoader:
     pad_to_multiple: int
 
     @staticmethod
-    def of(data: TrainingData, config: TrainingConfig, parallel: ParallelConfig, ranks: Ranks) -> BatchLoader:
-        """Sequence parallelism cuts a micro-batch into tensor-parallel parts, hence the padding."""
-        return BatchLoader(data, config, ranks, parallel.tensor if parallel.sequence else 1)
+    def of(
+        data: TrainingData,
+        config: TrainingConfig,
+        parallel: ParallelConfig,
+        ranks: Ranks,
+        fp8: Fp8Config | None = None,
+    ) -> BatchLoader:
+        """Sequence parallelism cuts a micro-batch into tensor-parallel parts, each aligned for FP8."""
+        parts = parallel.tensor if parallel.sequence else 1
+        return BatchLoader(data, config, ranks, parts * token_alignment(fp8, parallel))
 
     def micro_batches(self, positions: Sequence[int]) -> list[MicroBatch]:
         """The samples at `positions` of the data, packed; this data-parallel rank's share."""
