@@ -1,7 +1,7 @@
 """The losses on plain tensors (DESIGN section 1). Knows nothing of Megatron-Core.
 
 An objective turns log-probs of the response tokens into a loss per token, and the same log-probs of
-a whole global batch into the step's metrics. R = response tokens; every tensor is float [R], nats.
+a whole global batch into the step's metrics. R = response tokens; a tensor is float [R], nats, unless said.
 """
 
 from __future__ import annotations
@@ -15,7 +15,23 @@ from torch import Tensor
 
 from megatron_lopd.errors import ConfigError, DataError
 
-KeptLogProbs = Literal["teacher", "behaviour"]
+KeptLogProbs = Literal["teacher", "behaviour", "top_k"]
+
+
+@dataclass(frozen=True)
+class TopKLogProbs:
+    """The teacher's k likeliest tokens after each prefix, under the student and the teacher, nats.
+
+    `current` [R, k] and `current_tail` [R] are the student's (differentiable), `teacher` [R, k] and
+    `teacher_tail` [R] constants. A tail is the log of the mass of every token that is neither among the k nor
+    a_t. `counted` bool [R, k] is False where one of the k is a_t: TokenLogProbs holds that one already.
+    """
+
+    current: Tensor
+    current_tail: Tensor
+    teacher: Tensor
+    teacher_tail: Tensor
+    counted: Tensor
 
 
 @dataclass(frozen=True)
@@ -23,12 +39,14 @@ class TokenLogProbs:
     """`log pi(a_t | s_t)` of each response token under three models, [R] each, nats.
 
     `current` is the student being trained (differentiable), `teacher` is pi_T and `behaviour` is
-    pi_ref, the sampler's own distribution; the last two are constants, None where not kept.
+    pi_ref, the sampler's own distribution; the last two are constants, None where not kept. `top_k` has the
+    tokens beside a_t, None where the objective has no need of them.
     """
 
     current: Tensor
     teacher: Tensor | None
     behaviour: Tensor | None
+    top_k: TopKLogProbs | None = None
 
 
 class Objective(Protocol):
@@ -38,14 +56,17 @@ class Objective(Protocol):
     metric_names: tuple[str, ...]
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
-        """The loss of each response token, [R], differentiable in `tokens.current`.
+        """The loss of each response token, [R], differentiable in the student's log-probs.
 
         Raises DataError when it needs a log-prob that the data does not hold.
         """
         ...
 
-    def metrics(self, tokens: TokenLogProbs) -> dict[str, float]:
-        """`metric_names` over all response tokens of a global batch (R >= 1)."""
+    def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
+        """`metric_names` over all response tokens of a global batch (R >= 1).
+
+        `loss` [R] is what `token_loss` gave; `tokens.top_k` is None, as k floats a token are not gathered.
+        """
         ...
 
 
@@ -58,8 +79,12 @@ class Sft:
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         return -tokens.current
 
-    def metrics(self, tokens: TokenLogProbs) -> dict[str, float]:
+    def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
         return {}
+
+
+ADVANTAGE_METRICS = ("advantage_mean", "advantage_std", "advantage_p05", "advantage_p50", "advantage_p95")
+DRIFT_METRICS = ("drift_kl", "effective_sample_size")
 
 
 class SampledReverseKl:
@@ -71,46 +96,70 @@ class SampledReverseKl:
     """
 
     needs: tuple[KeptLogProbs, ...] = ("teacher", "behaviour")
-    metric_names: tuple[str, ...] = (
-        "reverse_kl",
-        "advantage_mean",
-        "advantage_std",
-        "advantage_p05",
-        "advantage_p50",
-        "advantage_p95",
-        "drift_kl",
-        "effective_sample_size",
-    )
+    metric_names: tuple[str, ...] = ("reverse_kl", *ADVANTAGE_METRICS, *DRIFT_METRICS)
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         return -advantages(tokens) * tokens.current
 
-    def metrics(self, tokens: TokenLogProbs) -> dict[str, float]:
-        """The spread of the advantages, and how far the student has drifted from pi_ref.
+    def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
+        """reverse_kl: mean of `log pi_theta - log pi_T`, over tokens that pi_ref drew."""
+        spread = advantage_metrics(tokens)
+        return {"reverse_kl": -spread["advantage_mean"], **spread, **drift(tokens)}
 
-        reverse_kl: mean of `log pi_theta - log pi_T`, over tokens that pi_ref drew.
-        """
-        advantage = advantages(tokens).double()
-        p05, p50, p95 = _quantiles(advantage, (0.05, 0.5, 0.95))
-        return {
-            "reverse_kl": -advantage.mean().item(),
-            "advantage_mean": advantage.mean().item(),
-            "advantage_std": advantage.std(correction=0).item(),
-            "advantage_p05": p05,
-            "advantage_p50": p50,
-            "advantage_p95": p95,
-            **drift(tokens),
-        }
+
+class TopKReverseKl:
+    """`sum_{v in K} p_v (log p_v - log p_T,v) + p_tail (log p_tail - log p_T,tail)` after each prefix.
+
+    K is the teacher's top k and a_t; p the student's and p_T the teacher's probabilities; the tail is all
+    else, taken as one event (DESIGN section 1). So it is a divergence between two whole distributions: never
+    below 0, at most the KL over the vocabulary, with nothing renormalised and nothing clamped. With
+    `c_v = log p_v - log p_T,v` (the tail's c for all v outside K) and D the loss, the gradient with respect
+    to logit v is `p_v (c_v - D)`.
+    """
+
+    needs: tuple[KeptLogProbs, ...] = ("teacher", "behaviour", "top_k")
+    metric_names: tuple[str, ...] = SampledReverseKl.metric_names
+
+    def token_loss(self, tokens: TokenLogProbs) -> Tensor:
+        top_k, teacher = tokens.top_k, _teacher(tokens)
+        if top_k is None:
+            raise DataError(
+                "topk_reverse_kl needs the teacher's top-k scores and the data has none: "
+                "run the score stage again with score.top_k above 0 (64, say)"
+            )
+        of_top_k = _weighted_log_ratio(top_k.current, top_k.teacher).masked_fill(~top_k.counted, 0.0)
+        of_tail = _weighted_log_ratio(top_k.current_tail, top_k.teacher_tail)
+        return of_top_k.sum(-1) + _weighted_log_ratio(tokens.current, teacher) + of_tail
+
+    def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
+        """reverse_kl: the loss's mean over tokens, exact over K and the tail; the rest is of a_t alone."""
+        return {"reverse_kl": loss.double().mean().item(), **advantage_metrics(tokens), **drift(tokens)}
+
+
+def _weighted_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return log_p.exp() * (log_p - log_q)
 
 
 def advantages(tokens: TokenLogProbs) -> Tensor:
     """`A_t = log pi_T(a_t|s_t) - stopgrad(log pi_theta(a_t|s_t))`, [R], a constant to autograd."""
+    return _teacher(tokens) - tokens.current.detach()
+
+
+def _teacher(tokens: TokenLogProbs) -> Tensor:
     if tokens.teacher is None:
         raise DataError(
-            "sampled_reverse_kl needs the teacher's log-probs of every rollout and the data has none: "
+            "the objective needs the teacher's log-probs of every rollout and the data has none: "
             "run the score stage and train from its scores"
         )
-    return tokens.teacher - tokens.current.detach()
+    return tokens.teacher
+
+
+def advantage_metrics(tokens: TokenLogProbs) -> dict[str, float]:
+    """ADVANTAGE_METRICS: mean, standard deviation and quantiles of `advantages`."""
+    advantage = advantages(tokens).double()
+    mean, std = advantage.mean().item(), advantage.std(correction=0).item()
+    quantiles = _quantiles(advantage, (0.05, 0.5, 0.95))
+    return dict(zip(ADVANTAGE_METRICS, (mean, std, *quantiles), strict=True))
 
 
 def drift(tokens: TokenLogProbs) -> dict[str, float]:
@@ -146,7 +195,11 @@ def _quantiles(values: Tensor, probabilities: tuple[float, ...]) -> list[float]:
     return result
 
 
-OBJECTIVES: Mapping[str, Objective] = {"sft": Sft(), "sampled_reverse_kl": SampledReverseKl()}
+OBJECTIVES: Mapping[str, Objective] = {
+    "sft": Sft(),
+    "sampled_reverse_kl": SampledReverseKl(),
+    "topk_reverse_kl": TopKReverseKl(),
+}
 
 
 def get_objective(name: str) -> Objective:

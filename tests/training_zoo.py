@@ -23,11 +23,13 @@ VOCABULARY = 67  # odd, and tied: what TP pads and what PP gives a gradient buck
 CLOCK = ("seconds", "tokens_per_s")
 
 
-def make_root(root: Path, *, samples: int = 40, temperature: float = 1.0, tied: bool = True) -> Path:
+def make_root(
+    root: Path, *, samples: int = 40, temperature: float = 1.0, tied: bool = True, layers: int = 2
+) -> Path:
     """`root`/model, and `root`/data with rollouts and scores of random tokens; returns `root`."""
     from transformers import AutoModelForCausalLM
 
-    make_model_dir(root / "model", tied=tied, vocab_size=VOCABULARY, num_hidden_layers=2)
+    make_model_dir(root / "model", tied=tied, vocab_size=VOCABULARY, num_hidden_layers=layers)
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
     rng = np.random.default_rng(0)
     rollouts, scores = [], []

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES
 from megatron_lopd.data.shards import Record, ShardKind, ShardReader
@@ -58,14 +59,16 @@ class TrainingData:
             return Sample(rollout, score=None)
         return Sample(rollout, self._scores.record(self._scores.position(rollout.sample_id)))
 
-    def require_within(self, token_budget: int) -> None:
-        """Raise DataError naming the longest sample when it is above `token_budget` tokens."""
+    def require_within(self, token_budget: int, padding: Padding) -> None:
+        """Raise DataError naming the longest sample when it is, padded, above `token_budget` tokens."""
         longest = int(self.lengths.argmax())
         tokens = int(self.lengths[longest])
-        if tokens > token_budget:
+        needed = padding.least_budget(tokens)
+        if needed > token_budget:
+            padded = f", which this layout pads to {needed}" if needed > tokens else ""
             raise DataError(
-                f"{self._rollouts.path(longest)}: sample {self.sample_ids[longest]} has {tokens} tokens, "
-                f"above micro_batch_tokens={token_budget}: raise it to at least {tokens}"
+                f"{self._rollouts.path(longest)}: sample {self.sample_ids[longest]} has {tokens} tokens"
+                f"{padded}, above micro_batch_tokens={token_budget}: raise it to at least {needed}"
             )
 
     def _check_join(self, responses: NDArray[np.int64], scores: ShardReader[Score], score_dir: Path) -> None:

@@ -191,11 +191,7 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
                 f"parallel.tensor={parallel.tensor} does not divide the model's {name}={size}: "
                 f"set parallel.tensor to {_either(tensor_sizes)}"
             )
-    if arch.num_layers % parallel.pipeline:
-        raise ConfigError(
-            f"parallel.pipeline={parallel.pipeline} does not divide the model's num_hidden_layers="
-            f"{arch.num_layers}: set parallel.pipeline to {_either(_divisors(arch.num_layers))}"
-        )
+    _check_stages(arch.num_layers, parallel)
     rows = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
     if arch.vocab_size <= rows * (parallel.tensor - 1):
         raise ConfigError(
@@ -206,6 +202,22 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
         raise ConfigError(
             f"parallel.sequence=false does not go with experts at parallel.tensor={parallel.tensor}: "
             "set parallel.sequence to true"
+        )
+
+
+def _check_stages(layers: int, parallel: ParallelConfig) -> None:
+    """Each pipeline rank's chunks must hold equally many layers."""
+    if layers % parallel.pipeline:
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline} does not divide the model's num_hidden_layers="
+            f"{layers}: set parallel.pipeline to {_either(_divisors(layers))}"
+        )
+    on_a_rank = layers // parallel.pipeline
+    if on_a_rank % parallel.virtual_pipeline:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} does not divide the {on_a_rank} layers "
+            f"of a pipeline rank (num_hidden_layers={layers}, parallel.pipeline={parallel.pipeline}): "
+            f"set parallel.virtual_pipeline to {_either(_divisors(on_a_rank))}"
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -26,7 +26,12 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
 from megatron_lopd.errors import CheckpointError
-from megatron_lopd.mcore.optimizer import Optimization, load_optimizer_state, optimizer_sharded_state
+from megatron_lopd.mcore.optimizer import (
+    Optimization,
+    finish_gathering,
+    load_optimizer_state,
+    optimizer_sharded_state,
+)
 from megatron_lopd.mcore.parallel import Ranks
 
 
@@ -35,6 +40,7 @@ def save_state(directory: Path, optimization: Optimization, ranks: Ranks) -> Non
 
     Raises CheckpointError when it cannot be written, as on a full disk.
     """
+    finish_gathering(optimization)
     state = _sharded_state(optimization, ranks, is_loading=False)
     state["scheduler"] = optimization.scheduler.state_dict()
     try:
@@ -57,7 +63,8 @@ def load_state(directory: Path, optimization: Optimization, ranks: Ranks, same_l
     if not same_layout:
         del state["random"]
     loaded = dist_checkpointing.load(state, str(directory))
-    optimization.model.module.load_state_dict(loaded["model"])
+    for number, chunk in enumerate(optimization.chunks):
+        chunk.module.load_state_dict(loaded["model"][str(number)])
     load_optimizer_state(optimization.optimizer, loaded["optimizer"])
     optimization.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
@@ -65,7 +72,10 @@ def load_state(directory: Path, optimization: Optimization, ranks: Ranks, same_l
 
 
 def _sharded_state(optimization: Optimization, ranks: Ranks, is_loading: bool) -> dict[str, Any]:
-    model_state = optimization.model.module.sharded_state_dict()
+    # By chunk here, but in the file under names that count the whole model's layers.
+    model_state = {
+        str(number): chunk.module.sharded_state_dict() for number, chunk in enumerate(optimization.chunks)
+    }
     return {
         "model": model_state,
         "optimizer": optimizer_sharded_state(optimization.optimizer, model_state, is_loading),
@@ -74,7 +84,7 @@ def _sharded_state(optimization: Optimization, ranks: Ranks, is_loading: bool) -
             None if is_loading else _random_state(),
             (ranks.pp_size, ranks.tp_size),
             (ranks.pp_rank, ranks.tp_rank),
-            replica_id=ranks.dp_rank,
+            replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         ),
     }
 

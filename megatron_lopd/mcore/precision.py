@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_lopd.config import Fp8Config, ParallelConfig
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore.architecture import Architecture
 from megatron_lopd.mcore.capabilities import FP8_RECIPES, Capabilities, capabilities
@@ -50,6 +51,11 @@ def token_alignment(fp8: Fp8Config | None, parallel: ParallelConfig) -> int:
     if fp8 is None:
         return 1
     return (_GATHERED_ALIGNMENT if _gathers(parallel) else _ALIGNMENT)[fp8.recipe]
+
+
+def packed_padding(parallel: ParallelConfig, fp8: Fp8Config | None) -> Padding:
+    """What the layout and FP8 ask of packed lengths."""
+    return Padding.of(parallel, token_alignment(fp8, parallel))
 
 
 def check_precision(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config | None) -> None:

@@ -21,7 +21,7 @@ from megatron_lopd.mcore.architecture import read_architecture
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
-from megatron_lopd.mcore.precision import check_precision
+from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.objectives import get_objective
 from megatron_lopd.training.agreement import any_rank
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
@@ -69,7 +69,7 @@ def run_training(job: TrainingJob) -> Progress:
     SIGTERM or SIGUSR1, with the checkpoint saved.
     """
     compat.prepare()
-    job.data.require_within(job.config.micro_batch_tokens)
+    job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
     architecture = read_architecture(job.model_dir)
     check_precision(architecture, job.parallel, job.fp8)
     with (
@@ -79,7 +79,8 @@ def run_training(job: TrainingJob) -> Progress:
     ):
         model = build_model(architecture, job.parallel, job.precision, job.seed, job.fp8)
         if job.init == "pretrained":
-            load_hf_weights(model, architecture, job.model_dir)
+            for chunk in model:
+                load_hf_weights(chunk, architecture, job.model_dir)
         return _Run(job, model, ranks, reporter, stop).to_the_end()
 
 
@@ -87,7 +88,12 @@ class _Run:
     """One attempt at a job: from the newest checkpoint on."""
 
     def __init__(
-        self, job: TrainingJob, model: PackedGPTModel, ranks: Ranks, reporter: Reporter, stop: StopSignals
+        self,
+        job: TrainingJob,
+        model: list[PackedGPTModel],
+        ranks: Ranks,
+        reporter: Reporter,
+        stop: StopSignals,
     ) -> None:
         config = job.config
         self.job, self.ranks, self.reporter, self.stop = job, ranks, reporter, stop
@@ -110,7 +116,7 @@ class _Run:
         elif self.job.preflight is not None:
             check_rollouts(
                 self.job.preflight,
-                self.optimization.model,
+                self.optimization.chunks,
                 self.loader,
                 self.ranks,
                 self.device,
@@ -137,7 +143,7 @@ class _Run:
         micro_batches = self.loader.micro_batches(self.plan.samples(before.step).tolist())
         zero_gradients(self.optimization)
         parts = run_micro_batches(
-            self.optimization.model, self.objective, micro_batches, config.micro_batch_tokens, self.device
+            self.optimization.chunks, self.objective, micro_batches, config.micro_batch_tokens, self.device
         )
         learning_rate = self.optimization.learning_rate
         grad_norm, applied = guarded_step(self.optimization)

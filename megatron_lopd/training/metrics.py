@@ -30,13 +30,13 @@ class Counts:
 
     @staticmethod
     def of(micro_batches: Sequence[MicroBatch], device: torch.device) -> Counts:
-        """This rank's `micro_batches` and those of its data-parallel peers."""
+        """This rank's `micro_batches` and those of its data and context parallel peers."""
         own = [
             (batch.loss_count, batch.num_samples, batch.num_tokens, len(batch.response_tokens))
             for batch in micro_batches
         ]
         total = torch.tensor(own, device=device).sum(0)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return Counts(*total.tolist())
 
 
@@ -44,34 +44,35 @@ class Counts:
 class TokenValues:
     """Per-token values of a micro-batch or a batch: float32 [R] each, constants.
 
-    `loss` is weighted (MicroBatch.loss_weights), `entropy` in nats; kept log-probs as the objective needs.
+    `loss` is the objective's, `loss_weights` the MicroBatch's, `entropy` in nats; kept log-probs as the
+    objective needs, without `top_k`: a gather of k floats a token would be the step's largest.
     """
 
     loss: Tensor
+    loss_weights: Tensor
     entropy: Tensor
     log_probs: TokenLogProbs
 
     @staticmethod
     def gather(parts: Sequence[TokenValues], device: torch.device) -> TokenValues:
-        """All `parts` of all data-parallel ranks, end to end."""
+        """All `parts` of all data and context parallel ranks, end to end."""
         table = torch.cat([part._table() for part in parts], dim=1)  # [columns, R of this rank]
         kept = parts[0].log_probs
         names = [name for name in ("teacher", "behaviour") if getattr(kept, name) is not None]
-        loss, entropy, current, *rest = _all_gather(table)
+        loss, loss_weights, entropy, current, *rest = _all_gather(table)
         by_name = dict(zip(names, rest, strict=True))
-        return TokenValues(
-            loss, entropy, TokenLogProbs(current, by_name.get("teacher"), by_name.get("behaviour"))
-        )
+        gathered = TokenLogProbs(current, by_name.get("teacher"), by_name.get("behaviour"))
+        return TokenValues(loss, loss_weights, entropy, gathered)
 
     def _table(self) -> Tensor:
         tokens = self.log_probs
         kept = [column for column in (tokens.teacher, tokens.behaviour) if column is not None]
-        return torch.stack([self.loss, self.entropy, tokens.current, *kept])
+        return torch.stack([self.loss, self.loss_weights, self.entropy, tokens.current, *kept])
 
 
 def _all_gather(table: Tensor) -> Tensor:
-    """[columns, R] of each data-parallel rank -> [columns, sum of R], in rank order."""
-    group = parallel_state.get_data_parallel_group()
+    """[columns, R] of each data and context parallel rank -> [columns, sum of R], in rank order."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return table
     sizes = [torch.empty(1, dtype=torch.int64, device=table.device) for _ in range(group.size())]
@@ -95,9 +96,9 @@ def summarize(
     if ranks.is_last_stage:
         batch = TokenValues.gather(parts, device)
         measured = {
-            "loss": batch.loss.double().sum().item() / counts.loss_count,
+            "loss": (batch.loss_weights * batch.loss).double().sum().item() / counts.loss_count,
             "entropy": batch.entropy.double().mean().item(),
-            **objective.metrics(batch.log_probs),
+            **objective.metrics(batch.log_probs, batch.loss),
         }
         values = torch.tensor([measured[name] for name in names], dtype=torch.float64, device=device)
     if ranks.pp_size > 1:

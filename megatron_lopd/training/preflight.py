@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,15 +51,15 @@ class Agreement:
             )
         return (tokens.current - tokens.behaviour).abs()
 
-    def metrics(self, tokens: TokenLogProbs) -> dict[str, float]:
+    def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
         """Of all tokens: the difference that 99 in 100 do not exceed, and the largest one."""
-        ordered = self.token_loss(tokens).sort().values  # torch.quantile refuses 2^24 values
+        ordered = loss.sort().values  # torch.quantile refuses 2^24 values
         return {"p99": ordered[math.ceil(0.99 * len(ordered)) - 1].item(), "max": ordered[-1].item()}
 
 
 def check_rollouts(
     preflight: Preflight,
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     loader: BatchLoader,
     ranks: Ranks,
     device: torch.device,
@@ -85,7 +85,7 @@ def check_rollouts(
     size = len(loader.data)
     count = min(preflight.samples, size)
     positions = [int(position) for position in np.linspace(0, size - 1, count)]
-    measured = _measure(preflight, model, loader, positions, ranks, device)
+    measured = _measure(preflight, chunks, loader, positions, ranks, device)
     difference = measured["loss"]
     spread = f"99% of tokens within {measured['p99']:.2g}, the largest {measured['max']:.2g}"
     if not difference <= preflight.tolerance:  # so that NaN fails
@@ -105,7 +105,7 @@ def check_rollouts(
 
 def _measure(
     preflight: Preflight,
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     loader: BatchLoader,
     positions: list[int],
     ranks: Ranks,
@@ -117,7 +117,7 @@ def _measure(
 
     def forward() -> dict[str, float]:
         parts = run_micro_batches(
-            model,
+            chunks,
             agreement,
             micro_batches,
             loader.config.micro_batch_tokens,
@@ -127,10 +127,12 @@ def _measure(
         )
         return summarize(parts, Counts.of(micro_batches, device), agreement, ranks, device)
 
-    model.eval()  # recomputed layers in training would stack up scales for a backward that never comes
+    for chunk in chunks:
+        chunk.eval()  # recomputed layers in training would stack up scales for a backward that never comes
     if preflight.finds_scales:
         forward()  # with gradients enabled, as only then Transformer Engine moves its scales on
     with torch.no_grad():
         measured = forward()
-    model.train()
+    for chunk in chunks:
+        chunk.train()
     return measured

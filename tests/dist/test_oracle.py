@@ -35,6 +35,7 @@ LAYOUTS = {
     "TP1": ParallelConfig(),
     "TP2": ParallelConfig(tensor=2, processes=2),
     "PP2": ParallelConfig(pipeline=2, processes=2),
+    "PP2, interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2, processes=2),
     "TP2 x PP2": ParallelConfig(tensor=2, pipeline=2, processes=4),
 }
 LENGTHS = (9, 1, 23, 14)
@@ -135,31 +136,30 @@ def run_model(parallel: ParallelConfig, ranks: Any, root: Path, name: str, layou
     from megatron_lopd.mcore.optimizer import build_optimization
 
     arch = read_architecture(root / name)
-    model = build_model(arch, parallel, "fp32", seed=1)
-    load_hf_weights(model, arch, root / name)
+    chunks = build_model(arch, parallel, "fp32", seed=1)
+    for chunk in chunks:
+        load_hf_weights(chunk, arch, root / name)
     documents_ = documents()
-    packed = forward_log_probs(model, [documents_])
-    unpacked = forward_log_probs(model, [[tokens] for tokens in documents_])
+    packed = forward_log_probs(chunks, [documents_[:2], documents_[2:]])
+    unpacked = forward_log_probs(chunks, [[tokens] for tokens in documents_])
 
     precision = PRECISIONS[MODELS[name].get("dtype", torch.float32)]
-    other = build_model(arch, parallel, precision, seed=2)
-    state = {"model": other.sharded_state_dict()}
-    other.load_state_dict(dist_checkpointing.load(state, str(root / f"{name}-megatron"))["model"])
-    mine = dict(model.named_parameters())
+    others = build_model(arch, parallel, precision, seed=2)
+    state = {str(number): other.sharded_state_dict() for number, other in enumerate(others)}
+    loaded = dist_checkpointing.load(state, str(root / f"{name}-megatron"))
+    differs = []
+    for number, (chunk, other) in enumerate(zip(chunks, others, strict=True)):
+        other.load_state_dict(loaded[str(number)])
+        mine = dict(chunk.named_parameters())
+        differs += [key for key, value in other.named_parameters() if not torch.equal(value.float(), mine[key])]
     directory = root / f"{name}-trained-{layout}"
     directory.mkdir(exist_ok=True)
-    save_state(directory, build_optimization(other, OptimizerConfig(), precision, total_steps=1), ranks)
-    return {
-        "packed": packed,
-        "unpacked": unpacked,
-        "differs_from_megatron_checkpoint": [
-            key for key, value in other.named_parameters() if not torch.equal(value.float(), mine[key])
-        ],
-    }
+    save_state(directory, build_optimization(others, OptimizerConfig(), precision, total_steps=1), ranks)
+    return {"packed": packed, "unpacked": unpacked, "differs_from_megatron_checkpoint": differs}
 
 
 @torch.no_grad()
-def forward_log_probs(model: Any, micro_batches: list[list[torch.Tensor]]) -> torch.Tensor | None:
+def forward_log_probs(chunks: list[Any], micro_batches: list[list[torch.Tensor]]) -> torch.Tensor | None:
     """fp32 log-probs of every token that has one before it; None but on the last pipeline stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -171,13 +171,13 @@ def forward_log_probs(model: Any, micro_batches: list[list[torch.Tensor]]) -> to
         return hidden, partial(read_log_probs, batch)
 
     def read_log_probs(batch: dict[str, Any], hidden: torch.Tensor, **unused: Any) -> torch.Tensor:
-        result = response_log_probs(model, hidden, batch["predict_index"], batch["response_tokens"])
+        result = response_log_probs(chunks[-1], hidden, batch["predict_index"], batch["response_tokens"])
         return result.log_probs
 
     collected = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter([pack(documents) for documents in micro_batches]),
-        model=model,
+        data_iterator=[iter([pack(documents) for documents in micro_batches]) for _ in chunks],
+        model=chunks,
         num_microbatches=len(micro_batches),
         seq_length=1,  # unused: variable_seq_lengths
         micro_batch_size=1,

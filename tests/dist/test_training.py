@@ -17,8 +17,16 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor=2, sequence=True, processes=2),
     "pp2": ParallelConfig(pipeline=2, processes=2),
     "dp2": ParallelConfig(processes=2),
+    "cp2": ParallelConfig(context=2, processes=2),
+    "pp2, interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2, processes=2),
 }
-RESUMED_AT = {"tp2": ("tp2", "pp2"), "pp2": ("pp2", "alone"), "dp2": ("dp2", "alone")}
+RESUMED_AT = {
+    "tp2": ("tp2", "pp2"),
+    "pp2": ("pp2", "pp2, interleaved"),
+    "dp2": ("dp2", "alone"),
+    "cp2": ("cp2", "dp2"),
+    "pp2, interleaved": ("pp2, interleaved", "cp2"),
+}
 # A layout sums in another order: 4e-7 relative seen in losses and norms of six fp32 steps (asked: 1e-4),
 ROUNDED = 1e-5
 # and in single tokens' log-probs, of size 10, a few 1e-6 nats: these are what quantiles pick.
@@ -27,7 +35,7 @@ NATS = 2e-5
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_root(tmp_path_factory.mktemp("job"))
+    return make_root(tmp_path_factory.mktemp("job"), layers=4)
 
 
 @pytest.fixture(scope="module")

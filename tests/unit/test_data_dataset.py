@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_lopd.data.dataset import TrainingData, shard_name
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES
 from megatron_lopd.data.shards import write_shard
@@ -50,9 +51,12 @@ def test_scores_are_joined_by_id_and_not_by_position(tmp_path: Path) -> None:
         assert sample.rollout.sample_id == sample_id
         assert sample.score is not None
         assert sample.score.log_probs.tolist() == [-ord(sample_id)] * LENGTHS[sample_id]
-    data.require_within(7)
+    data.require_within(7, Padding())
     with pytest.raises(DataError, match=r"rollouts-00001\.arrow: sample d has 7 tokens.*at least 7"):
-        data.require_within(6)
+        data.require_within(6, Padding())
+    data.require_within(12, Padding(4, 12))
+    with pytest.raises(DataError, match=r"sample d has 7 tokens, .* pads to 12, above .*=11: .* at least 12"):
+        data.require_within(11, Padding(4, 12))
 
 
 def test_without_scores(tmp_path: Path) -> None:

@@ -101,6 +101,12 @@ def test_refuses_a_file_that_is_no_config(tmp_path: Path, content: str | None) -
         ({}, ParallelConfig(tensor=4, processes=4), "num_key_value_heads=2: set parallel.tensor to 1 or 2"),
         ({}, ParallelConfig(tensor=3, processes=3), "num_attention_heads=8: set parallel.tensor to 1 or 2"),
         ({}, ParallelConfig(pipeline=4, processes=4), "=6: set parallel.pipeline to 1 or 2 or 3 or 6"),
+        (
+            {},
+            ParallelConfig(pipeline=3, virtual_pipeline=3, processes=3),
+            "2 layers of a pipeline rank (num_hidden_layers=6, parallel.pipeline=3): set "
+            "parallel.virtual_pipeline to 1 or 2",
+        ),
         ({"intermediate_size": 95}, ParallelConfig(tensor=2, processes=2), "intermediate_size=95"),
         ({"vocab_size": 1}, ParallelConfig(tensor=2, processes=2), "vocab_size=1: set parallel.tensor to 1"),
         (
@@ -123,7 +129,7 @@ def test_too_few_processes_are_refused() -> None:
 
     parallel = ParallelConfig(tensor=2, pipeline=2, processes=4)
     with (
-        pytest.raises(ConfigError, match="2 x 2 needs a multiple of 4 processes, not 1"),
+        pytest.raises(ConfigError, match="2 x 1 x 2 needs a multiple of 4 processes, not 1"),
         model_parallel(parallel, 0),
     ):
         pass

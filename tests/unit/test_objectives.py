@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.objectives import SampledReverseKl, Sft, TokenLogProbs, _quantiles, drift, get_objective
+from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
+from megatron_lopd.objectives import (
+    SampledReverseKl,
+    Sft,
+    TokenLogProbs,
+    TopKLogProbs,
+    TopKReverseKl,
+    _quantiles,
+    drift,
+    get_objective,
+)
 
 # fp64 with a few additions each: 1e-12 leaves three digits above rounding.
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
@@ -61,10 +71,79 @@ def test_sft_is_cross_entropy() -> None:
     )
 
 
+def top_k_tokens(logits: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor, k: int) -> TokenLogProbs:
+    """What the trainer is given: the teacher's exact top k and tail, the student by our operation."""
+    top = teacher.topk(k)
+    outside = teacher.scatter(1, torch.cat([top.indices, tokens[:, None]], 1), float("-inf"))
+    identity = torch.eye(logits.shape[1], dtype=logits.dtype)  # hidden states that are the logits
+    student = vocab_parallel_log_probs(logits, identity, tokens, top.indices, vocab_size=logits.shape[1])
+    return TokenLogProbs(
+        student.log_probs,
+        teacher.gather(1, tokens[:, None])[:, 0],
+        student.log_probs.detach(),
+        TopKLogProbs(
+            student.top_k_log_probs,
+            student.tail_log_probs,
+            top.values,
+            outside.logsumexp(-1),
+            counted=top.indices != tokens[:, None],
+        ),
+    )
+
+
+@given(st.integers(0, 10_000), st.integers(0, 9), st.floats(0.1, 8))
+def test_topk_reverse_kl_has_the_closed_form_gradient(seed: int, k: int, sharpness: float) -> None:
+    """DESIGN section 1: p_v (c_v - D); and the same by autograd on the whole fp64 logits."""
+    logits, tokens = logits_and_tokens(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    teacher = (torch.randn(7, 11, dtype=torch.float64, generator=generator) * sharpness).log_softmax(-1)
+    loss = TopKReverseKl().token_loss(top_k_tokens(logits, teacher, tokens, k))
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+
+    log_p = logits.log_softmax(-1)
+    columns = torch.cat([teacher.topk(k).indices, tokens[:, None]], 1)
+    chosen = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, columns, True)
+    p_tail, q_tail = (
+        x.masked_fill(chosen, float("-inf")).logsumexp(-1, keepdim=True) for x in (log_p, teacher)
+    )
+    c = torch.where(chosen, log_p - teacher, p_tail - q_tail)
+    expected = (log_p.exp() * c).sum(-1)  # the tail's tokens share one c, and add up to p_tail c
+    (by_autograd,) = torch.autograd.grad(expected.sum(), logits, retain_graph=True)
+    # fp64 with log-probs of up to some 60 nats and 11 terms.
+    slack = {"rtol": 1e-10, "atol": 1e-11}
+    torch.testing.assert_close(loss, expected, **slack)
+    torch.testing.assert_close(gradient, log_p.exp() * (c - expected[:, None]), **slack)
+    torch.testing.assert_close(gradient, by_autograd, **slack)
+    assert (loss > -1e-12).all()
+    whole = (log_p.exp() * (log_p - teacher)).sum(-1)
+    assert (loss <= whole + 1e-11).all(), "merging outcomes cannot raise a divergence"
+
+
+def test_topk_reverse_kl_is_the_whole_divergence_when_the_tail_is_one_token() -> None:
+    logits, _ = logits_and_tokens(seed=6)
+    teacher = torch.randn(7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).log_softmax(
+        -1
+    )
+    log_p = logits.log_softmax(-1)
+    likeliest = teacher.argmax(-1)  # one of the top k, and not to be counted twice
+    loss = TopKReverseKl().token_loss(top_k_tokens(logits, teacher, likeliest, 10))
+    torch.testing.assert_close(loss, (log_p.exp() * (log_p - teacher)).sum(-1), **FP64)
+
+
+def test_topk_metrics_take_the_kl_from_the_loss_and_the_rest_from_the_token() -> None:
+    tokens = TokenLogProbs(torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -2.5]), torch.tensor([-1.0, -2.0]))
+    loss = torch.tensor([0.25, 0.5])
+    values = TopKReverseKl().metrics(tokens, loss)
+    assert set(values) == set(TopKReverseKl.metric_names)
+    assert values["reverse_kl"] == 0.375  # exact in binary
+    assert values.items() - {("reverse_kl", 0.375)} <= SampledReverseKl().metrics(tokens, loss).items()
+
+
 def test_metrics_of_known_numbers() -> None:
     current = torch.tensor([-1.0, -2.0, -3.0, -0.5])
     teacher = torch.tensor([-0.5, -2.5, -1.0, -0.5])
-    values = SampledReverseKl().metrics(TokenLogProbs(current, teacher, current.clone()))
+    tokens = TokenLogProbs(current, teacher, current.clone())
+    values = SampledReverseKl().metrics(tokens, SampledReverseKl().token_loss(tokens))
     assert set(values) == set(SampledReverseKl.metric_names)
     assert values["reverse_kl"] == pytest.approx(-0.5)  # exact in binary: halves only
     assert values["advantage_mean"] == pytest.approx(0.5)
@@ -106,6 +185,8 @@ def test_missing_log_probs_and_unknown_names_are_refused() -> None:
     with pytest.raises(DataError, match="run the score stage"):
         SampledReverseKl().token_loss(TokenLogProbs(current, None, current))
     with pytest.raises(DataError, match="no behaviour log-probs"):
-        SampledReverseKl().metrics(TokenLogProbs(current, current, None))
-    with pytest.raises(ConfigError, match="sampled_reverse_kl, sft"):
+        SampledReverseKl().metrics(TokenLogProbs(current, current, None), current)
+    with pytest.raises(DataError, match=r"score\.top_k above 0"):
+        TopKReverseKl().token_loss(TokenLogProbs(current, current, current))
+    with pytest.raises(ConfigError, match="sampled_reverse_kl, sft, topk_reverse_kl"):
         get_objective("reverse_kl")

@@ -125,10 +125,10 @@ def test_preflight_reports_percentiles_and_leaves_no_trace(tmp_path: Path) -> No
         assert weights == plain
 
     difference = torch.cat([torch.zeros(990), torch.full((9,), 0.5), torch.tensor([2.0])])
-    tokens = TokenLogProbs(-difference, None, torch.zeros(1000))
-    assert Agreement().metrics(tokens) == {"p99": 0.0, "max": 2.0}
-    tokens = TokenLogProbs(-difference[1:], None, torch.zeros(999))
-    assert Agreement().metrics(tokens) == {"p99": 0.5, "max": 2.0}
+    for drop, expected in ((0, 0.0), (1, 0.5)):
+        tokens = TokenLogProbs(-difference[drop:], None, torch.zeros(1000 - drop))
+        agreement = Agreement()
+        assert agreement.metrics(tokens, agreement.token_loss(tokens)) == {"p99": expected, "max": 2.0}
 
 
 def test_bad_jobs_are_refused_before_a_step(tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def _watch_preflight(root: Path, options: dict[str, Any]) -> Any:
     calls: list[tuple[bool, bool]] = []
     forward = preflight.run_micro_batches
 
-    def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append((torch.is_grad_enabled(), model.training))
-        return forward(model, *args, **kwargs)
+    def watched(chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((torch.is_grad_enabled(), chunks[0].training))
+        return forward(chunks, *args, **kwargs)
 
     preflight.run_micro_batches = watched
     return calls, train(root, **options)[2]

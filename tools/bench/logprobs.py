@@ -1,0 +1,128 @@
+"""Peak memory and time of the lean log-prob operation against the naive path, side by side.
+
+    python tools/bench/logprobs.py [--quick] [--tokens N] [--rounds N]
+
+Both make log-probs of the response tokens, and a loss's gradients, from hidden states and output weight at
+V = 151,936 and h = 1,024. Naive: the whole logits in fp32, log_softmax, gather, autograd; its top-k pays for
+the tail as well, by masking the chosen tokens out of the log-probs. On a CPU in fp32, on a GPU in bf16.
+Every measurement is a process of its own, and the paths take turns. Peak memory is above the inputs and their
+gradients: on a CPU the growth of the resident set (VmHWM) less the gradients, on a GPU the allocator's.
+The last line is one JSON object: ratios are ours over naive, medians, the sampled objective's unless named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
+
+VOCABULARY, HIDDEN, TOP_K = 151_936, 1024, 64
+LogProbPath = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def lean(hidden: Tensor, weight: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
+    """Our operation; the sum of all that is asked for."""
+    top_k_ids = ids if ids.shape[1] else None
+    out = vocab_parallel_log_probs(hidden, weight, tokens, top_k_ids, vocab_size=VOCABULARY)
+    if top_k_ids is None:
+        return out.log_probs.sum()
+    return out.log_probs.sum() + out.top_k_log_probs.sum() + out.tail_log_probs.sum()
+
+
+def naive(hidden: Tensor, weight: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
+    """The same sum by the book."""
+    log_probs = (hidden @ weight.t()).float().log_softmax(-1)
+    chosen = log_probs.gather(1, tokens[:, None]).sum()
+    if not ids.shape[1]:
+        return chosen
+    outside = log_probs.scatter(1, torch.cat([tokens[:, None], ids], 1), float("-inf"))
+    return chosen + log_probs.gather(1, ids).sum() + outside.logsumexp(1).sum()
+
+
+PATHS: dict[str, LogProbPath] = {"ours": lean, "naive": naive}
+
+
+def main() -> None:
+    """Measure, print a line for each pair, and the JSON object."""
+    parser = argparse.ArgumentParser(description="the lean log-prob operation against the naive path")
+    parser.add_argument("--quick", action="store_true", help="512 tokens, one round less: under 50 seconds")
+    parser.add_argument("--tokens", type=int, help="response tokens (4096; 512 with --quick)")
+    parser.add_argument("--rounds", type=int, help="measurements of each path (3; 2 with --quick)")
+    arguments = parser.parse_args()
+    tokens = arguments.tokens or (512 if arguments.quick else 4096)
+    rounds = arguments.rounds or (2 if arguments.quick else 3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{tokens} tokens, V {VOCABULARY}, h {HIDDEN}, {device}, {rounds} rounds, medians", flush=True)
+    sampled = compare("sampled", tokens, 0, device, rounds)
+    top_k = compare(f"top-k {TOP_K}", tokens, TOP_K, device, rounds)
+    shape = {"tokens": tokens, "vocabulary": VOCABULARY, "hidden": HIDDEN, "device": device}
+    print(json.dumps({**sampled, f"top_k_{TOP_K}": top_k, **shape}))
+
+
+def compare(name: str, tokens: int, k: int, device: str, rounds: int) -> dict[str, float]:
+    """Both paths in turn, `rounds` times each."""
+    runs: dict[str, list[tuple[float, int]]] = {path: [] for path in PATHS}
+    for _ in range(rounds):
+        for path, done in runs.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                done.append(pool.apply(measure, (path, tokens, k, device)))
+    seconds = {path: statistics.median(run[0] for run in done) for path, done in runs.items()}
+    peak = {path: statistics.median(run[1] for run in done) for path, done in runs.items()}
+    result = {"peak_ratio": peak["ours"] / peak["naive"], "time_ratio": seconds["ours"] / seconds["naive"]}
+    for path in PATHS:
+        print(f"{name:10} {path:6} {seconds[path]:8.3f} s {peak[path] / 2**20:9.0f} MiB", flush=True)
+        result |= {f"{path}_seconds": seconds[path], f"{path}_peak_mib": peak[path] / 2**20}
+    print(f"{name:10} {'ratio':6} {result['time_ratio']:8.3f}   {result['peak_ratio']:9.4f}", flush=True)
+    return {key: round(value, 4) for key, value in result.items()}
+
+
+def measure(path: str, tokens: int, k: int, device: str) -> tuple[float, int]:
+    """In a fresh process: (seconds, peak bytes above inputs and gradients) of one forward and backward."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(tokens, HIDDEN, device=device, dtype=dtype).requires_grad_()
+    weight = (torch.randn(VOCABULARY, HIDDEN, device=device, dtype=dtype) / 16).requires_grad_()
+    chosen = torch.randint(VOCABULARY, (tokens,), device=device)
+    ids = torch.randint(VOCABULARY, (tokens, k), device=device)
+    warm = PATHS[path](hidden[:8], weight, chosen[:8], ids[:8])  # kernels and threads, not their first start
+    torch.autograd.grad(warm, (hidden, weight))
+    del warm
+    before = start_peak(device)
+    start = time.perf_counter()
+    gradients = torch.autograd.grad(PATHS[path](hidden, weight, chosen, ids), (hidden, weight))
+    peak = read_peak(device)
+    seconds = time.perf_counter() - start
+    return seconds, peak - before - sum(gradient.nbytes for gradient in gradients)
+
+
+def start_peak(device: str) -> int:
+    """Bytes in use now; the peak is counted anew from here."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+    return int(psutil.Process().memory_info().rss)
+
+
+def read_peak(device: str) -> int:
+    """The most bytes in use since `start_peak`."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    (line,) = [row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
