@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 
 from megatron_lopd.artifacts.manifest import LineageStatus
-from megatron_lopd.config import ParallelConfig, TrainingConfig
+from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
 from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.errors import StopRequested
 from megatron_lopd.mcore import compat
@@ -22,6 +21,7 @@ from megatron_lopd.mcore.architecture import read_architecture
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
+from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.objectives import get_objective
 from megatron_lopd.training.agreement import any_rank
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
@@ -56,6 +56,7 @@ class TrainingJob:
     work_dir: Path
     init: Literal["pretrained", "random"] = "pretrained"
     preflight: Preflight | None = None
+    fp8: Fp8Config | None = None
 
 
 def run_training(job: TrainingJob) -> Progress:
@@ -68,14 +69,15 @@ def run_training(job: TrainingJob) -> Progress:
     SIGTERM or SIGUSR1, with the checkpoint saved.
     """
     compat.prepare()
-    job.data.require_within(job.config.micro_batch_tokens, Padding.of(job.parallel))
+    job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
     architecture = read_architecture(job.model_dir)
+    check_precision(architecture, job.parallel, job.fp8)
     with (
         StopSignals() as stop,
         model_parallel(job.parallel, job.seed) as ranks,
         Reporter(job.name, job.work_dir, ranks.rank) as reporter,
     ):
-        model = build_model(architecture, job.parallel, job.precision, job.seed)
+        model = build_model(architecture, job.parallel, job.precision, job.seed, job.fp8)
         if job.init == "pretrained":
             for chunk in model:
                 load_hf_weights(chunk, architecture, job.model_dir)
@@ -99,7 +101,7 @@ class _Run:
         self.objective = get_objective(job.objective)
         self.plan = BatchPlan(len(job.data), config.global_batch_size, job.seed)
         self.total_steps = _total_steps(config, self.plan)
-        self.loader = BatchLoader.of(job.data, config, job.parallel, ranks)
+        self.loader = BatchLoader.of(job.data, config, job.parallel, ranks, job.fp8)
         self.optimization: Optimization = build_optimization(
             model, config.optimizer, job.precision, self.total_steps
         )
