@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lopd.artifacts.fingerprint import CACHE_NAME
 from megatron_lopd.artifacts.lineage import read_model_lineage
-from megatron_lopd.artifacts.manifest import load_manifest
+from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
@@ -239,8 +240,9 @@ def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     for stage in ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report"):
         assert f"run/{stage}: " in out
-    manifest = root / "run/rollout/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"samples": 40', '"samples": 41'))
+    manifest = load_manifest(root / "run/rollout")
+    counts = manifest.counts | {"samples": 41}
+    write_manifest(root / "run/rollout", replace(manifest, counts=counts))  # whole, yet not the score's parent
     refused(capsys, ["verify", "run"], 3, "rollout")
 
 
