@@ -22,19 +22,9 @@ from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.tasks.arithmetic import problems
 from tests.model_zoo import make_model_dir
-from tests.pipeline import SMALL, write_recipe
+from tests.pipeline import SMALL
 
 AFTER_ROLLOUT = ("score", "train", "export", "evaluate", "report")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        assert main(["run", recipe.name]) == 0
-    return root
 
 
 @pytest.fixture
@@ -242,7 +232,7 @@ def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[st
         assert f"run/{stage}: " in out
     manifest = load_manifest(root / "run/rollout")
     counts = manifest.counts | {"samples": 41}
-    write_manifest(root / "run/rollout", replace(manifest, counts=counts))  # whole, yet not the score's parent
+    write_manifest(root / "run/rollout", replace(manifest, counts=counts))  # whole, but not the one scored
     refused(capsys, ["verify", "run"], 3, "rollout")
 
 
