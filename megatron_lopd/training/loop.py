@@ -15,7 +15,7 @@ from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan
-from megatron_lopd.errors import StopRequested
+from megatron_lopd.errors import NumericsError, StopRequested
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import read_architecture
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
@@ -23,13 +23,14 @@ from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guar
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.objectives import get_objective
-from megatron_lopd.training.agreement import any_rank
-from megatron_lopd.training.checkpoints import Checkpoints, Progress
+from megatron_lopd.training.agreement import any_rank, on_rank_zero
+from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
 from megatron_lopd.training.guards import check_skipped
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
 from megatron_lopd.training.preflight import Preflight, check_rollouts
 from megatron_lopd.training.reporter import Reporter
+from megatron_lopd.training.saving import Saver, load_checkpoint
 from megatron_lopd.training.step import BatchLoader, run_micro_batches
 
 
@@ -64,9 +65,9 @@ def run_training(job: TrainingJob) -> Progress:
 
     Returns what was consumed, over all attempts.
 
-    Raises ConfigError and DataError for input that cannot be trained on, CheckpointError for another
-    job's checkpoints or a full disk, NumericsError when a guard stops the run, and StopRequested after
-    SIGTERM or SIGUSR1, with the checkpoint saved.
+    Raises ConfigError and DataError for input that cannot be trained on and CheckpointError for another
+    job's checkpoints, before anything is allocated; CheckpointError for a full disk, NumericsError when a
+    guard stops the run, and StopRequested after SIGTERM or SIGUSR1, with the checkpoint saved.
     """
     compat.prepare()
     job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
@@ -77,11 +78,16 @@ def run_training(job: TrainingJob) -> Progress:
         model_parallel(job.parallel, job.seed) as ranks,
         Reporter(job.name, job.work_dir, ranks.rank) as reporter,
     ):
+        checkpoints = Checkpoints(
+            job.work_dir / "checkpoints", job.identity, architecture, job.lineage, job.config.keep_checkpoints
+        )
+        newest = on_rank_zero(lambda: checkpoints.newest_whole(reporter.note))
         model = build_model(architecture, job.parallel, job.precision, job.seed, job.fp8)
-        if job.init == "pretrained":
+        if job.init == "pretrained" and newest is None:
             for chunk in model:
                 load_hf_weights(chunk, architecture, job.model_dir)
-        return _Run(job, model, ranks, reporter, stop).to_the_end()
+        run = _Run(job, model, ranks, reporter, stop, checkpoints)
+        return run.to_the_end(newest)
 
 
 class _Run:
@@ -94,6 +100,7 @@ class _Run:
         ranks: Ranks,
         reporter: Reporter,
         stop: StopSignals,
+        checkpoints: Checkpoints,
     ) -> None:
         config = job.config
         self.job, self.ranks, self.reporter, self.stop = job, ranks, reporter, stop
@@ -105,13 +112,13 @@ class _Run:
         self.optimization: Optimization = build_optimization(
             model, config.optimizer, job.precision, self.total_steps
         )
-        self.checkpoints = Checkpoints(
-            job.work_dir / "checkpoints", job.identity, job.lineage, config.keep_checkpoints
-        )
+        self.saver = Saver(checkpoints, ranks, self.device)
 
-    def to_the_end(self) -> Progress:
-        progress = self.checkpoints.resume(self.optimization, self.ranks, self.reporter.note)
-        if progress.step:
+    def to_the_end(self, newest: Checkpoint | None) -> Progress:
+        """Go on from `newest`, or from the start when there is none."""
+        progress = Progress()
+        if newest is not None:
+            progress = load_checkpoint(newest, self.optimization, self.ranks)
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
         elif self.job.preflight is not None:
             check_rollouts(
@@ -123,18 +130,28 @@ class _Run:
                 self.reporter.note,
             )
         self.reporter.begin(progress.step, self.total_steps)
+        try:
+            return self._steps(progress)
+        except NumericsError:  # raised by every rank alike: the checkpoint on its way is worth its while
+            self.saver.finish()
+            raise
+
+    def _steps(self, progress: Progress) -> Progress:
         while progress.step < self.total_steps:
             progress = self._step(progress)
+            self.saver.poll()
             stopping = any_rank(self.stop.requested, self.device) and progress.step < self.total_steps
             due = progress.step % self.job.config.checkpoint_every == 0 or progress.step == self.total_steps
             if due or stopping:
                 self.reporter.sync()
-                self.checkpoints.save(self.optimization, progress, self.ranks)
+                self.saver.start(self.optimization, progress)
             if stopping:
+                self.saver.finish()
                 raise StopRequested(
                     f"{self.job.name}: stopped on request after step {progress.step} of {self.total_steps}, "
                     "with the checkpoint saved: run the same command to go on"
                 )
+        self.saver.finish()
         return progress
 
     def _step(self, before: Progress) -> Progress:
