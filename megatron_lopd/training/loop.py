@@ -69,6 +69,7 @@ def run_training(job: TrainingJob) -> Progress:
     compat.prepare()
     job.data.require_within(job.config.micro_batch_tokens)
     architecture = read_architecture(job.model_dir)
+    job.data.require_vocabulary(architecture.vocab_size)
     with (
         StopSignals() as stop,
         model_parallel(job.parallel, job.seed) as ranks,
