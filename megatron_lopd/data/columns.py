@@ -1,6 +1,6 @@
-"""Columns of a shard: what a record's values are as bytes in the file, and back.
+"""Columns of a shard: what a record's arrays are as bytes in the file, and back.
 
-A row of a column is a run of items of `item_bytes` bytes. None and an empty array are both no items.
+An array is a run of items of `item_bytes` bytes. None and an empty array are both no items.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
@@ -25,46 +24,27 @@ COMPAND_SCALE = 0.1
 COMPAND_LIMIT = 1e4
 _CODES = (1 << 16) - 1
 _COMPAND_RANGE = math.log1p(COMPAND_LIMIT / COMPAND_SCALE)
-_DECODED = (0.0 - COMPAND_SCALE * np.expm1(np.arange(_CODES + 1) * (_COMPAND_RANGE / _CODES))).astype(
-    np.float32
-)  # [65536], 0 down to -COMPAND_LIMIT
+_STEPS = np.arange(_CODES + 1) * (_COMPAND_RANGE / _CODES)
+# What each code stands for: float32 [65536], from 0 down to -COMPAND_LIMIT.
+_DECODED = (0.0 - COMPAND_SCALE * np.expm1(_STEPS)).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is kept. `encode` gives a row's bytes; `decode` takes a read-only view of them.
+    """How an array is kept. `encode` gives its bytes; `decode` takes a read-only view of them.
 
     `holds_tokens`: the values are token ids, int32, of which a record batch keeps the largest.
     """
 
-    dtype: pa.DataType
     item_bytes: int
-    encode: Callable[[Any], Bytes]
+    encode: Callable[[Any], bytes]
     decode: Callable[[Bytes], Any]
     holds_tokens: bool = False
 
-    @property
-    def is_text(self) -> bool:
-        """Text is part of a shard's index, verified when it is opened."""
-        return bool(self.dtype == pa.large_string())
 
-
-def _list_of(item: pa.DataType) -> pa.DataType:
-    # The large type: 32-bit offsets would end a column at 2 GiB.
-    return pa.large_list(pa.field("item", item, nullable=False))
-
-
-def _encode_text(text: str) -> Bytes:
-    return np.frombuffer(text.encode(), dtype=np.uint8)
-
-
-def _decode_text(raw: Bytes) -> str:
-    return raw.tobytes().decode()
-
-
-def _encode_tokens(tokens: NDArray[np.int32]) -> Bytes:
-    """int32 [n] in [0, 2^24) -> the three low bytes of each, little-endian: uint8 [3n]."""
-    return np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8).reshape(-1, 4)[:, :3].ravel()
+def _encode_tokens(tokens: NDArray[np.int32]) -> bytes:
+    """int32 [n] in [0, 2^24) -> the three low bytes of each, little-endian."""
+    return np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
 
 
 def _decode_tokens(raw: Bytes) -> NDArray[np.int32]:
@@ -75,28 +55,26 @@ def _decode_tokens(raw: Bytes) -> NDArray[np.int32]:
     return words & np.int32(MAX_VOCABULARY - 1)
 
 
-def _encode_floats(values: NDArray[np.float32] | None) -> Bytes:
-    return np.empty(0, np.uint8) if values is None else np.ascontiguousarray(values, "<f4").view(np.uint8)
+def _encode_floats(values: NDArray[np.float32] | None) -> bytes:
+    return b"" if values is None else values.astype("<f4").tobytes()
 
 
 def _decode_floats(raw: Bytes) -> NDArray[np.float32]:
     return raw.view("<f4")
 
 
-def _encode_id_planes(ids: NDArray[np.int32] | None) -> Bytes:
+def _encode_id_planes(ids: NDArray[np.int32] | None) -> bytes:
     """int32 [...] -> the low 16 bits of every id, the bits above them packed, and how many those are.
 
     A row has as many high bits as its largest id needs, of 0, 2, 4 and 8: an id costs 2.25 bytes in a
     vocabulary up to 2^18, 2.5 up to 2^20, 3 up to 2^24.
     """
     if ids is None:
-        return np.empty(0, dtype=np.uint8)
+        return b""
     flat = ids.ravel()
     bits = next(bits for bits in (0, 2, 4, 8) if flat.max() >> (16 + bits) == 0)
-    low = (flat & 0xFFFF).astype("<u2").view(np.uint8)
-    return np.concatenate(
-        [low, _pack_bits((flat >> 16).astype(np.uint8), bits), np.array([bits], dtype=np.uint8)]
-    )
+    low = (flat & 0xFFFF).astype("<u2")
+    return low.tobytes() + _pack_bits((flat >> 16).astype(np.uint8), bits).tobytes() + bytes([bits])
 
 
 def _decode_id_planes(raw: Bytes) -> NDArray[np.int32]:
@@ -127,11 +105,11 @@ def _unpack_bits(packed: Bytes, bits: int) -> Bytes:
     return ((packed[:, None] >> shifts) & np.uint8((1 << bits) - 1)).ravel()
 
 
-def _encode_companded(log_probs: NDArray[np.float32] | None) -> Bytes:
+def _encode_companded(log_probs: NDArray[np.float32] | None) -> bytes:
     if log_probs is None:
-        return np.empty(0, dtype=np.uint8)
+        return b""
     scaled = np.log1p(log_probs.ravel().astype(np.float64) / -COMPAND_SCALE) * (_CODES / _COMPAND_RANGE)
-    return np.rint(scaled).astype("<u2").view(np.uint8)
+    return np.rint(scaled).astype("<u2").tobytes()
 
 
 def _decode_companded(raw: Bytes) -> NDArray[np.float32]:
@@ -140,11 +118,10 @@ def _decode_companded(raw: Bytes) -> NDArray[np.float32]:
     return log_probs
 
 
-TEXT = Column(pa.large_string(), 1, _encode_text, _decode_text)
-TOKENS = Column(_list_of(pa.binary(3)), 3, _encode_tokens, _decode_tokens, holds_tokens=True)
-LOG_PROBS = Column(_list_of(pa.float32()), 4, _encode_floats, _decode_floats)
+TOKENS = Column(3, _encode_tokens, _decode_tokens, holds_tokens=True)
+LOG_PROBS = Column(4, _encode_floats, _decode_floats)
 # The two columns of a top k hold a [T, k] row by row. A record's `make` gives them back their shape.
-TOP_K_IDS = Column(_list_of(pa.uint8()), 1, _encode_id_planes, _decode_id_planes, holds_tokens=True)
+TOP_K_IDS = Column(1, _encode_id_planes, _decode_id_planes, holds_tokens=True)
 # Decoded, a log-prob lp is off by at most 8.9e-5 * (-lp + 0.1) nats: half a step of the companded scale, and
 # fp32's rounding. Weighted by the token's own probability that is 3.6e-5 nats; fp16's is 1.9e-4.
-TOP_K_LOG_PROBS = Column(_list_of(pa.uint16()), 2, _encode_companded, _decode_companded)
+TOP_K_LOG_PROBS = Column(2, _encode_companded, _decode_companded)

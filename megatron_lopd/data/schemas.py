@@ -14,7 +14,6 @@ from megatron_lopd.data.columns import (
     COMPAND_LIMIT,
     LOG_PROBS,
     MAX_VOCABULARY,
-    TEXT,
     TOKENS,
     TOP_K_IDS,
     TOP_K_LOG_PROBS,
@@ -123,16 +122,17 @@ def scores_kind(top_k: int) -> ShardKind[Score]:
             TopK(top_k_ids.reshape(shape), top_k_log_probs.reshape(shape), tail_log_probs),
         )
 
-    columns = {"sample_id": TEXT, "log_probs": LOG_PROBS}
+    columns = {"log_probs": LOG_PROBS}
     if top_k:
         columns |= {
-            "top_k_ids": TOP_K_IDS,
-            "top_k_log_probs": TOP_K_LOG_PROBS,
             "tail_log_probs": LOG_PROBS,
+            "top_k_log_probs": TOP_K_LOG_PROBS,
+            "top_k_ids": TOP_K_IDS,
         }
     return ShardKind(
         name="scores",
         version=2,
+        text=("sample_id",),
         columns=columns,
         split=_split_score,
         make=make,
@@ -144,13 +144,8 @@ def scores_kind(top_k: int) -> ShardKind[Score]:
 ROLLOUTS: ShardKind[Rollout] = ShardKind(
     name="rollouts",
     version=2,
-    columns={
-        "sample_id": TEXT,
-        "finish_reason": TEXT,
-        "prompt_tokens": TOKENS,
-        "response_tokens": TOKENS,
-        "log_probs": LOG_PROBS,
-    },
+    text=("sample_id", "finish_reason"),
+    columns={"log_probs": LOG_PROBS, "prompt_tokens": TOKENS, "response_tokens": TOKENS},
     split=vars,
     make=_make_rollout,
     problem=_rollout_problem,

@@ -1,10 +1,13 @@
 """Shards: records in a memory-mapped Arrow IPC file, with checksums for every record and batch of records.
 
 Kinds of shard, that is their columns and what makes a record good, are in `schemas`; how values become
-bytes is in `columns`. Arrow finds no flipped byte by itself. So every record has an xxh3_64 of its values
-(token ids and log-probs), verified whenever it is read, and every record batch an xxh3_128 of its index:
-those checksums, the sample ids and other text, the list offsets, the largest token id, and its place in the
-file, so that no batch can go missing. The index is verified when the shard is opened, which reads no values.
+bytes is in `columns`. A record's values (token ids and log-probs) lie together, as one binary value: reading
+one at random is one place on the disk. Beside it are its text and, for each column, how many items it has.
+
+Arrow finds no flipped byte by itself. So every record has an xxh3_64 of its values, verified whenever it is
+read, and every record batch an xxh3_128 of its index: all that is not values, those checksums, the largest
+token id, and its place in the file, so that no batch can go missing. The index is verified when the shard is
+opened, which reads no values.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from xxhash import xxh3_64, xxh3_128
+from xxhash import xxh3_64_intdigest, xxh3_128
 
 from megatron_lopd.artifacts.files import atomic_file
 from megatron_lopd.data.columns import Bytes, Column
@@ -29,7 +32,10 @@ from megatron_lopd.errors import DataError
 RECORDS_PER_BATCH = 1024
 BYTES_PER_BATCH = 1 << 25
 
-CHECKSUM = "xxh3_64"
+# Of a record's values: its columns' bytes end to end, padded so that the next record's are aligned.
+VALUES, CHECKSUM = "values", "xxh3_64"
+ALIGNMENT = 8
+
 NO_TOKEN = -1
 
 
@@ -41,19 +47,21 @@ class Identified(Protocol):
 
 
 Record = TypeVar("Record", bound=Identified)
+Item = TypeVar("Item", bound=np.generic)
 
 
 @dataclass(frozen=True)
 class ShardKind(Generic[Record]):
-    """One kind of shard. `sample_id` is the first of its columns.
+    """One kind of shard: a record's `text`, `sample_id` first, and `columns` of arrays, largest items first.
 
-    `split` gives a record's values by column, None where it has none; `make` builds a record from what the
-    columns decode, given by name; `problem` says in a few words what is wrong with a record, or None, and
+    `split` gives a record's text and arrays by name, None where it has none; `make` builds a record from
+    them, given by name; `problem` says in a few words what is wrong with a record, or None, and
     is asked on write and on read. `parameters` tell shards of one kind apart: all of an artifact agree.
     """
 
     name: str
     version: int
+    text: tuple[str, ...]
     columns: Mapping[str, Column]
     split: Callable[[Record], Mapping[str, Any]]
     make: Callable[..., Record]
@@ -63,8 +71,11 @@ class ShardKind(Generic[Record]):
     @cached_property
     def schema(self) -> pa.Schema:
         """The Arrow schema; its metadata names the kind, the version of the format and the parameters."""
-        fields = [pa.field(name, column.dtype, nullable=False) for name, column in self.columns.items()]
-        fields.append(pa.field(CHECKSUM, pa.uint64(), nullable=False))
+        # The large types: 32-bit offsets would end a column at 2 GiB.
+        dtypes = {name: pa.large_string() for name in self.text}
+        dtypes |= {name: pa.uint32() for name in self.columns}  # items
+        dtypes |= {CHECKSUM: pa.uint64(), VALUES: pa.large_binary()}
+        fields = [pa.field(name, dtype, nullable=False) for name, dtype in dtypes.items()]
         about = {"kind": self.name, "version": str(self.version), **self.parameters}
         return pa.schema(fields, metadata={f"lopd.{key}": value for key, value in about.items()})
 
@@ -133,22 +144,27 @@ class ShardReader(Generic[Record]):
         return self._find(index)[0].path
 
     def lengths(self, column: str) -> NDArray[np.int64]:
-        """Items of a list column by record, int64 [len(self)], from the offsets alone."""
+        """Items of a column by record, int64 [len(self)], from the index alone."""
         empty = np.empty(0, dtype=np.int64)
-        return np.concatenate([empty, *(np.diff(batch.offsets[column]) for batch in self._batches)])
+        return np.concatenate([empty, *(batch.items[column] for batch in self._batches)], dtype=np.int64)
 
     def record(self, index: int) -> Record:
         """Record `index`. Its arrays may be read-only views of the file."""
         batch, row = self._find(index)
-        raw = batch.row(row)
-        if _checksum(self.kind, raw) != batch.checksums[row]:
+        raw = batch.values(row)
+        if xxh3_64_intdigest(raw.data) != batch.checksums[row]:
             raise DataError(
                 f"{batch.path}: damaged: the checksum of sample {self.sample_ids[index]} does not match: "
                 "delete the artifact and make it again"
             )
+        fields: dict[str, Any] = {name: batch.text(name, row) for name in self.kind.text}
+        begin = 0
         try:
-            values = {name: column.decode(raw[name]) for name, column in self.kind.columns.items()}
-            record = self.kind.make(**values)
+            for name, column in self.kind.columns.items():
+                end = begin + int(batch.items[name][row]) * column.item_bytes
+                fields[name] = column.decode(raw[begin:end])
+                begin = end
+            record = self.kind.make(**fields)
             problem = self.kind.problem(record)
         except ValueError as error:  # values that have no shape of this kind
             problem = str(error)
@@ -180,44 +196,45 @@ class ShardReader(Generic[Record]):
 
 
 class _BatchDraft(Generic[Record]):
-    """A record batch in the making: encoded rows, by column."""
+    """A record batch in the making: encoded records, by column of the file."""
 
     def __init__(self, kind: ShardKind[Record], number: int) -> None:
         self.number = number
         self._kind = kind
-        self._rows: list[dict[str, Bytes]] = []
+        self._fields: dict[str, list[Any]] = {name: [] for name in kind.schema.names}
         self._bytes = 0
         self._max_token = NO_TOKEN
 
     def is_full(self) -> bool:
-        return len(self._rows) >= RECORDS_PER_BATCH or self._bytes >= BYTES_PER_BATCH
+        return len(self._fields[VALUES]) >= RECORDS_PER_BATCH or self._bytes >= BYTES_PER_BATCH
 
     def add(self, record: Record) -> None:
-        values = self._kind.split(record)
-        row = {name: column.encode(values[name]) for name, column in self._kind.columns.items()}
-        self._rows.append(row)
-        self._bytes += sum(map(len, row.values()))
-        self._max_token = max(self._max_token, _largest_token(self._kind, values))
+        fields = self._kind.split(record)
+        parts = {name: column.encode(fields[name]) for name, column in self._kind.columns.items()}
+        values = b"".join(parts.values())
+        values += bytes(-len(values) % ALIGNMENT)
+        for name in self._kind.text:
+            self._fields[name].append(fields[name])
+        for name, column in self._kind.columns.items():
+            self._fields[name].append(len(parts[name]) // column.item_bytes)
+        self._fields[CHECKSUM].append(xxh3_64_intdigest(values))
+        self._fields[VALUES].append(values)
+        self._bytes += len(values)
+        self._max_token = max(self._max_token, _largest_token(self._kind, fields))
 
     def seal(self, path: Path, is_last: bool) -> tuple[pa.RecordBatch, dict[str, str]]:
         """The batch and its metadata, as `write_batch` takes them."""
-        arrays = [
-            _array(column, [row[name] for row in self._rows]) for name, column in self._kind.columns.items()
-        ]
-        checksums = np.array([_checksum(self._kind, row) for row in self._rows], dtype=np.uint64)
-        batch = pa.RecordBatch.from_arrays([*arrays, pa.array(checksums)], schema=self._kind.schema)
+        arrays = [pa.array(self._fields[each.name], each.type) for each in self._kind.schema]
+        batch = pa.RecordBatch.from_arrays(arrays, schema=self._kind.schema)
         view = _Batch(path, self._kind, batch, self._max_token)
-        return batch, {
-            "max_token": str(self._max_token),
-            "xxh3_128": view.index_checksum(self.number, is_last),
-        }
+        checksum = view.index_checksum(self.number, is_last)
+        return batch, {"max_token": str(self._max_token), "xxh3_128": checksum}
 
 
 class _Batch:
     """A record batch as numpy views of its buffers. Raises ValueError when a buffer is too short.
 
-    By column, row i is `values[offsets[i] * item_bytes : offsets[i + 1] * item_bytes]`, uint8; `offsets` are
-    int64 [records + 1]. `checksums` uint64 [records].
+    `items` uint32 [records] by column; `checksums` uint64 [records].
     """
 
     def __init__(self, path: Path, kind: ShardKind[Any], batch: pa.RecordBatch, max_token: int) -> None:
@@ -225,35 +242,46 @@ class _Batch:
         self.num_records: int = batch.num_rows
         self.max_token = max_token
         self.ids: pa.Array = batch.column(0)
-        self.offsets: dict[str, NDArray[np.int64]] = {}
-        self._columns, self._parameters = kind.columns, dict(kind.parameters)
-        self._values: dict[str, Bytes] = {}
-        for (name, column), array in zip(kind.columns.items(), batch.columns, strict=False):
-            buffers = array.buffers()
-            self.offsets[name] = np.frombuffer(buffers[1], dtype=np.int64, count=self.num_records + 1)
-            size = int(self.offsets[name][-1]) * column.item_bytes
-            empty = np.empty(0, dtype=np.uint8)
-            self._values[name] = np.frombuffer(buffers[-1], np.uint8, count=size) if size else empty
-        checksums = batch.column(len(kind.columns)).buffers()[1]
-        self.checksums = np.frombuffer(checksums, dtype=np.uint64, count=self.num_records)
+        self._parameters = dict(kind.parameters)
+        self._text = {name: _Ragged(batch.column(name)) for name in kind.text}
+        self.items = {name: _flat(batch.column(name), np.uint32) for name in kind.columns}
+        self.checksums = _flat(batch.column(CHECKSUM), np.uint64)
+        self._values = _Ragged(batch.column(VALUES))
 
-    def row(self, row: int) -> dict[str, Bytes]:
-        """The bytes of one record, by column."""
-        rows = {}
-        for name, column in self._columns.items():
-            begin, end = self.offsets[name][row : row + 2].tolist()
-            rows[name] = self._values[name][begin * column.item_bytes : end * column.item_bytes]
-        return rows
+    def text(self, name: str, row: int) -> str:
+        return self._text[name].row(row).tobytes().decode()
+
+    def values(self, row: int) -> Bytes:
+        return self._values.row(row)
 
     def index_checksum(self, number: int, is_last: bool) -> str:
-        place = f"{self._parameters} {number} {is_last} {self.max_token}"
-        digest = xxh3_128(place.encode())
+        digest = xxh3_128(f"{self._parameters} {number} {is_last} {self.max_token}".encode())
+        for ragged in self._text.values():
+            digest.update(ragged.offsets.data)
+            digest.update(ragged.data.data)
+        for items in self.items.values():
+            digest.update(items.data)
         digest.update(self.checksums.data)
-        for name, column in self._columns.items():
-            digest.update(self.offsets[name].data)
-            if column.is_text:
-                digest.update(self._values[name].data)
+        digest.update(self._values.offsets.data)
         return digest.hexdigest()
+
+
+class _Ragged:
+    """A text or binary column in place: row i is `data[offsets[i] : offsets[i + 1]]`. int64 and uint8."""
+
+    def __init__(self, array: pa.Array) -> None:
+        _, offsets, data = array.buffers()
+        self.offsets = np.frombuffer(offsets, dtype=np.int64, count=len(array) + 1)
+        size = int(self.offsets[-1])
+        self.data: Bytes = np.frombuffer(data, np.uint8, count=size) if size else np.empty(0, dtype=np.uint8)
+
+    def row(self, row: int) -> Bytes:
+        begin, end = self.offsets[row : row + 2].tolist()
+        return self.data[begin:end]
+
+
+def _flat(array: pa.Array, dtype: type[Item]) -> NDArray[Item]:
+    return np.frombuffer(array.buffers()[1], dtype=dtype, count=len(array))
 
 
 def _open_shard(path: Path, kind: ShardKind[Any]) -> list[_Batch]:
@@ -301,27 +329,7 @@ def _checked(path: Path, kind: ShardKind[Record], records: Iterable[Record]) -> 
         yield record
 
 
-def _checksum(kind: ShardKind[Any], row: Mapping[str, Bytes]) -> int:
-    """Of a record's values, column after column; their lengths and its text are part of the index."""
-    digest = xxh3_64()
-    for name, column in kind.columns.items():
-        if not column.is_text:
-            digest.update(row[name].data)
-    return digest.intdigest()
-
-
-def _largest_token(kind: ShardKind[Any], values: Mapping[str, Any]) -> int:
+def _largest_token(kind: ShardKind[Any], fields: Mapping[str, Any]) -> int:
     """The largest token id of a record, NO_TOKEN when it has none."""
-    tokens = [values[name] for name, column in kind.columns.items() if column.holds_tokens]
+    tokens = [fields[name] for name, column in kind.columns.items() if column.holds_tokens]
     return max((int(ids.max()) for ids in tokens if ids is not None), default=NO_TOKEN)
-
-
-def _array(column: Column, rows: Sequence[Bytes]) -> pa.Array:
-    """One column of a batch from its encoded rows."""
-    offsets = np.cumsum([0, *(len(row) // column.item_bytes for row in rows)], dtype=np.int64)
-    buffers = [None, pa.py_buffer(offsets)]
-    values = pa.py_buffer(np.concatenate(rows))
-    if column.is_text:
-        return pa.Array.from_buffers(column.dtype, len(rows), [*buffers, values])
-    items = pa.Array.from_buffers(column.dtype.value_type, int(offsets[-1]), [None, values])
-    return pa.Array.from_buffers(column.dtype, len(rows), buffers, children=[items])
