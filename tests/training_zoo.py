@@ -20,7 +20,7 @@ from tests.model_zoo import make_model_dir
 
 VOCABULARY = 67  # odd, and tied: what TP pads and what PP gives a gradient bucket of its own
 # What a step measures beside its numbers, different in every run.
-CLOCK = ("seconds", "tokens_per_s")
+CLOCK = ("seconds", "data_wait_s", "tokens_per_s")
 
 
 def make_root(root: Path, *, samples: int = 40, temperature: float = 1.0, tied: bool = True) -> Path:

@@ -13,6 +13,7 @@ import torch
 from megatron_lopd.artifacts.manifest import LineageStatus
 from megatron_lopd.config import ParallelConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
+from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.errors import StopRequested
@@ -27,6 +28,7 @@ from megatron_lopd.training.checkpoints import Checkpoints, Progress
 from megatron_lopd.training.guards import check_skipped
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
+from megatron_lopd.training.prefetch import Prefetcher, pinned
 from megatron_lopd.training.preflight import Preflight, check_rollouts
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.step import BatchLoader, run_micro_batches
@@ -115,8 +117,16 @@ class _Run:
                 self.reporter.note,
             )
         self.reporter.begin(progress.step, self.total_steps)
+        with Prefetcher(self._load, progress.step, self.total_steps) as batches:
+            return self._train(progress, batches)
+
+    def _load(self, step: int) -> list[MicroBatch]:
+        micro_batches = self.loader.micro_batches(self.plan.samples(step).tolist())
+        return [pinned(each) for each in micro_batches] if self.device.type == "cuda" else micro_batches
+
+    def _train(self, progress: Progress, batches: Prefetcher[list[MicroBatch]]) -> Progress:
         while progress.step < self.total_steps:
-            progress = self._step(progress)
+            progress = self._step(progress, batches)
             stopping = any_rank(self.stop.requested, self.device) and progress.step < self.total_steps
             due = progress.step % self.job.config.checkpoint_every == 0 or progress.step == self.total_steps
             if due or stopping:
@@ -129,10 +139,11 @@ class _Run:
                 )
         return progress
 
-    def _step(self, before: Progress) -> Progress:
+    def _step(self, before: Progress, batches: Prefetcher[list[MicroBatch]]) -> Progress:
         began = time.perf_counter()
         config = self.job.config
-        micro_batches = self.loader.micro_batches(self.plan.samples(before.step).tolist())
+        micro_batches = batches.get(before.step)
+        data_wait = time.perf_counter() - began
         zero_gradients(self.optimization)
         parts = run_micro_batches(
             self.optimization.model, self.objective, micro_batches, config.micro_batch_tokens, self.device
@@ -164,6 +175,7 @@ class _Run:
                 "skipped": int(not applied),
                 "packing_fill": counts.tokens / capacity,
                 "seconds": seconds,
+                "data_wait_s": data_wait,
                 "tokens_per_s": counts.tokens / seconds,
             }
         )
