@@ -22,7 +22,7 @@ class SampleIds:
     def __init__(self, columns: Sequence[pa.Array]) -> None:
         self._ids: pa.ChunkedArray = pa.chunked_array(columns, pa.large_string())
         hashes = np.concatenate([np.empty(0, np.uint64), *map(_hashes, columns)])
-        self._order: NDArray[np.int64] = np.argsort(hashes, kind="stable")
+        self._order: NDArray[np.int64] = np.argsort(hashes)
         self._sorted: NDArray[np.uint64] = hashes[self._order]  # ascending
 
     def __len__(self) -> int:
