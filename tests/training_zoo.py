@@ -21,7 +21,7 @@ from tests.model_zoo import Family, make_model_dir
 
 VOCABULARY = 67  # odd, and tied: what TP pads and what PP gives a gradient bucket of its own
 # What a step measures beside its numbers, different in every run.
-CLOCK = ("seconds", "tokens_per_s")
+CLOCK = ("seconds", "data_wait_s", "tokens_per_s")
 # A layout sums in another order: 4e-7 relative seen in losses and norms of six fp32 steps (asked: 1e-5),
 ROUNDED = 1e-5
 # and in single tokens' log-probs, of size 10, which quantiles pick, 1e-6 nats at step 1 and up to 3e-5 by step

@@ -13,6 +13,7 @@ import torch
 from megatron_lopd.artifacts.manifest import LineageStatus
 from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
+from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.errors import NumericsError, StopRequested
@@ -28,6 +29,7 @@ from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
 from megatron_lopd.training.guards import check_skipped
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
+from megatron_lopd.training.prefetch import Prefetcher, pinned
 from megatron_lopd.training.preflight import Preflight, check_rollouts
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint
@@ -72,6 +74,7 @@ def run_training(job: TrainingJob) -> Progress:
     compat.prepare()
     job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
     architecture = read_architecture(job.model_dir)
+    job.data.require_vocabulary(architecture.vocab_size)
     check_precision(architecture, job.parallel, job.fp8)
     with (
         StopSignals() as stop,
@@ -131,14 +134,19 @@ class _Run:
             )
         self.reporter.begin(progress.step, self.total_steps)
         try:
-            return self._steps(progress)
+            with Prefetcher(self._load, progress.step, self.total_steps) as batches:
+                return self._train(progress, batches)
         except NumericsError:  # raised by every rank alike: the checkpoint on its way is worth its while
             self.saver.finish()
             raise
 
-    def _steps(self, progress: Progress) -> Progress:
+    def _load(self, step: int) -> list[MicroBatch]:
+        micro_batches = self.loader.micro_batches(self.plan.samples(step).tolist())
+        return [pinned(each) for each in micro_batches] if self.device.type == "cuda" else micro_batches
+
+    def _train(self, progress: Progress, batches: Prefetcher[list[MicroBatch]]) -> Progress:
         while progress.step < self.total_steps:
-            progress = self._step(progress)
+            progress = self._step(progress, batches)
             self.saver.poll()
             stopping = any_rank(self.stop.requested, self.device) and progress.step < self.total_steps
             due = progress.step % self.job.config.checkpoint_every == 0 or progress.step == self.total_steps
@@ -154,10 +162,11 @@ class _Run:
         self.saver.finish()
         return progress
 
-    def _step(self, before: Progress) -> Progress:
+    def _step(self, before: Progress, batches: Prefetcher[list[MicroBatch]]) -> Progress:
         began = time.perf_counter()
         config = self.job.config
-        micro_batches = self.loader.micro_batches(self.plan.samples(before.step).tolist())
+        micro_batches = batches.get(before.step)
+        data_wait = time.perf_counter() - began
         zero_gradients(self.optimization)
         parts = run_micro_batches(
             self.optimization.chunks, self.objective, micro_batches, config.micro_batch_tokens, self.device
@@ -189,6 +198,7 @@ class _Run:
                 "skipped": int(not applied),
                 "packing_fill": counts.tokens / capacity,
                 "seconds": seconds,
+                "data_wait_s": data_wait,
                 "tokens_per_s": counts.tokens / seconds,
             }
         )
