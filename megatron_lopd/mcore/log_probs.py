@@ -129,8 +129,8 @@ class _Block:
         """The ids' logits [R, m], 0 where another block has them."""
         return self.logits.gather(1, self.columns).masked_fill_(~self.here, 0.0)
 
-    def leave_the_tail(self) -> Tensor:
-        """The logits with LOG_ZERO or less in the ids' places; adding makes a repeat of an id harmless."""
+    def tail_logits(self) -> Tensor:
+        """Overwrites `logits` with LOG_ZERO or less at the ids. As it is added, repeats do no harm."""
         return self.logits.scatter_add_(1, self.columns, self.here.to(self.logits.dtype) * LOG_ZERO)
 
 
@@ -144,7 +144,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         sums = _Sums.of_nothing(chosen[:, 0])  # over the tail
         for block in vocab.blocks(hidden, weight, ids):
             chosen += block.take()
-            sums = sums.merge(_Sums.of(block.leave_the_tail()))
+            sums = sums.merge(_Sums.of(block.tail_logits()))
         sums, chosen = sums.reduce(vocab, chosen)
 
         # Everything is taken from the row's largest logit: log-probs keep the digits that large logits lack.
@@ -175,7 +175,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.vocab.size :] = 0
         for block in ctx.vocab.blocks(hidden, weight, ids):
-            grad_logits = block.leave_the_tail().sub_(largest[:, None]).exp_().mul_(of_tail[:, None])
+            grad_logits = block.tail_logits().sub_(largest[:, None]).exp_().mul_(of_tail[:, None])
             grad_logits = grad_logits.scatter_add_(1, block.columns, of_chosen * block.here).to(hidden.dtype)
             grad_hidden += matmul_fp32(grad_logits, weight[block.rows])
             grad_weight[block.rows] = matmul_fp32(grad_logits.t(), hidden)
