@@ -136,6 +136,16 @@ def train_layouts(root: Path, names: list[str]) -> Runs:
     return runs
 
 
+def train_in_small_buckets(root: Path, names: list[str]) -> Runs:
+    """`train_layouts` with a bucket for every weight: as many reductions and gathers at once as there can be."""
+    from functools import partial
+
+    from megatron_lopd.mcore import optimizer
+
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=1)
+    return train_layouts(root, names)
+
+
 def train_with_scores_of_other_tokens(root: Path, name: str) -> Runs:
     """`train_layouts` of `name`, a context parallel layout, with the first of the scores in place of its own."""
     from dataclasses import replace

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from gloo import run_ranks
-from matrix import CLIP, LAYOUTS, Runs, make_models, train_layouts, train_with_scores_of_other_tokens
+from matrix import (
+    CLIP,
+    LAYOUTS,
+    Runs,
+    make_models,
+    train_in_small_buckets,
+    train_layouts,
+    train_with_scores_of_other_tokens,
+)
 from steps import Trained, whole_gradients
 
 from tests.training_zoo import VOCABULARY
@@ -41,6 +49,15 @@ def test_a_layout_trains_as_one_process_does(matrix: Matrix, name: str) -> None:
         for objective in OBJECTIVES:
             expected = matrix.runs(1)[0]["one process", model, objective]
             check(f"{model}, {objective}", [rank[name, model, objective] for rank in ranks], expected)
+
+
+@pytest.mark.parametrize("name", ["DP2, distributed optimizer", "PP2 + VPP2 x DP2"])
+def test_gradients_and_weights_may_travel_one_by_one(matrix: Matrix, name: str) -> None:
+    layout = LAYOUTS[name]
+    ranks = run_ranks(layout.parallel.processes, train_in_small_buckets, matrix.root, [name], timeout=300)
+    for run in ranks[0]:
+        expected = matrix.runs(1)[0]["one process", run[1], run[2]]
+        check(f"{run[1]}, {run[2]}", [rank[run] for rank in ranks], expected)
 
 
 def test_the_matrix_sees_scores_that_are_not_of_the_tokens(matrix: Matrix) -> None:
