@@ -90,10 +90,9 @@ def _splits_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) 
 def _all_gather_unequal(
     parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
-    lengths = [len(part) for part in parts]
-    if len(set(lengths)) == 1:
+    if len({part.shape for part in parts}) == 1:
         return distributed_c10d.all_gather(parts, own, group=group, async_op=async_op)
-    padded = own.new_zeros(max(lengths), *own.shape[1:])
+    padded = own.new_zeros(max(map(len, parts)), *own.shape[1:])
     padded[: len(own)] = own
     received = [torch.empty_like(padded) for _ in parts]
     distributed_c10d.all_gather(received, padded, group=group)
