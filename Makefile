@@ -2,17 +2,25 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := $(VENV)/megatron-core-newest
 recipe := examples/quickstart/recipe.yaml
 # `make quickstart seed=3 run_dir=runs/other`: any of these, as overrides of the recipe.
 overrides := $(if $(seed),seed=$(seed)) $(if $(run_dir),run_dir=$(run_dir))
 
-.PHONY: quickstart test lint clean
+# What of the tests touches Megatron-Core, and two releases of it in one run.
+core_tests := tests/unit/test_mcore_*.py tests/unit/test_convert_*.py tests/unit/test_training_loop.py \
+	tests/dist tests/fault/test_checkpoint.py tests/two_releases.py
+
+.PHONY: quickstart test test-newest lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/lopd run $(recipe) $(overrides)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-newest: $(VENV)/.dev $(NEWEST)/.installed
+	PYTHONPATH=$(CURDIR)/$(NEWEST) $(BIN)/python -m pytest $(core_tests)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -30,6 +38,12 @@ $(VENV)/.base: $(VENV)/bin/python requirements.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.base requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $@
+
+$(NEWEST)/.installed: $(VENV)/bin/python requirements-newest.txt
+	rm -rf $(NEWEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+		--target $(NEWEST) --requirement requirements-newest.txt
 	touch $@
 
 clean:

@@ -5,7 +5,9 @@ doctor` reports those; on every other command's console they are noise. They are
 every module of the package is imported after this one, and so Megatron-Core is too.
 """
 
+import logging
 import warnings
+from collections.abc import Callable
 
 __version__ = "0.1.0"
 
@@ -17,5 +19,22 @@ for _message in (
     r"`torch\.distributed\.\w+` is deprecated",
     r"`load_state_dict` is deprecated",
     r"Please use DTensor instead",
+    r"The argument order of load has been changed",  # this and the next: Megatron-Core 0.19's loader
+    r"torch\.distributed is disabled, unavailable or uninitialized",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+
+def _other_than(message: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: not record.getMessage().startswith(message)
+
+
+# What Megatron-Core 0.19 advises at every start and load: its other model class, another way to build
+# it, another checkpoint. Older releases know none of them.
+for _logger, _message in (
+    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("transformer.transformer_layer", "Rewrapping ModuleSpec"),
+    ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    ("dist_checkpointing.strategies.common", "load_common is deprecated"),
+):
+    logging.getLogger(f"megatron.core.{_logger}").addFilter(_other_than(_message))

@@ -46,8 +46,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise DataError(
                         f"{path}:{number}: not valid JSON, at column {error.colno}: {error.msg}"
                     ) from None
+                except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+                    raise DataError(f"{path}:{number}: not JSON to be read: {error}") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
+                _require_encodable(f"{path}:{number}", row)
                 empty = False
                 yield number, row
     except OSError as error:
@@ -56,6 +59,15 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: not UTF-8 text, at byte {error.start}: save it as UTF-8") from None
     if empty:
         raise DataError(f"{path}: the file is empty: it must hold one JSON object a line")
+
+
+def _require_encodable(where: str, row: dict[str, Any]) -> None:
+    """JSON can escape half a character (\\ud800 alone), which no tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{where}: {half!a} is half a character (a lone surrogate): remove it") from None
 
 
 def read_prompts(path: Path, count: int | None = None) -> list[Prompt]:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
 from megatron_lopd.errors import CheckpointError
+from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.optimizer import (
     Optimization,
     finish_gathering,
@@ -118,6 +119,7 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # unt
     """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
+        compat.write_common_state(sharded_state_dict, checkpoint_dir)
         state, *_ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )

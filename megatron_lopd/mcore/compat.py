@@ -1,10 +1,11 @@
-"""Megatron-Core without CUDA: every patch it needs there, and every choice by device or version.
+"""Megatron-Core without CUDA, and from one release to the next: every choice by device or version.
 
 Megatron-Core runs its collectives on gloo as they are, but names CUDA devices, streams and random
-states directly. `prepare()` redirects those to the CPU when `torch.cuda` is not available, and does
-nothing when it is. Each `Patch` names the Megatron-Core code that makes it necessary; when an
-installed Megatron-Core no longer has that code, `prepare()` refuses, since a patch that has lost its
-reason may be hiding a new behaviour.
+states directly. `prepare()` redirects those to the CPU when `torch.cuda` is not available. Each
+`Patch`, and each `Reliance` of other modules on Megatron-Core's inner workings, names the code it was
+made for, and the release since which there is such code. When an installed Megatron-Core does not
+have it, newer than `NEWEST` or not, `prepare()` refuses, since what has lost its reason may be hiding
+a new behaviour.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from megatron_lopd.errors import ConfigError
 
-# What the patches were made for.
-TESTED_VERSION = "0.16.1"
+# The releases of Megatron-Core that the tests run on, and between them all that were tried.
+OLDEST, NEWEST = "0.16.1", "0.19.2"
 
 
 class CpuForCuda(TorchFunctionMode):
@@ -108,6 +111,41 @@ def _reduce_scatter_unequal(output: torch.Tensor, parts: list[torch.Tensor], *, 
 
 
 @dataclass(frozen=True)
+class Reliance:
+    """`ours` works only with a Megatron-Core whose `place` (module:attribute) has the text `mention`.
+
+    Releases before `since` have no such code, and no need of ours.
+    """
+
+    ours: str
+    place: str
+    mention: str
+    reason: str
+    since: str = OLDEST
+
+    @property
+    def applies(self) -> bool:
+        """Whether the installed Megatron-Core is at least `since`."""
+        return _installed() >= Version(self.since).release
+
+    def check(self) -> None:
+        """Raise ConfigError unless Megatron-Core still has that code."""
+        try:
+            source = inspect.getsource(_resolve(self.place))
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(self._lost(f"is gone ({error})")) from error
+        if self.mention not in source:
+            raise ConfigError(self._lost(f"no longer uses {self.mention}"))
+
+    def _lost(self, what: str) -> str:
+        return (
+            f"megatron-core {version('megatron-core')} does not fit this machine: {self.place} {what}, "
+            f"which {self.ours} was made for ({self.reason}): "
+            f"install a megatron-core from {OLDEST} to {NEWEST}"
+        )
+
+
+@dataclass(frozen=True)
 class Patch:
     """`target` (module:attribute) is replaced because `needed_by` (module:attribute) uses `mention`."""
 
@@ -116,15 +154,12 @@ class Patch:
     needed_by: str
     mention: str
     reason: str
+    since: str = OLDEST
 
-    def check(self) -> None:
-        """Raise ConfigError unless Megatron-Core still has the code this patch exists for."""
-        try:
-            source = inspect.getsource(_resolve(self.needed_by))
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(self._lost(f"is gone ({error})")) from error
-        if self.mention not in source:
-            raise ConfigError(self._lost(f"no longer uses {self.mention}"))
+    @property
+    def reliance(self) -> Reliance:
+        """The code this patch exists for."""
+        return Reliance(f"the patch of {self.target}", self.needed_by, self.mention, self.reason, self.since)
 
     def apply(self) -> None:
         module, _, name = self.target.partition(":")
@@ -132,12 +167,10 @@ class Patch:
         owner = functools.reduce(getattr, owners, importlib.import_module(module))
         setattr(owner, attribute, self.replacement)
 
-    def _lost(self, what: str) -> str:
-        return (
-            f"megatron-core {version('megatron-core')} does not fit this machine: {self.needed_by} {what}, "
-            f"which the patch of {self.target} was made for ({self.reason}): "
-            f"install megatron-core {TESTED_VERSION}"
-        )
+
+def _installed() -> tuple[int, ...]:
+    """The release of Megatron-Core that is installed, without what an image's builder put behind it."""
+    return Version(version("megatron-core")).release
 
 
 def _resolve(path: str) -> Any:
@@ -162,6 +195,14 @@ WITHOUT_CUDA = (
     ),
     Patch(
         "torch.cuda:synchronize", _nothing, _P2P, "torch.cuda.synchronize()", "waits for a pipeline receive"
+    ),
+    Patch(
+        "torch.cuda:current_stream",
+        _nothing,
+        "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync",
+        "current_stream = torch.cuda.current_stream()",
+        "would wait there for replayed CUDA graphs",
+        since="0.19.0",
     ),
     Patch(
         "torch.cuda:get_rng_state",
@@ -231,19 +272,55 @@ WITHOUT_TRANSFORMER_ENGINE = (
 )
 
 
+RELIANCES = (
+    Reliance(
+        "mcore/model.py",
+        "megatron.core.models.gpt:GPTModel.forward",
+        "return self._postprocess(",
+        "ends the forward pass at the hidden states",
+    ),
+    Reliance(
+        "mcore/optimizer.py",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_param_state_fully_reshardable",
+        "world_tensors[state_key][param_world_start:param_world_end]",
+        "puts back the padding between buckets, which these offsets count",
+    ),
+    Reliance(
+        "compat.write_common_state",
+        "megatron.core.dist_checkpointing.serialization:save",
+        'sharded_state_dict["common_state"] = ShardedObject(',
+        "finds there what older releases read from common.pt",
+        since="0.19.0",
+    ),
+    Reliance(
+        "compat.write_common_state",
+        "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
+        "return load_common(checkpoint_dir)",
+        "counts on its still being read from common.pt",
+        since="0.19.0",
+    ),
+)
+
+
 @functools.cache
 def prepare() -> None:
     """Make Megatron-Core run on what this machine has. Does its work once; later calls do nothing.
 
-    Raises ConfigError when the installed Megatron-Core is not what a patch was made for.
+    Raises ConfigError when the installed Megatron-Core is not what a patch or our code was made for.
     """
+    if _installed() < Version(OLDEST).release:
+        raise ConfigError(
+            f"megatron-core {version('megatron-core')} is too old: install one from {OLDEST} to {NEWEST}"
+        )
     patches: list[Patch] = []
     if not has_transformer_engine():
         patches += WITHOUT_TRANSFORMER_ENGINE
     if not torch.cuda.is_available():
         patches += WITHOUT_CUDA
-    for patch in patches:
-        patch.check()
+    patches = [patch for patch in patches if patch.reliance.applies]
+    for reliance in (*RELIANCES, *(patch.reliance for patch in patches)):
+        if reliance.applies:
+            reliance.check()
     for patch in patches:
         patch.apply()
     if not torch.cuda.is_available():
@@ -287,6 +364,17 @@ def variable_length_attention(dtype: torch.dtype) -> Callable[..., Any] | None:
         return None
     accepted = inspect.signature(varlen_attn).parameters
     return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(accepted) else None
+
+
+def write_common_state(sharded_state: dict[str, Any], directory: str) -> None:
+    """Write the state that is not sharded to `common.pt`, where every release reads it. Every rank calls.
+
+    For a save strategy, which writes the rest: since 0.19 dist_checkpointing.save hands it that state as
+    one more sharded object, which older releases do not look for; they write common.pt before they call.
+    """
+    common = sharded_state.pop("common_state", None)
+    if common is not None and torch.distributed.get_rank() == 0:
+        torch.save(common.data, Path(directory) / "common.pt")
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,9 @@ RESUMED_AT = {
 }
 # A layout sums in another order: 4e-7 relative seen in losses and norms of six fp32 steps (asked: 1e-4),
 ROUNDED = 1e-5
-# and in single tokens' log-probs, of size 10, a few 1e-6 nats: these are what quantiles pick.
-NATS = 2e-5
+# and in single tokens' log-probs, of size 10, which quantiles pick, 1e-6 nats at step 1 and up to 3e-5 by step
+# 6: Adam moves a weight whose gradient is all rounding as far as any other.
+NATS = 1e-4
 
 
 @pytest.fixture(scope="module")

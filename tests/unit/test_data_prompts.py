@@ -55,6 +55,9 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
         ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], r"p\.jsonl:2: repeats line 1 \(id x\)"),
         ([{"prompt": "a", "answer": [1]}], r"p\.jsonl:1: answer must be text or a number, not list"),
         ([{"prompt": "a", "id": ""}], r"p\.jsonl:1: id must be"),
+        (['{"prompt": "\\ud800"}\n'], r"p\.jsonl:1: .* is half a character"),
+        (['{"prompt": "a", "id": ' + "9" * 5000 + "}\n"], r"p\.jsonl:1: not JSON to be read: Exceeds"),
+        (["[" * 100_000 + "\n"], r"p\.jsonl:1: not JSON to be read: maximum recursion depth"),
     ],
 )
 def test_bad_files_are_refused_with_file_and_line(tmp_path: Path, rows: list[Any], message: str) -> None:

@@ -9,20 +9,35 @@ import torch
 
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat
+from megatron_lopd.mcore.compat import Reliance
 
 PATCHES = (*compat.WITHOUT_CUDA, *compat.WITHOUT_TRANSFORMER_ENGINE)
+RELIANCES = (*compat.RELIANCES, *(patch.reliance for patch in PATCHES))
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
-def test_a_patch_that_lost_its_reason_is_refused(patch: compat.Patch) -> None:
-    patch.check()
-    for needed_by in (f"{patch.needed_by}_renamed", "megatron.core.no_such_module:call"):
+@pytest.mark.parametrize(
+    "reliance", [reliance for reliance in RELIANCES if reliance.applies], ids=lambda reliance: reliance.ours
+)
+def test_what_lost_its_reason_is_refused(reliance: Reliance) -> None:
+    reliance.check()
+    for place in (f"{reliance.place}_renamed", "megatron.core.no_such_module:call"):
         with pytest.raises(ConfigError, match=r"megatron-core [\d.]+ does not fit .* is gone"):
-            replace(patch, needed_by=needed_by).check()
+            replace(reliance, place=place).check()
     with pytest.raises(ConfigError, match=r"no longer uses torch\.cuda\.other") as refusal:
-        replace(patch, mention="torch.cuda.other").check()
+        replace(reliance, mention="torch.cuda.other").check()
     assert "\n" not in str(refusal.value)
-    assert patch.target in str(refusal.value)
+    assert reliance.ours in str(refusal.value)
+
+
+def test_a_reason_that_came_with_a_release_holds_from_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = replace(compat.RELIANCES[0], since="0.19.0")
+    for installed, applies in {"0.18.9": False, "0.19.0rc1+image": True, "0.19.2": True, "1.0": True}.items():
+        monkeypatch.setattr(compat, "version", lambda package, installed=installed: installed)
+        assert later.applies is applies, installed
+        assert compat.RELIANCES[0].applies
+    monkeypatch.setattr(compat, "version", lambda package: "0.15.3")
+    with pytest.raises(ConfigError, match=r"megatron-core 0\.15\.3 is too old: install one from 0\.16\.1"):
+        compat.prepare.__wrapped__()
 
 
 def test_a_request_for_cuda_is_met_on_the_cpu() -> None:
