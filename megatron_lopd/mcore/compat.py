@@ -286,6 +286,12 @@ RELIANCES = (
         "puts back the padding between buckets, which these offsets count",
     ),
     Reliance(
+        "mcore/experts.py",
+        "megatron.core.optimizer:_get_param_groups",
+        "is_expert_parallel = not getattr(param, 'allreduce', True)",
+        "has experts trained by an optimizer of their own at every layout",
+    ),
+    Reliance(
         "compat.write_common_state",
         "megatron.core.dist_checkpointing.serialization:save",
         'sharded_state_dict["common_state"] = ShardedObject(',
