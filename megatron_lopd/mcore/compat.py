@@ -16,7 +16,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -292,14 +291,7 @@ RELIANCES = (
         "has experts trained by an optimizer of their own at every layout",
     ),
     Reliance(
-        "compat.write_common_state",
-        "megatron.core.dist_checkpointing.serialization:save",
-        'sharded_state_dict["common_state"] = ShardedObject(',
-        "finds there what older releases read from common.pt",
-        since="0.19.0",
-    ),
-    Reliance(
-        "compat.write_common_state",
+        "mcore/checkpoint.py",
         "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
         "return load_common(checkpoint_dir)",
         "counts on its still being read from common.pt",
@@ -370,17 +362,6 @@ def variable_length_attention(dtype: torch.dtype) -> Callable[..., Any] | None:
         return None
     accepted = inspect.signature(varlen_attn).parameters
     return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(accepted) else None
-
-
-def write_common_state(sharded_state: dict[str, Any], directory: str) -> None:
-    """Write the state that is not sharded to `common.pt`, where every release reads it. Every rank calls.
-
-    For a save strategy, which writes the rest: since 0.19 dist_checkpointing.save hands it that state as
-    one more sharded object, which older releases do not look for; they write common.pt before they call.
-    """
-    common = sharded_state.pop("common_state", None)
-    if common is not None and torch.distributed.get_rank() == 0:
-        torch.save(common.data, Path(directory) / "common.pt")
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

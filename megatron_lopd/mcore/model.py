@@ -14,13 +14,15 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import TransformerConfig
 
-from megatron_lopd.config import ParallelConfig
+from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, check_layout
 from megatron_lopd.mcore.attention import PackedDocuments
+from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
 from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs
+from megatron_lopd.mcore.precision import check_precision, fp8_options
 from megatron_lopd.mcore.spec import decoder_spec
 
 
@@ -69,17 +71,22 @@ class PackedGPTModel(GPTModel):  # type: ignore[misc]
 
 
 def build_model(
-    arch: Architecture, parallel: ParallelConfig, precision: Literal["fp32", "bf16"], seed: int = 0
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: Literal["fp32", "bf16"],
+    seed: int = 0,
+    fp8: Fp8Config | None = None,
 ) -> list[PackedGPTModel]:
     """This rank's part of the model, on `compat.device()`, inside `model_parallel`.
 
     One chunk of consecutive layers, or `parallel.virtual_pipeline` of them, in the order they run.
-    `precision` is that of the parameters and activations. `seed` decides the initial weights, which are
-    the same at every layout; reading a checkpoint overwrites them.
-    Raises ConfigError when `parallel` cannot split `arch`.
+    `precision` is that of the parameters and activations; `fp8` makes the layers' matrix products in FP8.
+    `seed` decides the initial weights, which are the same at every layout; reading a checkpoint
+    overwrites them. Raises ConfigError when `parallel` cannot split `arch`, or `fp8` cannot be had here.
     """
     check_layout(arch, parallel)
-    config = transformer_config(arch, parallel, precision)
+    check_precision(arch, parallel, fp8)
+    config = transformer_config(arch, parallel, precision, fp8)
     chunks = [_build_chunk(arch, parallel, config, number) for number in range(parallel.virtual_pipeline)]
     for chunk in chunks:
         draw_weights(chunk, arch, seed)
@@ -117,11 +124,14 @@ def _build_chunk(
 
 
 def transformer_config(
-    arch: Architecture, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: Literal["fp32", "bf16"],
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model, its split and its numerics."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    fused = compat.has_transformer_engine()
+    machine = capabilities()
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -151,11 +161,13 @@ def transformer_config(
         bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        apply_rope_fusion=fused,
-        bias_activation_fusion=fused,
+        apply_rope_fusion=machine.rope_fusion,
+        bias_activation_fusion=machine.activation_fusion,
+        gradient_accumulation_fusion=machine.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         calculate_per_token_loss=True,
+        **fp8_options(fp8),
         **_interleaving(parallel),
         **_recomputation(parallel),
         **moe_options(arch, parallel),

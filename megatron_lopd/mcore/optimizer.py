@@ -195,15 +195,15 @@ def load_optimizer_state(optimizer: Any, state: dict[Any, Any]) -> None:
 
 
 def _allocate_moments(part: Any) -> None:
-    """Give torch's AdamW its moments now: a fresh one has none, and its state cannot be saved or loaded."""
+    """Give Adam its moments now: a fresh one has none, and its state cannot be saved or loaded.
+
+    Transformer Engine's and Apex's Adam keep one `step` a parameter group, from the first step on; torch's
+    keeps one beside each parameter's moments, and takes moments without it for a broken state.
+    """
+    part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.AdamW):
-        for group in part.optimizer.param_groups:
-            for param in group["params"]:
-                part.optimizer.state[param] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
+        for state in part.optimizer.state.values():
+            state["step"] = torch.zeros(())
 
 
 def _keep_bucket_padding(part: Any) -> None:

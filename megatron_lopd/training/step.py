@@ -11,7 +11,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_lopd.config import ParallelConfig, TrainingConfig
+from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.context_parallel import slice_micro_batch
 from megatron_lopd.data.dataset import TrainingData
@@ -19,6 +19,7 @@ from megatron_lopd.data.packing import Padding, pack
 from megatron_lopd.mcore.log_probs import ResponseLogProbs
 from megatron_lopd.mcore.model import PackedGPTModel, response_log_probs
 from megatron_lopd.mcore.parallel import Ranks
+from megatron_lopd.mcore.precision import packed_padding
 from megatron_lopd.objectives import Objective, TokenLogProbs, TopKLogProbs
 from megatron_lopd.training.metrics import TokenValues
 
@@ -34,10 +35,16 @@ class BatchLoader:
     count_multiple: int  # of micro-batches on each rank
 
     @staticmethod
-    def of(data: TrainingData, config: TrainingConfig, parallel: ParallelConfig, ranks: Ranks) -> BatchLoader:
+    def of(
+        data: TrainingData,
+        config: TrainingConfig,
+        parallel: ParallelConfig,
+        ranks: Ranks,
+        fp8: Fp8Config | None = None,
+    ) -> BatchLoader:
         """Interleaving takes micro-batches through a model chunk in groups of as many as there are stages."""
         count_multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-        return BatchLoader(data, config, ranks, Padding.of(parallel), count_multiple)
+        return BatchLoader(data, config, ranks, packed_padding(parallel, fp8), count_multiple)
 
     def micro_batches(self, positions: Sequence[int]) -> list[MicroBatch]:
         """The samples at `positions` of the data, packed; this data and context parallel rank's share."""

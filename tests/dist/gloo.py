@@ -28,7 +28,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     `function` is module-level, and it, `args` and its results can be pickled. `timeout` is in seconds,
     for all of them together. Raises RankError, and leaves no process behind.
     """
-    port = _free_port()
+    port = free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         _CONTEXT.Process(target=_worker, args=(rank, world_size, port, send, function, args), daemon=True)
@@ -96,7 +96,7 @@ def _worker(
     send.send_bytes(answer)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

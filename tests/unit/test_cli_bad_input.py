@@ -95,6 +95,12 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
         ["pipeline", "4"],
     ),
     "a processes number that cannot be": (lambda: None, ["parallel.tensor=2"], 2, ["parallel.processes=2"]),
+    "FP8 without a GPU": (
+        lambda: None,
+        ["precision=bf16", "fp8.recipe=tensorwise"],
+        2,
+        ["fp8.recipe=tensorwise", "GPU", "drop the fp8 section"],
+    ),
     "another tokenizer": (
         lambda: edit_json("student/tokenizer.json", normalizer={"type": "NFC"})(),
         [],

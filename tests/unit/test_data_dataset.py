@@ -44,7 +44,7 @@ def test_scores_are_joined_by_id_and_not_by_position(tmp_path: Path) -> None:
     write_scores(tmp_path, "dbca")
     data = TrainingData(tmp_path, tmp_path)
     assert len(data) == 4
-    assert data.sample_ids == list("abcd")
+    assert list(data.sample_ids) == list("abcd")
     assert data.lengths.tolist() == [5, 3, 4, 7]
     for index, sample_id in enumerate("abcd"):
         sample = data.sample(index)
