@@ -92,10 +92,9 @@ def _splits_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) 
 def _all_gather_unequal(
     parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
-    lengths = [len(part) for part in parts]
-    if len(set(lengths)) == 1:
+    if len({part.shape for part in parts}) == 1:
         return distributed_c10d.all_gather(parts, own, group=group, async_op=async_op)
-    padded = own.new_zeros(max(lengths), *own.shape[1:])
+    padded = own.new_zeros(max(map(len, parts)), *own.shape[1:])
     padded[: len(own)] = own
     received = [torch.empty_like(padded) for _ in parts]
     distributed_c10d.all_gather(received, padded, group=group)
@@ -284,6 +283,12 @@ RELIANCES = (
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_param_state_fully_reshardable",
         "world_tensors[state_key][param_world_start:param_world_end]",
         "puts back the padding between buckets, which these offsets count",
+    ),
+    Reliance(
+        "mcore/experts.py",
+        "megatron.core.optimizer:_get_param_groups",
+        "is_expert_parallel = not getattr(param, 'allreduce', True)",
+        "has experts trained by an optimizer of their own at every layout",
     ),
     Reliance(
         "mcore/checkpoint.py",
