@@ -6,13 +6,20 @@ recipe := examples/quickstart/recipe.yaml
 # `make quickstart seed=3 run_dir=runs/other`: any of these, as overrides of the recipe.
 overrides := $(if $(seed),seed=$(seed)) $(if $(run_dir),run_dir=$(run_dir))
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-gpu bench-gpu lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/lopd run $(recipe) $(overrides)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# On a machine whose own Python has torch for its GPU (and Transformer Engine, if it is to be checked).
+test-gpu:
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PYTHON) -m pytest tests/gpu
+
+bench-gpu:
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PYTHON) tools/bench/gpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
