@@ -56,9 +56,12 @@ class Trial:
         architecture = read_architecture(self.model_dir)
         return Checkpoints(self.work / directory, "a job", architecture, "proved", keep)
 
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(tensor=self.world_size, processes=self.world_size)
+
     def build(self) -> Optimization:
-        parallel = ParallelConfig(tensor=self.world_size)
-        model = build_model(read_architecture(self.model_dir), parallel, "fp32", seed=0)
+        model = build_model(read_architecture(self.model_dir), self.parallel, "fp32", seed=0)
         return build_optimization(model, OptimizerConfig(), "fp32", total_steps=10)
 
 
@@ -221,7 +224,7 @@ def run_child(trial: Trial, body: Callable[[Ranks, Say], None], rank: int, port:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(trial.world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     try:
-        with model_parallel(ParallelConfig(tensor=trial.world_size), seed=0) as ranks:
+        with model_parallel(trial.parallel, seed=0) as ranks:
             body(ranks, say)
     except BaseException:  # noqa: BLE001 - every failure belongs in the report
         traceback.print_exc()
