@@ -32,7 +32,7 @@ from megatron_lopd.mcore.parallel import model_parallel
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
 from megatron_lopd.training.saving import Saver
 
-QUICK_LAYERS, QUICK_SAVES = 4, 3
+QUICK_LAYERS, QUICK_SAVES = 2, 3
 SAMPLE_SECONDS = 0.005
 
 
