@@ -24,8 +24,8 @@ VOCABULARY = 67  # odd, and tied: what TP pads and what PP gives a gradient buck
 CLOCK = ("seconds", "data_wait_s", "tokens_per_s")
 # A layout sums in another order: 4e-7 relative seen in losses and norms of six fp32 steps (asked: 1e-5),
 ROUNDED = 1e-5
-# and in single tokens' log-probs, of size 10, which quantiles pick, 1e-6 nats at step 1 and up to 3e-5 by step
-# 6: Adam moves a weight whose gradient is all rounding as far as any other.
+# and in single tokens' log-probs, of size 10, which quantiles pick, 1e-6 nats at step 1 and up to 3e-5 at
+# step 6: Adam moves a weight whose gradient is all rounding as far as any other.
 NATS = 1e-4
 
 

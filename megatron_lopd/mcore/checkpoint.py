@@ -106,8 +106,8 @@ class StagedState:
 def stage_state(directory: Path, optimization: Optimization, ranks: Ranks) -> StagedState:
     """Copy the training state to host memory and plan who writes what. Every rank calls.
 
-    Nothing is written. What a checkpoint is made of once it has been: every rank's `StagedState.write`
-    into `directory`, and then `finish_state` on rank 0.
+    Nothing is written yet: a checkpoint is whole once every rank has run `StagedState.write`, and then
+    rank 0 `finish_state`. Raises CheckpointError when the ranks' shards do not fit together.
     """
     finish_gathering(optimization)
     state = _sharded_state(optimization, ranks, is_loading=False)

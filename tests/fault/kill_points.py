@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from gloo import free_port
+from torch.distributed import TCPStore
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.mcore.architecture import read_architecture
@@ -34,7 +34,7 @@ from megatron_lopd.mcore.model import build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.training.agreement import on_rank_zero
-from megatron_lopd.training.checkpoints import Checkpoints, Progress
+from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
 from megatron_lopd.training.saving import Saver, load_checkpoint
 
 KINDS = ("open", "write", "fsync", "rename", "unlink", "mkdir", "truncate")
@@ -56,9 +56,12 @@ class Trial:
         architecture = read_architecture(self.model_dir)
         return Checkpoints(self.work / directory, "a job", architecture, "proved", keep)
 
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(tensor=self.world_size, processes=self.world_size)
+
     def build(self) -> Optimization:
-        parallel = ParallelConfig(tensor=self.world_size)
-        model = build_model(read_architecture(self.model_dir), parallel, "fp32", seed=0)
+        model = build_model(read_architecture(self.model_dir), self.parallel, "fp32", seed=0)
         return build_optimization(model, OptimizerConfig(), "fp32", total_steps=10)
 
 
@@ -89,7 +92,8 @@ def kill_everywhere(trial: Trial, rank: int, stride: int) -> dict[str, Any]:
     steps = []
     for number, point in enumerate(range(1, sum(points.values()) + 1, stride)):
         steps += tried(point, number > 0, rank)
-    steps += [json.loads(in_forks(trial, lambda ranks, say: say(recover(trial, ranks)))[rank])]
+    last = in_forks(trial, lambda ranks, say: recover(trial, ranks, say))
+    steps += [json.loads(last[rank])]
     return {"points": points, "steps": steps}
 
 
@@ -124,10 +128,8 @@ def make_base(trial: Trial, ranks: Ranks) -> None:
 
 def attempt(trial: Trial, ranks: Ranks, say: Say, rank: int, point: int, after_kill: bool) -> None:
     """Say what the kill before this left; then save step 3, `rank` being killed at `point` of it."""
-    if after_kill:
-        say(recover(trial, ranks))
+    optimization = recover(trial, ranks, say) if after_kill else trial.build()
     on_rank_zero(lambda: start_over(trial))
-    optimization = trial.build()
     fill(optimization, 3)
     saver = Saver(trial.checkpoints("run"), ranks, torch.device("cpu"))
     trial.shim.kill_at(ctypes.c_long(point if ranks.rank == rank else COUNT_ONLY))
@@ -142,23 +144,28 @@ def start_over(trial: Trial) -> None:
     shutil.copytree(trial.work / "base", trial.work / "run")
 
 
-def recover(trial: Trial, ranks: Ranks) -> int:
-    """Load and check the newest whole checkpoint; another save must then work. Returns its step."""
+def recover(trial: Trial, ranks: Ranks, say: Say) -> Optimization:
+    """Load and check the newest whole checkpoint, and say its step; another save must then work."""
     step, optimization = load_newest(trial, ranks)
+    say(step)
     fill(optimization, 4)
     saver = Saver(trial.checkpoints("run"), ranks, torch.device("cpu"))
     saver.start(optimization, Progress(step=4))
     saver.finish()
+    assert newest_of(trial).progress.step == 4
     names = sorted(path.name for path in (trial.work / "run").iterdir())
     assert len(names) == 2, f"{names}: two are kept, and nothing else stays"
-    assert names[-1] == "step_00000004"
-    assert load_newest(trial, ranks)[0] == 4
-    return step
+    return optimization
+
+
+def newest_of(trial: Trial) -> Checkpoint:
+    newest = on_rank_zero(lambda: trial.checkpoints("run").newest_whole(lambda text: None))
+    assert newest is not None, "no whole checkpoint is left"
+    return newest
 
 
 def load_newest(trial: Trial, ranks: Ranks) -> tuple[int, Optimization]:
-    newest = on_rank_zero(lambda: trial.checkpoints("run").newest_whole(lambda text: None))
-    assert newest is not None, "no whole checkpoint is left"
+    newest = newest_of(trial)
     optimization = trial.build()
     step = load_checkpoint(newest, optimization, ranks).step
     values = {float(value) for tensor in state_of(optimization) for value in tensor.detach().aminmax()}
@@ -180,21 +187,22 @@ def state_of(optimization: Optimization) -> list[torch.Tensor]:
         for values in part.optimizer.state.values()
         for name in ("exp_avg", "exp_avg_sq")
     ]
-    return [*optimization.model.parameters(), *moments]
+    return [*optimization.chunks[0].parameters(), *moments]
 
 
-def in_forks(trial: Trial, body: Callable[[Ranks, Say], None], dying: int | None = None) -> list[str]:
+def in_forks(trial: Trial, body: Callable[[Ranks, Say], Any], dying: int | None = None) -> list[str]:
     """Run `body` in a fork for each rank; what each said. Rank `dying` alone must be killed, by itself.
 
     The others are killed then, as a launcher does.
     """
-    port = free_port()
+    # The store is served from here, on a port that is taken the moment it is chosen.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank in range(trial.world_size):
         receive, send = os.pipe()
         pid = os.fork()
         if pid == 0:
-            run_child(trial, body, rank, port, send)
+            run_child(trial, body, rank, store.port, send)
         os.close(send)
         children.append((pid, receive))
     said = [""] * trial.world_size
@@ -213,15 +221,16 @@ def in_forks(trial: Trial, body: Callable[[Ranks, Say], None], dying: int | None
     return said
 
 
-def run_child(trial: Trial, body: Callable[[Ranks, Say], None], rank: int, port: int, send: int) -> NoReturn:
+def run_child(trial: Trial, body: Callable[[Ranks, Say], Any], rank: int, port: int, send: int) -> NoReturn:
     def say(value: Any) -> None:
         os.write(send, json.dumps(value).encode() + b"\n")
 
     if trial.world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(trial.world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")
     try:
-        with model_parallel(ParallelConfig(tensor=trial.world_size), seed=0) as ranks:
+        with model_parallel(trial.parallel, seed=0) as ranks:
             body(ranks, say)
     except BaseException:  # noqa: BLE001 - every failure belongs in the report
         traceback.print_exc()

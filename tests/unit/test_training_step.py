@@ -94,10 +94,10 @@ def one_step(model_dir: Path, batches: list[MicroBatch]) -> tuple[dict[str, floa
     parallel, objective = ParallelConfig(), get_objective("topk_reverse_kl")
     with model_parallel(parallel, seed=0) as ranks:
         arch = read_architecture(model_dir)
-        model = build_model(arch, parallel, "fp32")
+        (model,) = build_model(arch, parallel, "fp32")
         load_hf_weights(model, arch, model_dir)
-        wrapped = build_optimization(model, OptimizerConfig(), "fp32", total_steps=1).model
-        parts = run_micro_batches(wrapped, objective, batches, 64, compat.device())
+        chunks = build_optimization([model], OptimizerConfig(), "fp32", total_steps=1).chunks
+        parts = run_micro_batches(chunks, objective, batches, 64, compat.device())
         counts = Counts.of(batches, compat.device())
         measured = summarize(parts, counts, objective, ranks, compat.device())
         return measured, model.embedding.word_embeddings.weight.main_grad.clone()

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.data.collate import MicroBatch, collate
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture
@@ -119,7 +120,7 @@ def make_batch(arch: Architecture, documents: int) -> MicroBatch:
         kept = rng.uniform(-12, -8, (2, len(response))).astype(np.float32)
         rollout = Rollout(str(number), prompt, response, "length", kept[0])
         samples.append(Sample(rollout, Score(str(number), kept[1])))
-    return collate(samples, "token_mean", 1)
+    return collate(samples, "token_mean", Padding())
 
 
 def on_device(batch: MicroBatch) -> MicroBatch:
@@ -133,12 +134,12 @@ def on_device(batch: MicroBatch) -> MicroBatch:
 def our_gradients(optimization: Optimization, batch: MicroBatch) -> None:
     """The trainer's own step, up to the optimizer."""
     objective = get_objective("sampled_reverse_kl")
-    run_micro_batches(optimization.model, objective, [batch], len(batch.tokens), compat.device())
+    run_micro_batches(optimization.chunks, objective, [batch], len(batch.tokens), compat.device())
 
 
 def published_gradients(optimization: Optimization, batch: MicroBatch) -> None:
     """Three forwards over all positions, and the policy gradient's loss, with a ratio of 1 at first use."""
-    model = optimization.model
+    (model,) = optimization.chunks
     with torch.no_grad():
         reference = whole_log_probs(model, batch, forward(model, batch))
         old = whole_log_probs(model, batch, forward(model, batch))
@@ -188,7 +189,7 @@ def compare(optimization: Optimization, batch: MicroBatch, tolerance: float) -> 
     for gradients in (our_gradients, published_gradients):
         zero_gradients(optimization)
         gradients(optimization, batch)
-        both.append([weight.main_grad.clone() for weight in optimization.model.parameters()])
+        both.append([weight.main_grad.clone() for weight in optimization.chunks[0].parameters()])
     difference: float = max(
         ((ours - published).norm() / published.norm()).item() for ours, published in zip(*both, strict=True)
     )
