@@ -22,6 +22,8 @@ from megatron_lopd.data.records import FinishReason, Rollout, Score, TopK
 from megatron_lopd.data.shards import ShardKind
 from megatron_lopd.errors import DataError
 
+LOWEST = float(np.finfo(np.float32).min)
+
 
 def _make_rollout(log_probs: NDArray[np.float32], **columns: Any) -> Rollout:
     # A response has at least one token, so no log-probs can only mean that it was not sampled.
@@ -68,14 +70,15 @@ def _score_problem(score: Score, top_k: int) -> str | None:
 def _tokens_problem(tokens: NDArray[np.int32], name: str) -> str | None:
     if tokens.dtype != np.int32:
         return f"{name}s are {tokens.dtype}, not int32"
-    if tokens.min() < 0:
-        return f"{name} {int(tokens.argmin())} is {tokens.min()}, below 0"
-    if tokens.max() >= MAX_VOCABULARY:
-        return f"{name} {int(tokens.argmax())} is {tokens.max()}: ids are kept up to {MAX_VOCABULARY - 1}"
+    # One look for both ends: as unsigned numbers, negative ones are the largest.
+    unsigned = tokens.view(np.uint32)
+    if unsigned.max() >= MAX_VOCABULARY:
+        at = int(unsigned.argmax())
+        return f"{name} {at} is {tokens.ravel()[at]}: ids must be from 0 to {MAX_VOCABULARY - 1}"
     return None
 
 
-def _log_probs_problem(log_probs: NDArray[np.float32], name: str, least: float = -np.inf) -> str | None:
+def _log_probs_problem(log_probs: NDArray[np.float32], name: str, least: float = LOWEST) -> str | None:
     """Engines subtract a log-sum-exp no smaller than the logit, so even rounding gives none above 0.
 
     One above 0 is therefore an error in whatever made it, and is refused like one that is not finite.
@@ -83,11 +86,11 @@ def _log_probs_problem(log_probs: NDArray[np.float32], name: str, least: float =
     if log_probs.dtype != np.float32:
         return f"{name}s are {log_probs.dtype}, not float32"
     # By the extremes, which a NaN passes on to both: twice as fast as a mask of all values.
-    if np.isfinite(log_probs.min()) and log_probs.min() >= least and log_probs.max() <= 0:
+    if log_probs.min() >= least and log_probs.max() <= 0:
         return None
     flat = log_probs.ravel()
-    at = int((~(np.isfinite(flat) & (flat <= 0) & (flat >= least))).argmax())
-    bound = "" if least == -np.inf else f" and not below {least:g}"
+    at = int((~((flat >= least) & (flat <= 0))).argmax())
+    bound = "" if least == LOWEST else f" and not below {least:g}"
     return f"{name} {at} of {flat.size} is {flat[at]}: it must be finite and not above 0{bound}"
 
 

@@ -152,7 +152,10 @@ BAD = {
     "empty response": ({"response_tokens": np.empty(0, dtype=np.int32)}, "the response is empty"),
     "empty prompt": ({"prompt_tokens": np.empty(0, dtype=np.int32)}, "the prompt is empty"),
     "beyond 24 bits": ({"response_tokens": np.full(4, 1 << 24, np.int32)}, "response token 0 is 16777216"),
-    "negative": ({"prompt_tokens": np.array([4, -1], dtype=np.int32)}, "prompt token 1 is -1"),
+    "negative": (
+        {"prompt_tokens": np.array([4, -1], dtype=np.int32)},
+        "prompt token 1 is -1: ids must be from 0",
+    ),
     "int64": ({"response_tokens": np.arange(4)}, "int64, not int32"),
     "finish reason": ({"finish_reason": "eos"}, "finish_reason is 'eos'"),
 }
