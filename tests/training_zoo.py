@@ -16,7 +16,7 @@ from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES
 from megatron_lopd.data.shards import write_shard
-from tests.model_zoo import make_model_dir
+from tests.model_zoo import Family, make_model_dir
 
 VOCABULARY = 67  # odd, and tied: what TP pads and what PP gives a gradient bucket of its own
 # What a step measures beside its numbers, different in every run.
@@ -24,12 +24,18 @@ CLOCK = ("seconds", "tokens_per_s")
 
 
 def make_root(
-    root: Path, *, samples: int = 40, temperature: float = 1.0, tied: bool = True, layers: int = 2
+    root: Path,
+    *,
+    samples: int = 40,
+    temperature: float = 1.0,
+    family: Family = "qwen3",
+    tied: bool = True,
+    layers: int = 2,
 ) -> Path:
     """`root`/model, and `root`/data with rollouts and scores of random tokens; returns `root`."""
     from transformers import AutoModelForCausalLM
 
-    make_model_dir(root / "model", tied=tied, vocab_size=VOCABULARY, num_hidden_layers=layers)
+    make_model_dir(root / "model", family, tied=tied, vocab_size=VOCABULARY, num_hidden_layers=layers)
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
     rng = np.random.default_rng(0)
     rollouts, scores = [], []

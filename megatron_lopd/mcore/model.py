@@ -19,6 +19,7 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, check_layout
 from megatron_lopd.mcore.attention import PackedDocuments
 from megatron_lopd.mcore.capabilities import capabilities
+from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
 from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs
 from megatron_lopd.mcore.precision import check_precision, fp8_options
@@ -118,6 +119,7 @@ def _build_chunk(
             high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
+    mark_expert_weights(model)
     return model
 
 
@@ -168,7 +170,7 @@ def transformer_config(
         **fp8_options(fp8),
         **_interleaving(parallel),
         **_recomputation(parallel),
-        **_moe_options(arch),
+        **moe_options(arch, parallel),
     )
 
 
@@ -198,21 +200,6 @@ def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
     if parallel.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
-
-
-def _moe_options(arch: Architecture) -> dict[str, Any]:
-    if arch.experts is None:
-        return {}
-    return {
-        "num_moe_experts": arch.experts.count,
-        "moe_router_topk": arch.experts.top_k,
-        "moe_ffn_hidden_size": arch.experts.ffn_size,
-        "moe_router_pre_softmax": not arch.experts.normalize_top_k,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": compat.has_transformer_engine(),
-    }
 
 
 def response_log_probs(

@@ -71,6 +71,8 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
             context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield _ranks()

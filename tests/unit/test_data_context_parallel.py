@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.data.collate import MicroBatch, collate
@@ -16,7 +16,6 @@ from tests.unit.test_data_collate import sample
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), max_size=5)
 
 
-@settings(deadline=None)
 @given(shapes=shapes, size=st.integers(2, 4), times=st.integers(1, 3))
 def test_the_union_over_ranks_is_the_whole(shapes: list[tuple[int, int]], size: int, times: int) -> None:
     samples = [sample(index, *shape) for index, shape in enumerate(shapes)]
