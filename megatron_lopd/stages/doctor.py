@@ -92,7 +92,16 @@ def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
     require_fp8(recipe.fp8, machine)
     yield "precision", _precision(recipe.precision, recipe.fp8)
     parallel = recipe.parallel
-    yield "layout", _layout(parallel, int(os.environ.get("WORLD_SIZE", parallel.processes)))
+    processes = int(os.environ.get("WORLD_SIZE", parallel.processes))
+    yield "layout", _layout(parallel, processes)
+    yield (
+        "communication",
+        (
+            "gradients reduced during the backward pass, weights gathered during the forward pass"
+            if processes > parallel.tensor * parallel.pipeline  # several data or context parallel ranks
+            else "nothing to overlap: one data parallel rank"
+        ),
+    )
     if parallel.virtual_pipeline > 1:
         yield "pipeline", f"{parallel.virtual_pipeline} interleaved parts on each rank"
     if parallel.expert > 1 or parallel.expert_tensor is not None:

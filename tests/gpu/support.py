@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_lopd.config import Fp8Config, OptimizerConfig, ParallelConfig
-from megatron_lopd.convert.load import load_hf_weights, parameters_by_name
+from megatron_lopd.convert.load import load_hf_weights
 from megatron_lopd.convert.mappings import merge_parts, tensor_maps
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.records import Rollout, Sample
@@ -20,6 +20,7 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.model import build_model
+from megatron_lopd.mcore.names import parameters_by_name
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, zero_gradients
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import packed_padding

@@ -73,6 +73,8 @@ def test_the_plan_gives_the_data_parallel_size_and_the_precision(monkeypatch: py
     )
     assert lines["precision"].startswith("FP8 blockwise (e4m3) among bf16, first and last 1 layers bf16")
     assert lines["recompute"] == "full"
+    assert lines["communication"].startswith("gradients reduced during")
+    assert dict(plan(Recipe("run"), CPU))["communication"].startswith("nothing to overlap")
     monkeypatch.setenv("WORLD_SIZE", "64")
     assert dict(plan(recipe, H100))["layout"].endswith("data 8")
     monkeypatch.setenv("WORLD_SIZE", "12")
