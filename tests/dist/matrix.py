@@ -65,6 +65,8 @@ LAYOUTS: dict[str, Layout] = {
     "CP4": Layout(ParallelConfig(context=4, processes=4)),
     "PP2 x CP2": Layout(ParallelConfig(pipeline=2, context=2, processes=4)),
     "PP2 + VPP2 x DP2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, processes=4)),
+    "PP4": Layout(ParallelConfig(pipeline=4, processes=4)),
+    "TP2 x PP2 + VPP2": Layout(ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, processes=4)),
     "EP2 x DP2": Layout(ParallelConfig(expert=2, processes=4), EXPERTS),
     "TP2 x EP2, ETP1": Layout(
         ParallelConfig(tensor=2, expert=2, expert_tensor=1, processes=4), EXPERTS

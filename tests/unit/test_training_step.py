@@ -13,6 +13,7 @@ from gloo import run_ranks
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.data.collate import MicroBatch, collate
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.records import Sample, Score, TopK
 from tests.training_zoo import VOCABULARY, make_root
@@ -60,7 +61,7 @@ def test_topk_loss_metrics_and_gradient_are_those_of_whole_logits(tmp_path: Path
     losses = each.tolist()
 
     plain = [sample for sample, _ in scored]
-    batches = [collate(part, "sequence_mean", 8) for part in (plain[:4], [], plain[4:])]
+    batches = [collate(part, "sequence_mean", Padding(total=8)) for part in (plain[:4], [], plain[4:])]
     ((measured, gradient),) = run_ranks(1, one_step, root / "model", batches)
     # fp32 in another order.
     assert measured["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
@@ -74,7 +75,7 @@ def test_data_without_top_k_is_refused(tmp_path: Path) -> None:
     root = make_root(tmp_path, samples=6)
     sample, _ = samples(root)[0]
     assert sample.score is not None
-    batch = collate([replace(sample, score=replace(sample.score, top_k=None))], "sequence_mean", 1)
+    batch = collate([replace(sample, score=replace(sample.score, top_k=None))], "sequence_mean", Padding())
     with pytest.raises(AssertionError, match=r"DataError: topk_reverse_kl needs .* score\.top_k above 0"):
         run_ranks(1, one_step, root / "model", [batch])
 

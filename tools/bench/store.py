@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.dataset import TrainingData, shard_name
-from megatron_lopd.data.packing import pack
+from megatron_lopd.data.packing import Padding, pack
 from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.data.records import FinishReason, Rollout, Sample, Score, TopK
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES, scores_kind
@@ -232,7 +232,7 @@ def collated(data: Layout, positions: Sequence[int]) -> Iterator[MicroBatch]:
     """A global batch as one rank's micro-batches."""
     (micro_batches,) = pack(data.lengths[list(positions)], TOKEN_BUDGET, num_ranks=1)
     for micro_batch in micro_batches:
-        yield collate([data.sample(positions[index]) for index in micro_batch], "sequence_mean", 1)
+        yield collate([data.sample(positions[index]) for index in micro_batch], "sequence_mean", Padding())
 
 
 def loader(data: Layout, seed: int) -> float:
@@ -254,7 +254,7 @@ def in_fresh_process(name: str, directory: Path) -> dict[str, float]:
 
 def first_batch(name: str, directory: Path) -> dict[str, float]:
     """Open, plan, pack, and collate one micro-batch."""
-    collate([next(make(1, 1))], "sequence_mean", 1)  # what torch sets up once is nobody's
+    collate([next(make(1, 1))], "sequence_mean", Padding())  # what torch sets up once is nobody's
     before = start_peak()
     began = time.perf_counter()
     data = LAYOUTS[name](directory)
@@ -293,7 +293,7 @@ def plan_million(directory: Path) -> dict[str, float]:
     before = start_peak()
     began = time.perf_counter()
     data = TrainingData(directory, directory)
-    data.require_within(TOKEN_BUDGET)
+    data.require_within(TOKEN_BUDGET, Padding())
     data.require_vocabulary(VOCABULARY)
     opened = time.perf_counter() - began
     positions = BatchPlan(len(data), GLOBAL_BATCH, seed=0).samples(0)
