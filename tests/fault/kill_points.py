@@ -153,7 +153,8 @@ def recover(trial: Trial, ranks: Ranks, say: Say) -> Optimization:
     saver.start(optimization, Progress(step=4))
     saver.finish()
     assert newest_of(trial).progress.step == 4
-    names = sorted(path.name for path in (trial.work / "run").iterdir())
+    # Rank 0 lists, which is the one to empty the directory next.
+    names = on_rank_zero(lambda: [path.name for path in (trial.work / "run").iterdir()])
     assert len(names) == 2, f"{names}: two are kept, and nothing else stays"
     return optimization
 
@@ -197,24 +198,24 @@ def in_forks(trial: Trial, body: Callable[[Ranks, Say], Any], dying: int | None 
     """
     # The store is served from here, on a port that is taken the moment it is chosen.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    children = []
+    children: dict[int, tuple[int, int]] = {}  # by rank: process id, and the pipe to read from
     for rank in range(trial.world_size):
         receive, send = os.pipe()
         pid = os.fork()
         if pid == 0:
             run_child(trial, body, rank, store.port, send)
         os.close(send)
-        children.append((pid, receive))
+        children[rank] = pid, receive
     said = [""] * trial.world_size
-    for rank, (pid, receive) in enumerate(children):
-        if dying not in (None, rank):
-            continue
-        with os.fdopen(receive) as stream:
-            said[rank] = stream.read()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert code == (0 if dying is None else -signal.SIGKILL), f"rank {rank} ended with {code}"
-    for rank, (pid, receive) in enumerate(children):
-        if dying not in (None, rank):
+    try:
+        for rank in range(trial.world_size) if dying is None else [dying]:
+            pid, receive = children.pop(rank)
+            with os.fdopen(receive) as stream:
+                said[rank] = stream.read()
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            assert code == (0 if dying is None else -signal.SIGKILL), f"rank {rank} ended with {code}"
+    finally:
+        for pid, receive in children.values():
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             os.close(receive)
