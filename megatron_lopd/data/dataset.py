@@ -30,7 +30,8 @@ def open_shards(kind: ShardKind[Record], directory: Path) -> ShardReader[Record]
 def open_scores(directory: Path) -> ShardReader[Score]:
     """The scores of an artifact, all with the k of its first shard. Raises as `open_shards`."""
     paths = _shard_paths(SCORES, directory)
-    return ShardReader(kind_of(paths[0]), paths)
+    kind = kind_of(paths[0])
+    return ShardReader(kind if kind.name == SCORES.name else SCORES, paths)
 
 
 def _shard_paths(kind: ShardKind[Record], directory: Path) -> list[Path]:

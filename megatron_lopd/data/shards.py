@@ -242,7 +242,6 @@ class _Batch:
         self.num_records: int = batch.num_rows
         self.max_token = max_token
         self.ids: pa.Array = batch.column(0)
-        self._parameters = dict(kind.parameters)
         self._text = {name: _Ragged(batch.column(name)) for name in kind.text}
         self.items = {name: _flat(batch.column(name), np.uint32) for name in kind.columns}
         self.checksums = _flat(batch.column(CHECKSUM), np.uint64)
@@ -255,7 +254,7 @@ class _Batch:
         return self._values.row(row)
 
     def index_checksum(self, number: int, is_last: bool) -> str:
-        digest = xxh3_128(f"{self._parameters} {number} {is_last} {self.max_token}".encode())
+        digest = xxh3_128(f"{number} {is_last} {self.max_token}".encode())
         for ragged in self._text.values():
             digest.update(ragged.offsets.data)
             digest.update(ragged.data.data)

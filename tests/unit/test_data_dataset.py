@@ -81,6 +81,14 @@ def test_scores_of_other_rollouts_are_refused(
         TrainingData(tmp_path, tmp_path)
 
 
+def test_rollouts_under_the_name_of_scores_are_refused(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, ["ab"])
+    (tmp_path / shard_name(ROLLOUTS, 0)).rename(tmp_path / shard_name(SCORES, 0))
+    write_rollouts(tmp_path, ["ab"])
+    with pytest.raises(DataError, match=r"scores-00000\.arrow: not a scores shard"):
+        TrainingData(tmp_path, tmp_path)
+
+
 def test_missing_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rollouts shards"):
         TrainingData(tmp_path)

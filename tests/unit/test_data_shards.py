@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lopd.data import shards
-from megatron_lopd.data.columns import COMPAND_LIMIT, TOP_K_LOG_PROBS
+from megatron_lopd.data.columns import COMPAND_LIMIT, TOP_K_IDS, TOP_K_LOG_PROBS
 from megatron_lopd.data.records import Rollout, Score, TopK
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES, kind_of, scores_kind
 from megatron_lopd.data.shards import RECORDS_PER_BATCH, ShardReader, write_shard
@@ -83,6 +83,10 @@ def test_top_k_round_trip(
     records = [score(index, length, top_k, vocabulary) for index, length in enumerate(lengths)]
     records[0].top_k.ids[0, 0] = vocabulary - 1
     write_shard(path, scores_kind(top_k), records)
+    # Two low bytes and as many bits as the largest id of a sample needs, and a byte to say how many.
+    high_bits = {1 << 18: 2, 1 << 20: 4, 1 << 24: 8}.get(vocabulary, 0)
+    count = lengths[0] * top_k
+    assert len(TOP_K_IDS.encode(records[0].top_k.ids)) == 2 * count + -(-count * high_bits // 8) + 1
     reader = ShardReader(kind_of(path), [path])
     assert reader.lengths("log_probs").tolist() == lengths
     assert reader.max_token == max(int(record.top_k.ids.max()) for record in records)

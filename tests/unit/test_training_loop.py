@@ -12,12 +12,12 @@ from gloo import RankError, run_ranks
 from megatron_lopd.config import OptimizerConfig, Sampling
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan
-from megatron_lopd.data.records import Rollout
-from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.data.records import Rollout, Score, TopK
+from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import write_shard
 from megatron_lopd.objectives import TokenLogProbs
 from megatron_lopd.training.preflight import Agreement, Preflight
-from tests.training_zoo import hf_log_probs, make_root, train
+from tests.training_zoo import VOCABULARY, hf_log_probs, make_root, train
 
 STEPS = 5
 OPTIMIZER = OptimizerConfig(lr=3e-3, schedule="linear", warmup_steps=2, weight_decay=0.3, clip_grad=0.7)
@@ -138,6 +138,15 @@ def test_bad_jobs_are_refused_before_a_step(tmp_path: Path) -> None:
     late = {"steps": None, "epochs": 0.1, "optimizer": OptimizerConfig(warmup_steps=6)}
     with pytest.raises(RankError, match=r"warmup_steps=6 is not below the run's"):
         run_ranks(1, _train, root, late)
+    scores = [sample.score for sample in map(TrainingData(root / "data", root / "data").sample, range(4))]
+    beyond = []
+    for score in scores:
+        likeliest = np.full((len(score.log_probs), 1), VOCABULARY, dtype=np.int32)
+        top_k = TopK(likeliest, score.log_probs[:, None], score.log_probs)
+        beyond.append(Score(score.sample_id, score.log_probs, top_k))
+    write_shard(root / "data" / "scores-00000.arrow", scores_kind(1), beyond)
+    with pytest.raises(RankError, match=r"scores-00000\.arrow: sample sample-0 has token 67, .* of 67"):
+        run_ranks(1, _train, root, {})
 
 
 def _watch_preflight(root: Path, options: dict[str, Any]) -> Any:

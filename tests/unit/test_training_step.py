@@ -13,8 +13,8 @@ from gloo import run_ranks
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.data.collate import MicroBatch, collate
-from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Sample, Score, TopK
 from tests.training_zoo import VOCABULARY, make_root
 

@@ -45,6 +45,7 @@ GLOBAL_BATCH = 256
 TOP_K = 64
 SHARD_SAMPLES = 4096
 MILLION = 1_000_000
+REPEATS = 5
 
 
 class Layout(Protocol):
@@ -94,11 +95,11 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {"ours": open_ours, "published": 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: samples without and with a top k, and repeats of each measurement."""
+    """How much is measured: samples without and with a top k, and fresh processes started for each."""
 
     samples: int
     top_k_samples: int
-    repeats: int
+    processes: int
     million: int
 
 
@@ -196,15 +197,18 @@ def measure_reads(root: Path, sizes: Sizes) -> dict[str, dict[str, Any]]:
     """Random access, the loader, and the first batch of a fresh process, the layouts in alternation."""
     opened = {name: layout(root / name) for name, layout in LAYOUTS.items()}
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in LAYOUTS}
-    for repeat in range(sizes.repeats):
+
+    def note(name: str, figures: dict[str, float]) -> None:
+        for key, value in figures.items():
+            taken[name].setdefault(key, []).append(value)
+
+    for repeat in range(REPEATS):
         for name, data in opened.items():
-            figures = {
-                "random_access_us": random_access(data, repeat),
-                "loader_tokens_per_s": loader(data, repeat),
-                **in_fresh_process(name, root / name),
-            }
-            for key, value in figures.items():
-                taken[name].setdefault(key, []).append(value)
+            note(name, {"random_access_us": random_access(data, repeat)})
+            note(name, {"loader_tokens_per_s": loader(data, repeat)})
+    for _ in range(sizes.processes):
+        for name in opened:
+            note(name, in_fresh_process(name, root / name))
     lengths = opened["ours"].lengths
     (micro_batches,) = pack(lengths, TOKEN_BUDGET, num_ranks=1)
     fill = round(float(lengths.sum()) / (TOKEN_BUDGET * len(micro_batches)), 4)
