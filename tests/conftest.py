@@ -1,10 +1,15 @@
-"""tests/gpu needs an NVIDIA GPU: it is collected only when it is named (`make test-gpu`)."""
+"""For all tests: hypothesis without a clock, and tests/gpu only when it is named (`make test-gpu`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A machine that others use as well may take any time.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 

@@ -110,6 +110,17 @@ def tensor_digest(checkpoint: Path) -> str:
     return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()
 
 
+def save_now(directory: Path, optimization: Any, ranks: Any) -> None:
+    """Write the training state into `directory`, and wait for it. Every rank calls."""
+    from megatron_lopd.mcore.checkpoint import finish_state, stage_state
+
+    staged = stage_state(directory, optimization, ranks)
+    parts: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(parts, staged.write())
+    if ranks.rank == 0:
+        finish_state(staged, parts)
+
+
 def read_steps(work_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the clock's values."""
     steps = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ from gloo import run_ranks
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.convert.offline import hf_to_megatron, megatron_to_hf
 from tests.model_zoo import contents, make_model_dir
+from tests.training_zoo import save_now
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -137,7 +138,6 @@ def run_model(parallel: ParallelConfig, ranks: Any, root: Path, name: str, layou
 
     from megatron_lopd.convert.load import load_hf_weights
     from megatron_lopd.mcore.architecture import read_architecture
-    from megatron_lopd.mcore.checkpoint import finish_state, stage_state
     from megatron_lopd.mcore.model import build_model
     from megatron_lopd.mcore.optimizer import build_optimization
 
@@ -160,12 +160,7 @@ def run_model(parallel: ParallelConfig, ranks: Any, root: Path, name: str, layou
         differs += [key for key, value in other.named_parameters() if not torch.equal(value.float(), mine[key])]
     directory = root / f"{name}-trained-{layout}"
     directory.mkdir(exist_ok=True)
-    optimization = build_optimization(others, OptimizerConfig(), precision, total_steps=1)
-    staged = stage_state(directory, optimization, ranks)
-    parts: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(parts, staged.write())
-    if ranks.rank == 0:
-        finish_state(staged, parts)
+    save_now(directory, build_optimization(others, OptimizerConfig(), precision, total_steps=1), ranks)
     return {"packed": packed, "unpacked": unpacked, "differs_from_megatron_checkpoint": differs}
 
 

@@ -10,8 +10,9 @@ import torch
 from support import Bench, Work, training
 
 from megatron_lopd.config import Fp8Config, OptimizerConfig
-from megatron_lopd.mcore.checkpoint import load_state, save_state
+from megatron_lopd.mcore.checkpoint import load_state
 from megatron_lopd.mcore.optimizer import guarded_step
+from tests.training_zoo import save_now
 
 on_engine = pytest.mark.needs("gpu", "engine")
 
@@ -71,7 +72,7 @@ def test_a_checkpoint_brings_back_weights_moments_and_fp8_scales(
         for _ in range(3):
             work.one_pass()
             guarded_step(work.optimization)
-        save_state(tmp_path, work.optimization, work.ranks)
+        save_now(tmp_path, work.optimization, work.ranks)
         saved = _state(work)
         after = work.one_pass()
     assert any("amax" in name for name in saved) == (fp8 is not None and fp8.recipe == "delayed")
