@@ -8,8 +8,8 @@ import pytest
 from hypothesis import settings
 
 # A machine that others use as well may take any time.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 

@@ -10,7 +10,7 @@ from megatron_lopd.convert.mappings import RULES, Layout, merge_parts, split_par
 from tests.model_zoo import FAMILIES
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     groups_per_rank=st.integers(1, 4),
     tp=st.integers(1, 4),

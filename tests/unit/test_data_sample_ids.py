@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
@@ -24,7 +24,6 @@ def made(ids: Sequence[str], parts: int) -> SampleIds:
 
 
 @pytest.mark.parametrize("digest", HASHES)
-@settings(deadline=None)
 @given(ids=IDS, parts=st.integers(1, 5))
 def test_found_in_place_and_repeats_noticed(
     digest: Callable[[bytes], int], ids: list[str], parts: int
@@ -42,7 +41,6 @@ def test_found_in_place_and_repeats_noticed(
 
 
 @pytest.mark.parametrize("digest", HASHES)
-@settings(deadline=None)
 @given(data=st.data(), mine=IDS, theirs=IDS, parts=st.integers(1, 5))
 def test_matching_is_what_a_dictionary_says(
     digest: Callable[[bytes], int], data: st.DataObject, mine: list[str], theirs: list[str], parts: int

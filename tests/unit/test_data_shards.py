@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.data import shards
@@ -46,7 +46,6 @@ def assert_same(left: Rollout, right: Rollout) -> None:
             np.testing.assert_array_equal(one, other)
 
 
-@settings(deadline=None)  # files are written
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.booleans()), min_size=1, max_size=30),
     num_shards=st.integers(1, 3),
@@ -70,7 +69,6 @@ def test_round_trip(
         reader.record(len(records))
 
 
-@settings(deadline=None)  # files are written
 @given(
     top_k=st.integers(1, 9),
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),

@@ -22,7 +22,7 @@ def one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(any))
 def test_packed_equals_separate(lengths: list[int]) -> None:
     total, kv_heads, heads, dim = sum(lengths), 2, 4, 6
@@ -47,7 +47,7 @@ def test_packed_equals_separate(lengths: list[int]) -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=6), size=st.integers(2, 4))
 def test_context_parallel_ranks_make_up_the_whole(chunks: list[int], size: int) -> None:
     """Each rank's queries against the keys of all ranks, in the order that gathering them gives."""

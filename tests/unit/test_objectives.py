@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.errors import ConfigError, DataError
@@ -91,7 +91,6 @@ def top_k_tokens(logits: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tens
     )
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 9), st.floats(0.1, 8))
 def test_topk_reverse_kl_has_the_closed_form_gradient(seed: int, k: int, sharpness: float) -> None:
     """DESIGN section 1: p_v (c_v - D); and the same by autograd on the whole fp64 logits."""
@@ -173,7 +172,6 @@ def test_drift_survives_ratios_that_overflow() -> None:
     assert math.isfinite(values["drift_kl"])
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=40), st.floats(0, 1))
 def test_quantiles_are_those_of_torch(values: list[float], probability: float) -> None:
     tensor = torch.tensor(values, dtype=torch.float64)
