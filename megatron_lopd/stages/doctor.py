@@ -110,7 +110,10 @@ def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
     for name, config in (("sft", recipe.sft), ("train", recipe.train)):
         if config is not None:
             every, keep = config.checkpoint_every, config.keep_checkpoints
-            yield f"{name} checkpoints", f"every {every} steps, the newest {keep} kept"
+            yield (
+                f"{name} checkpoints",
+                f"every {every} steps, in the background, the newest {keep} kept",
+            )
 
 
 def _precision(precision: str, fp8: Fp8Config | None) -> str:

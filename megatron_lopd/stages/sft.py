@@ -14,6 +14,7 @@ from megatron_lopd.errors import ConfigError
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, is_main_rank, parent_manifest
 from megatron_lopd.stages.students import (
+    check_budget,
     check_trainable,
     identity_of,
     lineage_of,
@@ -32,6 +33,7 @@ def check(recipe: Recipe) -> list[str]:
     student = inputs.base_student(recipe)
     Chat(student.model)
     check_trainable(Path(student.model), recipe)
+    check_budget(recipe, config)
     if config.data is not None and config.teacher is None and recipe.train is not None:
         raise ConfigError(
             f"sft.data: {config.data} does not say which teacher wrote its answers, and the same one must "

@@ -11,7 +11,13 @@ from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.stages.students import check_trainable, identity_of, train_to_checkpoint, training_settings
+from megatron_lopd.stages.students import (
+    check_budget,
+    check_trainable,
+    identity_of,
+    train_to_checkpoint,
+    training_settings,
+)
 from megatron_lopd.training.loop import TrainingJob
 from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
@@ -21,6 +27,7 @@ def check(recipe: Recipe) -> list[str]:
     if config.checkpoint is not None:
         check_trainable(Path(config.checkpoint), recipe)
     require_fp8(recipe.fp8, capabilities())
+    check_budget(recipe, config)
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
     work = f"{length} of {config.global_batch_size} samples"
     return [f"train with {config.objective} from the cached scores: {work}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def test_top_k_scores_from_rollouts_to_the_trainer(
     with pytest.raises(DataError, match=r"\.arrow: sample .* beyond the model's vocabulary of 3"):
         data.require_vocabulary(3)
     shown(monkeypatch, capsys)
+    # Trained from, by two ranks that share every sequence; and on to the report.
+    split = ["parallel.context=2", "parallel.processes=2"]
+    assert main(["run", recipe, *OVERRIDES, *split]) == 0
+    steps = [json.loads(line) for line in Path("run/train/metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["reverse_kl"] < steps[0]["reverse_kl"]
+    assert Path("run/report/summary.json").is_file()
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,12 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
         2,
         ["pipeline", "4"],
     ),
+    "a micro-batch that holds nothing at this layout": (
+        lambda: None,
+        ["parallel.context=32", "parallel.processes=32", "sft.micro_batch_tokens=60"],
+        2,
+        ["sft.micro_batch_tokens=60", "at least 64"],
+    ),
     "a processes number that cannot be": (lambda: None, ["parallel.tensor=2"], 2, ["parallel.processes=2"]),
     "FP8 without a GPU": (
         lambda: None,
