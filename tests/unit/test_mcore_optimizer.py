@@ -26,8 +26,10 @@ class GroupStepAdam(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         adam_w_mode: bool,
+        capturable: bool = False,  # megatron-core 0.19 says: not within a CUDA graph
     ) -> None:
         assert adam_w_mode
+        assert not capturable
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults)
 
