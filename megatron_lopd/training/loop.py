@@ -19,6 +19,8 @@ from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.errors import NumericsError, StopRequested
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import read_architecture
+from megatron_lopd.mcore.capabilities import capabilities
+from megatron_lopd.mcore.flops import peak_flops, step_flops
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
@@ -116,6 +118,8 @@ class _Run:
             model, config.optimizer, job.precision, self.total_steps
         )
         self.saver = Saver(checkpoints, ranks, self.device)
+        self.architecture = model[0].arch
+        self.peak_flops = peak_flops(capabilities().gpu)
 
     def to_the_end(self, newest: Checkpoint | None) -> Progress:
         """Go on from `newest`, or from the start when there is none."""
@@ -200,10 +204,19 @@ class _Run:
                 "seconds": seconds,
                 "data_wait_s": data_wait,
                 "tokens_per_s": counts.tokens / seconds,
+                **self._utilisation(before.step, counts.response_tokens, seconds),
             }
         )
         check_skipped(progress.skipped_steps, config.max_skipped_steps, progress.step, grad_norm)
         return progress
+
+    def _utilisation(self, step: int, response_tokens: int, seconds: float) -> dict[str, float]:
+        """`mfu`, model FLOPs by the bf16 peak of all ranks' GPUs; nothing where that is not known."""
+        if self.peak_flops is None:
+            return {}
+        lengths = self.job.data.lengths[self.plan.samples(step)].tolist()
+        flops = step_flops(self.architecture, lengths, response_tokens)
+        return {"mfu": flops / (seconds * self.ranks.world_size * self.peak_flops)}
 
 
 def _total_steps(config: TrainingConfig, plan: BatchPlan) -> int:

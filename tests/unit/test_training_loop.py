@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,31 @@ def test_bad_jobs_are_refused_before_a_step(tmp_path: Path) -> None:
     write_shard(root / "data" / "scores-00000.arrow", scores_kind(1), beyond)
     with pytest.raises(RankError, match=r"scores-00000\.arrow: sample sample-0 has token 67, .* of 67"):
         run_ranks(1, _train, root, {})
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _on_a_known_gpu, make_root(tmp_path))
+    assert len(found) == 2
+    for mfu, expected in found:
+        assert mfu == pytest.approx(expected, rel=1e-12)  # the same numbers, in fp64
+
+
+def _on_a_known_gpu(root: Path) -> list[tuple[float, float]]:
+    """(mfu of a step, and what it should be) as if this CPU had a peak of 1 GFLOP/s."""
+    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.mcore.flops import step_flops
+    from megatron_lopd.training import loop
+
+    loop.peak_flops = lambda gpu: 1e9
+    train(root, "known", steps=2)
+    arch, data = read_architecture(root / "model"), TrainingData(root / "data", root / "data")
+    lines = (root / "known" / "metrics.jsonl").read_text().splitlines()
+    found = []
+    for number, step in enumerate(map(json.loads, lines)):
+        lengths = data.lengths[BatchPlan(40, 16, 0).samples(number)].tolist()
+        flops = step_flops(arch, lengths, step["response_tokens"])
+        found.append((step["mfu"], flops / step["seconds"] / 1e9))
+    return found
 
 
 def _watch_preflight(root: Path, options: dict[str, Any]) -> Any:
