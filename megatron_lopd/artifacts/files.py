@@ -58,6 +58,32 @@ def fsync_tree(directory: Path) -> None:
         fsync_directory(Path(root))
 
 
+class HashedFile:
+    """Writes through to a stream and takes the digest on the way: what was written need not be read again."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`; returns its bytes."""
+        self._stream.write(data)
+        self._digest.update(data)
+        count = memoryview(data).nbytes
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        self._stream.flush()
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of all that was written."""
+        return self._digest.hexdigest()
+
+
 @contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Write `path` under a temporary name; flush, fsync and rename only if the block succeeds.

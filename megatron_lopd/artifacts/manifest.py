@@ -3,10 +3,12 @@
 Files are committed one by one, each atomically; the manifest is written last and lists them all
 with size and digest. The digest of the manifest is the artifact's id, so an id stands for every
 byte. Nothing that depends on when or where a stage ran is in it: the same inputs give the same id.
+The file itself carries its id and has one spelling only, so that no byte of it can change unnoticed.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from megatron_lopd.artifacts.files import (
     TEMPORARY_PREFIX,
-    atomic_write_json,
+    atomic_file,
     canonical_json,
     fsync_directory,
     fsync_file,
@@ -27,7 +29,7 @@ from megatron_lopd.errors import DataError
 
 MANIFEST = "manifest.json"
 FORMAT = "lopd-artifact"
-VERSION = 1
+VERSION = 2
 
 LineageStatus = Literal["proved", "declared", "overridden"]
 
@@ -67,13 +69,18 @@ class Manifest:
     lineage: LineageStatus
 
     def to_plain(self) -> dict[str, Any]:
-        """The manifest as it is written."""
+        """What the manifest says, as JSON values."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     @property
     def id(self) -> str:
         """Hex SHA-256 of the manifest: the artifact's identity."""
         return sha256_bytes(canonical_json(self.to_plain()))
+
+    def text(self) -> str:
+        """The one text that manifest.json may hold for it, its id included."""
+        plain = {**self.to_plain(), "id": self.id}
+        return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def is_committed(directory: Path) -> bool:
@@ -98,15 +105,21 @@ def commit(
         path = directory / name
         fsync_file(path)
         entries[name] = FileEntry(path.stat().st_size, sha256_file(path))
-    for parent in {(directory / name).parent for name in entries}:
-        fsync_directory(parent)
     manifest = Manifest(kind, entries, dict(config), dict(counts), dict(versions), dict(parents), lineage)
-    atomic_write_json(directory / MANIFEST, manifest.to_plain())
+    write_manifest(directory, manifest)
     return manifest
 
 
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Commit an artifact whose files are already hashed and flushed."""
+    for parent in {(directory / name).parent for name in manifest.files}:
+        fsync_directory(parent)
+    with atomic_file(directory / MANIFEST, "w") as stream:
+        stream.write(manifest.text())
+
+
 def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
-    """Read a manifest. DataError when it is missing, torn, of a newer format or of another `kind`."""
+    """Read a manifest. DataError when it is missing, damaged, of another format or of another `kind`."""
     path = directory / MANIFEST
     if not path.is_file():
         raise DataError(f"{directory}: not a committed artifact (no {MANIFEST}): run the stage that makes it")
@@ -115,7 +128,8 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
         raise DataError(f"{path}: not a manifest of this project (format {FORMAT!r})")
     if raw.get("version") != VERSION:
         raise DataError(
-            f"{path}: format version {raw.get('version')}, this program reads {VERSION}: upgrade it"
+            f"{path}: format version {raw.get('version')}, this program reads {VERSION}: use the version of "
+            "megatron-lopd that wrote it, or make the artifact again"
         )
     try:
         manifest = Manifest(
@@ -127,8 +141,13 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
             parents={role: Parent(**parent) for role, parent in raw["parents"].items()},
             lineage=raw["lineage"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        whole = manifest.text().encode() == path.read_bytes()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path}: damaged: a part is missing or of the wrong type ({error})") from None
+    if not whole:
+        raise DataError(
+            f"{path}: damaged: it does not match its own digest: restore it or make the artifact again"
+        )
     if manifest.lineage not in get_args(LineageStatus):
         raise DataError(
             f"{path}: damaged: lineage {manifest.lineage!r}: restore it or make the artifact again"

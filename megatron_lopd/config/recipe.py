@@ -189,7 +189,10 @@ class Fp8Config:
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = key(
         "how scales are found: from earlier steps, by tensor, by block, or in blocks of 32 (Blackwell)"
     )
-    format: Literal["e4m3", "hybrid"] = key("hybrid: e4m3 forward and e5m2 backward", "hybrid")
+    format: Literal["e4m3", "hybrid"] | None = key(
+        "hybrid: e4m3 forward, e5m2 backward; empty: hybrid for delayed and tensorwise, e4m3 for the others",
+        None,
+    )
     bf16_first_last_layers: int = key("layers kept in bf16 at each end (count; not with delayed)", 0)
 
     def __post_init__(self) -> None:
@@ -199,6 +202,11 @@ class Fp8Config:
             f"fp8.bf16_first_last_layers={self.bf16_first_last_layers} does not go with fp8.recipe=delayed: "
             "set it to 0, or fp8.recipe to tensorwise or blockwise",
         )
+
+    @property
+    def number_format(self) -> Literal["e4m3", "hybrid"]:
+        """`format`, or Transformer Engine's default for the recipe: small blocks need no wider exponent."""
+        return self.format or ("hybrid" if self.recipe in ("delayed", "tensorwise") else "e4m3")
 
 
 @dataclass(frozen=True)
@@ -291,8 +299,10 @@ class TrainConfig(TrainingConfig):
     )
     checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
     preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
-    preflight_tolerance: float = key(
-        "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats", 0.02
+    preflight_tolerance: float | None = key(
+        "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats; empty: by the "
+        "coarser precision of trainer and sampler, 1e-3 for fp32, 0.02 for bf16, 0.2 for fp8",
+        None,
     )
 
     section = "train"
@@ -300,7 +310,10 @@ class TrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.preflight_samples >= 0, "train.preflight_samples must be at least 0 (0 checks nothing)")
-        require(self.preflight_tolerance > 0, "train.preflight_tolerance must be above 0")
+        require(
+            self.preflight_tolerance is None or self.preflight_tolerance > 0,
+            "train.preflight_tolerance must be above 0",
+        )
 
 
 @dataclass(frozen=True)

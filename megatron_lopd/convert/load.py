@@ -1,19 +1,20 @@
-"""Reads a Hugging Face checkpoint into a Megatron model: each rank its own slices, at any TP and PP."""
+"""Reads a Hugging Face checkpoint into a Megatron model: each rank its own slices, at any layout."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_lopd.convert.hf_checkpoint import HFWeights
-from megatron_lopd.convert.mappings import Layout, TensorMap, canonical_name, merge_parts, tensor_maps
+from megatron_lopd.convert.mappings import Layout, TensorMap, merge_parts, tensor_maps
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.mcore.experts import tensor_split
 from megatron_lopd.mcore.model import PackedGPTModel
+from megatron_lopd.mcore.names import parameters_by_name
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def load_hf_weights(model: PackedGPTModel, arch: Architecture, hf_dir: str | Pat
         for item in maps:
             parameter = parameters.pop(item.megatron, None)
             if parameter is None:
-                continue  # another pipeline stage's
+                continue  # another pipeline stage's, or another rank's expert
             tensor = _read(item, weights, arch, parameter)
             if tensor.shape != parameter.shape:
                 raise DataError(
@@ -42,16 +43,9 @@ def load_hf_weights(model: PackedGPTModel, arch: Architecture, hf_dir: str | Pat
         raise ConfigError(f"no rule of the {arch.family} weight mapping fills {min(parameters)}")
 
 
-def parameters_by_name(model: PackedGPTModel, arch: Architecture) -> dict[str, Parameter]:
-    """This rank's parameters under the mapping's names."""
-    first_layer = model.decoder.layers[0].layer_number - 1
-    return {canonical_name(name, arch, first_layer): value for name, value in model.named_parameters()}
-
-
 def _read(item: TensorMap, weights: HFWeights, arch: Architecture, parameter: Parameter) -> Tensor:
     """This rank's slice of a Megatron tensor."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank, size = tensor_split(parameter)
     if item.layout is Layout.VOCAB:
         return _read_vocabulary(item.parts[0], weights, arch, parameter, rank)
     axis = item.layout.split_axis

@@ -2,14 +2,13 @@
 
 Everything else in this package follows from the tables: what a rank must read, how the parts are
 put together, and the way back. Megatron names are those of its distributed checkpoints, which are
-the Transformer Engine layer spec's; `canonical_name` turns the names of either spec into them.
+the Transformer Engine layer spec's; mcore/names.py turns the names of either spec into them.
 Hugging Face tensors are split over tensor-parallel ranks BEFORE they are merged, so one merge
 serves a rank's slice (`groups` of that rank) and the whole tensor alike.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -108,16 +107,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "qwen3_moe": (*_ENDS, *_ATTENTION, *_QK_NORM, *_MOE_MLP),
 }
 
-# The torch-native spec keeps norms as modules of their own and experts in a list; Transformer
-# Engine fuses the norms into the linear that follows and numbers its grouped expert weights.
-_ALIASES = (
-    (re.compile(r"\.input_layernorm\.weight$"), ".self_attention.linear_qkv.layer_norm_weight"),
-    (re.compile(r"\.mlp\.experts\.local_experts\."), ".mlp.experts.experts."),
-    (re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r".mlp.experts.experts.\2.\1.weight"),
-)
-_DENSE_ALIAS = (re.compile(r"\.pre_mlp_layernorm\.weight$"), ".mlp.linear_fc1.layer_norm_weight")
-_LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-
 
 def tensor_maps(arch: Architecture) -> list[TensorMap]:
     """Every Megatron tensor of the model, in the order of its layers.
@@ -150,20 +139,6 @@ def _fill(rule: Rule, arch: Architecture, layer: int | None, expert: int | None 
         offset=tuple(index for index, _ in stacked if index is not None),
         stack=tuple(size for index, size in stacked if index is not None),
     )
-
-
-def canonical_name(parameter: str, arch: Architecture, first_layer: int) -> str:
-    """The mapping's name of a model parameter, under either layer spec.
-
-    `first_layer` is the 0-based global index of the pipeline stage's layer 0. With tied embeddings
-    the last stage's own output layer is a copy of the embedding, and gets its name.
-    """
-    if arch.tied and parameter == _OUTPUT.megatron:
-        return _ENDS[0].megatron
-    name = _LOCAL_LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", parameter)
-    for pattern, replacement in _ALIASES if arch.experts else (*_ALIASES, _DENSE_ALIAS):
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def merge_parts(layout: Layout, parts: Sequence[Tensor], groups: int) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample
 from megatron_lopd.errors import DataError
 
 LossNormalization = Literal["sequence_mean", "token_mean"]
 
-# Any id of the vocabulary would do: padding is a document of its own, which no other attends to.
+# Any id of the vocabulary would do: padding stands after all that could attend to it.
 PADDING_TOKEN = 0
 
 
@@ -25,16 +26,16 @@ class MicroBatch:
     """Documents laid end to end. CPU tensors; S packed tokens, D documents, R response tokens.
 
     `tokens` int64 [S]; `position_ids` int64 [S], from 0 in each document; `cu_seqlens` int32 [D+1],
-    where each document begins, padding being a document of its own at the end; `max_seqlen` tokens of
-    the longest one. `predict_index` int64 [R]: the position whose hidden state predicts the response
-    token, one before the token itself (a prompt's last position predicts the response's first token).
-    `response_tokens` int64 [R]; `sequence_index` int64 [R], which sample, from 0. The loss of a step is
-    `sum(loss_weights * loss) / sum(loss_count)`, both sums over the global batch: with sequence_mean the
-    weights are one over the response's length and the count is samples, with token_mean 1 and response
-    tokens. `loss_weights` float32 [R]. `behaviour_log_probs`, `teacher_log_probs` float32 [R], nats, or
-    None where the samples have none; so too the teacher's k likeliest tokens (records.TopK): `top_k_ids`
-    int64 [R, k], `top_k_log_probs` float32 [R, k], `tail_log_probs` float32 [R]. `num_tokens` leaves
-    padding out.
+    where each document begins, its own padding counted in, and what pads the whole being a document at
+    the end; `max_seqlen` tokens of the longest one. `predict_index` int64 [R]: the position whose hidden
+    state predicts the response token, one before the token itself (a prompt's last position predicts the
+    response's first token). `response_tokens` int64 [R]; `sequence_index` int64 [R], which sample, from 0.
+    The loss of a step is `sum(loss_weights * loss) / sum(loss_count)`, both sums over the global batch:
+    with sequence_mean the weights are one over the response's length and the count is samples, with
+    token_mean 1 and response tokens. `loss_weights` float32 [R]. `behaviour_log_probs`,
+    `teacher_log_probs` float32 [R], nats, or None where the samples have none; so too the teacher's k
+    likeliest tokens (records.TopK): `top_k_ids` int64 [R, k], `top_k_log_probs` float32 [R, k],
+    `tail_log_probs` float32 [R]. `num_tokens` leaves padding out.
     """
 
     tokens: Tensor
@@ -55,10 +56,8 @@ class MicroBatch:
     num_tokens: int
 
 
-def collate(
-    samples: Sequence[Sample], loss_normalization: LossNormalization, pad_to_multiple: int
-) -> MicroBatch:
-    """Pack `samples` in order, padded to a multiple of `pad_to_multiple` tokens.
+def collate(samples: Sequence[Sample], loss_normalization: LossNormalization, padding: Padding) -> MicroBatch:
+    """Pack `samples` in order, padded as `padding` asks: each document at its end, and then the whole.
 
     No samples give a micro-batch of padding alone (R = 0), so that a rank with nothing left to do can
     still take part in the step's communication.
@@ -74,22 +73,28 @@ def collate(
             )
     prompt = np.array([len(rollout.prompt_tokens) for rollout in rollouts], dtype=np.int64)  # [N]
     response = np.array([len(rollout.response_tokens) for rollout in rollouts], dtype=np.int64)  # [N]
-    num_tokens = int((prompt + response).sum())
-    padding = -num_tokens % pad_to_multiple or (0 if rollouts else pad_to_multiple)
-    documents = np.append(prompt + response, padding) if padding else prompt + response  # [D]
+    documents = padding.documents(prompt + response)  # [N]
+    rest = -int(documents.sum()) % padding.total or (0 if rollouts else padding.total)
+    if rest:
+        documents = np.append(documents, rest)  # [D]
     starts = np.concatenate([[0], np.cumsum(documents)])  # [D+1]
+    first = starts[: len(rollouts)]  # [N]
+    predict_index = _ramps(first + prompt - 1, response)  # [R]
+    response_tokens = _joined([rollout.response_tokens for rollout in rollouts], np.int64)
+    tokens = torch.full((int(starts[-1]),), PADDING_TOKEN)
+    tokens[_ramps(first, prompt)] = _joined([rollout.prompt_tokens for rollout in rollouts], np.int64)
+    tokens[predict_index + 1] = response_tokens
 
-    parts = [part for rollout in rollouts for part in (rollout.prompt_tokens, rollout.response_tokens)]
     weights = 1.0 / response if loss_normalization == "sequence_mean" else np.ones(len(rollouts))
     count = len(rollouts) if loss_normalization == "sequence_mean" else int(response.sum())
     teacher = [None if sample.score is None else sample.score.log_probs for sample in samples]
     return MicroBatch(
-        tokens=_joined([*parts, np.full(padding, PADDING_TOKEN)], np.int64),
-        position_ids=torch.from_numpy(_ramps(np.zeros_like(documents), documents)),
+        tokens=tokens,
+        position_ids=_ramps(np.zeros_like(documents), documents),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_seqlen=int(documents.max()),
-        predict_index=torch.from_numpy(_ramps(starts[: len(rollouts)] + prompt - 1, response)),
-        response_tokens=_joined([rollout.response_tokens for rollout in rollouts], np.int64),
+        predict_index=predict_index,
+        response_tokens=response_tokens,
         sequence_index=torch.from_numpy(np.repeat(np.arange(len(rollouts)), response)),
         loss_weights=torch.from_numpy(np.repeat(weights, response).astype(np.float32)),
         loss_count=count,
@@ -97,14 +102,14 @@ def collate(
         teacher_log_probs=_log_probs(rollouts, teacher, "teacher"),
         **_top_k(samples),
         num_samples=len(rollouts),
-        num_tokens=num_tokens,
+        num_tokens=int((prompt + response).sum()),
     )
 
 
-def _ramps(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+def _ramps(first: NDArray[np.int64], count: NDArray[np.int64]) -> Tensor:
     """`first[i], first[i] + 1, ...`, `count[i]` of them for each i, end to end: int64 [sum(count)]."""
     begins = np.cumsum(count) - count
-    return np.repeat(first - begins, count) + np.arange(int(count.sum()))
+    return torch.from_numpy(np.repeat(first - begins, count) + np.arange(int(count.sum())))
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score
-from megatron_lopd.data.schemas import ROLLOUTS, SCORES
+from megatron_lopd.data.schemas import ROLLOUTS, SCORES, kind_of
 from megatron_lopd.data.shards import Record, ShardKind, ShardReader
 from megatron_lopd.errors import DataError
 
@@ -23,13 +24,24 @@ def open_shards(kind: ShardKind[Record], directory: Path) -> ShardReader[Record]
 
     Raises DataError when there are none, or when one is missing in between.
     """
+    return ShardReader(kind, _shard_paths(kind, directory))
+
+
+def open_scores(directory: Path) -> ShardReader[Score]:
+    """The scores of an artifact, all with the k of its first shard. Raises as `open_shards`."""
+    paths = _shard_paths(SCORES, directory)
+    kind = kind_of(paths[0])
+    return ShardReader(kind if kind.name == SCORES.name else SCORES, paths)
+
+
+def _shard_paths(kind: ShardKind[Record], directory: Path) -> list[Path]:
     paths = sorted(directory.glob(f"{kind.name}-*.arrow"))
     if not paths:
         raise DataError(f"{directory}: there are no {kind.name} shards ({shard_name(kind, 0)}, ...)")
     for number, path in enumerate(paths):
         if path.name != shard_name(kind, number):
             raise DataError(f"{directory}: {shard_name(kind, number)} is missing, yet {path.name} is there")
-    return ShardReader(kind, paths)
+    return paths
 
 
 class TrainingData:
@@ -41,44 +53,70 @@ class TrainingData:
 
     def __init__(self, rollout_dir: Path, score_dir: Path | None = None) -> None:
         self._rollouts: ShardReader[Rollout] = open_shards(ROLLOUTS, rollout_dir)
-        self._scores = None if score_dir is None else open_shards(SCORES, score_dir)
         self.sample_ids = self._rollouts.sample_ids
         responses = self._rollouts.lengths("response_tokens")
         self.lengths: NDArray[np.int64] = self._rollouts.lengths("prompt_tokens") + responses  # [n]
-        if self._scores is not None and score_dir is not None:
-            self._check_join(responses, self._scores, score_dir)
+        self._scores: ShardReader[Score] | None = None
+        self._score_of: NDArray[np.int64] | None = None  # [n]; None: the scores are in the rollouts' order
+        if score_dir is not None:
+            self._scores = open_scores(score_dir)
+            self._score_of = self._join(self._scores, responses, score_dir)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`, with the teacher's log-probs if there are scores. Its arrays are read-only."""
+        """Sample `index`, with the teacher's scores if there are any. Its arrays may be read-only."""
         rollout = self._rollouts.record(index)
         if self._scores is None:
             return Sample(rollout, score=None)
-        return Sample(rollout, self._scores.record(self._scores.position(rollout.sample_id)))
+        return Sample(
+            rollout, self._scores.record(index if self._score_of is None else int(self._score_of[index]))
+        )
 
-    def require_within(self, token_budget: int) -> None:
-        """Raise DataError naming the longest sample when it is above `token_budget` tokens."""
+    def require_within(self, token_budget: int, padding: Padding) -> None:
+        """Raise DataError naming the longest sample when it is, padded, above `token_budget` tokens."""
         longest = int(self.lengths.argmax())
         tokens = int(self.lengths[longest])
-        if tokens > token_budget:
+        needed = padding.least_budget(tokens)
+        if needed > token_budget:
+            padded = f", which this layout pads to {needed}" if needed > tokens else ""
             raise DataError(
-                f"{self._rollouts.path(longest)}: sample {self.sample_ids[longest]} has {tokens} tokens, "
-                f"above micro_batch_tokens={token_budget}: raise it to at least {tokens}"
+                f"{self._rollouts.path(longest)}: sample {self.sample_ids[longest]} has {tokens} tokens"
+                f"{padded}, above micro_batch_tokens={token_budget}: raise it to at least {needed}"
             )
 
-    def _check_join(self, responses: NDArray[np.int64], scores: ShardReader[Score], score_dir: Path) -> None:
-        score_lengths = scores.lengths("log_probs")
-        for sample_id, response in zip(self.sample_ids, responses, strict=True):
-            if sample_id not in scores:
-                raise DataError(f"{score_dir}: sample {sample_id} of the rollouts has no score")
-            at = scores.position(sample_id)
-            if score_lengths[at] != response:
-                raise DataError(
-                    f"{scores.path(at)}: sample {sample_id} has {score_lengths[at]} scores for {response} "
-                    "response tokens: these scores are of other rollouts"
-                )
-        for at, sample_id in enumerate(scores.sample_ids):
-            if sample_id not in self._rollouts:
-                raise DataError(f"{scores.path(at)}: sample {sample_id} is scored but not in the rollouts")
+    def require_vocabulary(self, size: int) -> None:
+        """Raise DataError naming file and sample when a token or top-k id is `size` or above.
+
+        From the index alone: call it before a model is allocated.
+        """
+        self._rollouts.require_vocabulary(size)
+        if self._scores is not None:
+            self._scores.require_vocabulary(size)
+
+    def _join(
+        self, scores: ShardReader[Score], responses: NDArray[np.int64], score_dir: Path
+    ) -> NDArray[np.int64] | None:
+        """The position of each sample's score, once every one is known to have just one that fits it."""
+        positions = self.sample_ids.positions_in(scores.sample_ids)
+        if positions is not None and (positions < 0).any():
+            missing = self.sample_ids[int((positions < 0).argmax())]
+            raise DataError(f"{score_dir}: sample {missing} of the rollouts has no score")
+        lengths = scores.lengths("log_probs")
+        differ = (lengths if positions is None else lengths[positions]) != responses
+        if differ.any():
+            index = int(differ.argmax())
+            at = index if positions is None else int(positions[index])
+            raise DataError(
+                f"{scores.path(at)}: sample {self.sample_ids[index]} has {lengths[at]} scores for "
+                f"{responses[index]} response tokens: these scores are of other rollouts"
+            )
+        if positions is not None and len(scores) > len(self):
+            used = np.zeros(len(scores), dtype=bool)
+            used[positions] = True
+            extra = int((~used).argmax())
+            raise DataError(
+                f"{scores.path(extra)}: sample {scores.sample_ids[extra]} is scored but not in the rollouts"
+            )
+        return positions

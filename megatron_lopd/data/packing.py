@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import DataError
 
 # The document length at which causal attention costs as much as the rest of a layer: a token's linear
@@ -18,11 +21,44 @@ ATTENTION_PARITY_TOKENS = 12 * 4096
 Bins = list[list[int]]
 
 
-def pack(lengths: Sequence[int] | NDArray[np.int64], token_budget: int, num_ranks: int) -> list[Bins]:
+@dataclass(frozen=True)
+class Padding:
+    """What a layout asks of packed lengths, in tokens: each document's is a multiple of `document`, a
+    micro-batch's of `total`, which is a multiple of `document`."""
+
+    document: int = 1
+    total: int = 1
+
+    @staticmethod
+    def of(parallel: ParallelConfig, tokens_multiple: int = 1) -> Padding:
+        """Context parallelism cuts a document into two chunks a rank (context_parallel.py), and sequence
+        parallelism its rank's tokens among the tensor parallel ranks; `tokens_multiple` is what a layer
+        then wants of the tokens it sees (FP8 kernels, 16 or 32)."""
+        document = 2 * parallel.context if parallel.context > 1 else 1
+        split = parallel.context * (parallel.tensor if parallel.sequence else 1)
+        return Padding(document, math.lcm(document, split * tokens_multiple))
+
+    def documents(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The padded lengths of documents of `lengths` tokens."""
+        return -(-lengths // self.document) * self.document
+
+    def budget(self, token_budget: int) -> int:
+        """The most tokens whose padded total is within `token_budget`."""
+        return token_budget - token_budget % self.total
+
+    def least_budget(self, length: int) -> int:
+        """The least token budget that holds a document of `length` tokens."""
+        return -(-length // self.total) * self.total
+
+
+def pack(
+    lengths: Sequence[int] | NDArray[np.int64], token_budget: int, num_ranks: int, multiple: int = 1
+) -> list[Bins]:
     """Sample positions as `[rank][micro_batch][samples]`, every rank with as many micro-batches.
 
-    `lengths` are tokens a sample, `token_budget` the most tokens in a micro-batch. Best-fit decreasing
-    finds how few micro-batches do; their number is rounded up to a multiple of `num_ranks`. Where that
+    `lengths` are tokens a sample, padded as the layout asks; `token_budget` the most tokens in a
+    micro-batch. Best-fit decreasing finds how few micro-batches do; their number is rounded up so that
+    each of `num_ranks` has the same, a multiple of `multiple` (interleaved pipelines want one). Where that
     leaves slack, the samples are spread evenly over all of them rather than leaving some nearly empty.
     Micro-batches go to ranks the costliest first, and come in that order, so that a rank that runs out
     of memory does so at once. A micro-batch may be empty (fewer samples than micro-batches).
@@ -40,7 +76,7 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], token_budget: int, num_rank
     longest_first = [int(sample) for sample in np.argsort(-sizes, kind="stable")]
 
     bins = _best_fit(sizes, longest_first, token_budget)
-    micro_batches = max(1, -(-len(bins) // num_ranks))
+    micro_batches = max(1, -(-len(bins) // (num_ranks * multiple))) * multiple
     count = micro_batches * num_ranks
     if len(bins) < count:
         bins = _spread(sizes, cost, longest_first, token_budget, count) or bins

@@ -1,35 +1,42 @@
-"""Shards: records in a memory-mapped Arrow IPC file, with checksums for every batch of records.
+"""Shards: records in a memory-mapped Arrow IPC file, with checksums for every record and batch of records.
 
-Kinds of shard, that is their columns and what makes a record good, are in `schemas`. Arrow finds no
-flipped byte by itself, so each record batch carries two xxh3_128 checksums in its metadata. One is of its
-index: sample ids and other text, list offsets, and its place in the file, so that no batch can go missing;
-it is verified when the shard is opened. The other is of its values, token ids and log-probs; it is verified
-the first time a record of the batch is read.
+Kinds of shard, that is their columns and what makes a record good, are in `schemas`; how values become
+bytes is in `columns`. A record's values (token ids and log-probs) lie together, as one binary value: reading
+one at random is one place on the disk. Beside it are its text and, for each column, how many items it has.
+
+Arrow finds no flipped byte by itself. So every record has an xxh3_64 of its values, verified whenever it is
+read, and every record batch an xxh3_128 of its index: all that is not values, those checksums, the largest
+token id, and its place in the file, so that no batch can go missing. The index is verified when the shard is
+opened, which reads no values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from xxhash import xxh3_128
+from xxhash import xxh3_64_intdigest, xxh3_128
 
 from megatron_lopd.artifacts.files import atomic_file
+from megatron_lopd.data.columns import Bytes, Column
+from megatron_lopd.data.sample_ids import SampleIds
 from megatron_lopd.errors import DataError
 
+# A batch is what a writer holds in memory and what is indexed at once: so many records or bytes of values.
 RECORDS_PER_BATCH = 1024
+BYTES_PER_BATCH = 1 << 25
 
-# The large types: 32-bit offsets would end a column at 2 GiB.
-TEXT = pa.large_string()
-TOKENS = pa.large_list(pa.field("item", pa.int32(), nullable=False))
-LOG_PROBS = pa.large_list(pa.field("item", pa.float32(), nullable=False))
+# Of a record's values: its columns' bytes end to end, padded so that the next record's are aligned.
+VALUES, CHECKSUM = "values", "xxh3_64"
+ALIGNMENT = 8
+
+NO_TOKEN = -1
 
 
 class Identified(Protocol):
@@ -40,28 +47,37 @@ class Identified(Protocol):
 
 
 Record = TypeVar("Record", bound=Identified)
+Item = TypeVar("Item", bound=np.generic)
 
 
 @dataclass(frozen=True)
 class ShardKind(Generic[Record]):
-    """One kind of shard. Columns are named after the record's attributes; `sample_id` is one of them.
+    """One kind of shard: a record's `text`, `sample_id` first, and `columns` of arrays, largest items first.
 
-    A record's None is stored as an empty list. `make` builds a record from its columns, given by name
-    (`str`, or read-only arrays into the mapped file); `problem` says in a few words what is wrong with a
-    record, or None, and is asked on write and on read.
+    `split` gives a record's text and arrays by name, None where it has none; `make` builds a record from
+    them, given by name; `problem` says in a few words what is wrong with a record, or None, and
+    is asked on write and on read. `parameters` tell shards of one kind apart: all of an artifact agree.
     """
 
     name: str
     version: int
-    columns: Mapping[str, pa.DataType]
+    text: tuple[str, ...]
+    columns: Mapping[str, Column]
+    split: Callable[[Record], Mapping[str, Any]]
     make: Callable[..., Record]
     problem: Callable[[Record], str | None]
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The Arrow schema; its metadata names the kind and the version of the format."""
-        fields = [pa.field(name, dtype, nullable=False) for name, dtype in self.columns.items()]
-        return pa.schema(fields, metadata={"lopd.kind": self.name, "lopd.version": str(self.version)})
+        """The Arrow schema; its metadata names the kind, the version of the format and the parameters."""
+        # The large types: 32-bit offsets would end a column at 2 GiB.
+        dtypes = {name: pa.large_string() for name in self.text}
+        dtypes |= {name: pa.uint32() for name in self.columns}  # items
+        dtypes |= {CHECKSUM: pa.uint64(), VALUES: pa.large_binary()}
+        fields = [pa.field(name, dtype, nullable=False) for name, dtype in dtypes.items()]
+        about = {"kind": self.name, "version": str(self.version), **self.parameters}
+        return pa.schema(fields, metadata={f"lopd.{key}": value for key, value in about.items()})
 
 
 def write_shard(path: Path, kind: ShardKind[Record], records: Iterable[Record]) -> int:
@@ -70,45 +86,40 @@ def write_shard(path: Path, kind: ShardKind[Record], records: Iterable[Record]) 
     The bytes depend on the records alone. Raises DataError naming file and sample on a bad or repeated
     record, on no records at all, and when the disk is full.
     """
-    good = _checked(path, kind, records)
-    count, number = 0, 0
+    count = 0
     with atomic_file(path) as stream, pa.ipc.new_file(stream, kind.schema) as writer:
-        chunk = list(islice(good, RECORDS_PER_BATCH))
-        if not chunk:
+        draft = _BatchDraft(kind, number=0)
+        for record in _checked(path, kind, records):
+            if draft.is_full():
+                writer.write_batch(*draft.seal(path, is_last=False))
+                draft = _BatchDraft(kind, draft.number + 1)
+            draft.add(record)
+            count += 1
+        if not count:
             raise DataError(f"{path}: there are no {kind.name} to write")
-        while chunk:
-            following = list(islice(good, RECORDS_PER_BATCH))
-            arrays = [
-                _array(dtype, [getattr(r, name) for r in chunk]) for name, dtype in kind.columns.items()
-            ]
-            batch = pa.RecordBatch.from_arrays(arrays, schema=kind.schema)
-            view = _BatchView(path, kind, batch, number, is_last=not following)
-            writer.write_batch(batch, custom_metadata=view.checksums())
-            count, number, chunk = count + len(chunk), number + 1, following
+        writer.write_batch(*draft.seal(path, is_last=True))
     return count
 
 
 class ShardReader(Generic[Record]):
     """The records of several shards, in the order of the shards, read in place.
 
-    `sample_ids` are in record order. Raises DataError naming the file, and the sample where there is one:
-    on opening, for a file that is missing, truncated, of another kind or version or damaged in its index, and
-    for a sample id met twice; on reading, for values that are damaged or not valid.
+    Raises DataError naming the file, and the sample where there is one: on opening, for a file that is
+    missing, truncated, of another kind or version or damaged in its index, and for a sample id met twice; on
+    reading, for values that are damaged or not valid.
     """
 
     def __init__(self, kind: ShardKind[Record], paths: Sequence[Path]) -> None:
         self.kind = kind
         self._batches = [batch for path in paths for batch in _open_shard(path, kind)]
         self._starts = np.cumsum([0, *(batch.num_records for batch in self._batches)])
-        self.sample_ids: list[str] = []
-        self._positions: dict[str, int] = {}
-        for batch in self._batches:
-            for row in range(batch.num_records):
-                sample_id = batch.text("sample_id", row)
-                if sample_id in self._positions:
-                    raise DataError(f"{batch.path}: sample {sample_id} is there twice in these {kind.name}")
-                self._positions[sample_id] = len(self.sample_ids)
-                self.sample_ids.append(sample_id)
+        self.sample_ids = SampleIds([batch.ids for batch in self._batches])
+        repeated = self.sample_ids.first_repeated()
+        if repeated is not None:
+            raise DataError(
+                f"{self.path(repeated)}: sample {self.sample_ids[repeated]} is there twice in these "
+                f"{kind.name}"
+            )
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -116,139 +127,188 @@ class ShardReader(Generic[Record]):
     def __iter__(self) -> Iterator[Record]:
         return (self.record(index) for index in range(len(self)))
 
-    def __contains__(self, sample_id: str) -> bool:
-        return sample_id in self._positions
-
     def position(self, sample_id: str) -> int:
         """Where a sample is, in O(1). Raises DataError when there is none of that id."""
-        if sample_id not in self._positions:
+        position = self.sample_ids.find(sample_id)
+        if position is None:
             raise DataError(f"sample {sample_id} is not among these {len(self)} {self.kind.name}")
-        return self._positions[sample_id]
+        return position
+
+    @property
+    def max_token(self) -> int:
+        """The largest token id in any record, NO_TOKEN when there is none; from the index alone."""
+        return max(batch.max_token for batch in self._batches)
 
     def path(self, index: int) -> Path:
         """The file record `index` is in."""
         return self._find(index)[0].path
 
     def lengths(self, column: str) -> NDArray[np.int64]:
-        """Items of a list column by record, int64 [len(self)], from the offsets alone."""
+        """Items of a column by record, int64 [len(self)], from the index alone."""
         empty = np.empty(0, dtype=np.int64)
-        return np.concatenate([empty, *(np.diff(batch.columns[column].offsets) for batch in self._batches)])
+        return np.concatenate([empty, *(batch.items[column] for batch in self._batches)], dtype=np.int64)
 
     def record(self, index: int) -> Record:
-        """Record `index`; its arrays are read-only views of the file."""
+        """Record `index`. Its arrays may be read-only views of the file."""
         batch, row = self._find(index)
-        batch.verify_values()
-        record = self.kind.make(**{name: batch.value(name, row) for name in self.kind.columns})
-        if problem := self.kind.problem(record):
+        raw = batch.values(row)
+        if xxh3_64_intdigest(raw.data) != batch.checksums[row]:
+            raise DataError(
+                f"{batch.path}: damaged: the checksum of sample {self.sample_ids[index]} does not match: "
+                "delete the artifact and make it again"
+            )
+        fields: dict[str, Any] = {name: batch.text(name, row) for name in self.kind.text}
+        begin = 0
+        try:
+            for name, column in self.kind.columns.items():
+                end = begin + int(batch.items[name][row]) * column.item_bytes
+                fields[name] = column.decode(raw[begin:end])
+                begin = end
+            record = self.kind.make(**fields)
+            problem = self.kind.problem(record)
+        except ValueError as error:  # values that have no shape of this kind
+            problem = str(error)
+        if problem:
             raise DataError(f"{batch.path}: sample {self.sample_ids[index]}: {problem}")
         return record
 
-    def _find(self, index: int) -> tuple[_BatchView, int]:
+    def require_vocabulary(self, size: int) -> None:
+        """Raise DataError naming file and first sample when a token id is `size` or above.
+
+        The largest id of every batch is part of the index, so values are read only to find the sample.
+        """
+        for batch, start in zip(self._batches, self._starts, strict=False):
+            if batch.max_token < size:
+                continue
+            for index in range(int(start), int(start) + batch.num_records):
+                largest = _largest_token(self.kind, self.kind.split(self.record(index)))
+                if largest >= size:
+                    raise DataError(
+                        f"{batch.path}: sample {self.sample_ids[index]} has token {largest}, beyond the "
+                        f"model's vocabulary of {size}: these {self.kind.name} are of another model"
+                    )
+
+    def _find(self, index: int) -> tuple[_Batch, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        chosen = int(np.searchsorted(self._starts, index, side="right")) - 1
+        chosen = int(self._starts.searchsorted(index, side="right")) - 1
         return self._batches[chosen], index - int(self._starts[chosen])
 
 
-@dataclass(frozen=True)
-class _ColumnView:
-    """A column's memory: row i is `values[offsets[i]:offsets[i + 1]]`; offsets int64 [records + 1]."""
+class _BatchDraft(Generic[Record]):
+    """A record batch in the making: encoded records, by column of the file."""
 
-    offsets: NDArray[np.int64]
-    values: NDArray[Any]
+    def __init__(self, kind: ShardKind[Record], number: int) -> None:
+        self.number = number
+        self._kind = kind
+        self._fields: dict[str, list[Any]] = {name: [] for name in kind.schema.names}
+        self._bytes = 0
+        self._max_token = NO_TOKEN
+
+    def is_full(self) -> bool:
+        return len(self._fields[VALUES]) >= RECORDS_PER_BATCH or self._bytes >= BYTES_PER_BATCH
+
+    def add(self, record: Record) -> None:
+        fields = self._kind.split(record)
+        parts = {name: column.encode(fields[name]) for name, column in self._kind.columns.items()}
+        values = b"".join(parts.values())
+        values += bytes(-len(values) % ALIGNMENT)
+        for name in self._kind.text:
+            self._fields[name].append(fields[name])
+        for name, column in self._kind.columns.items():
+            self._fields[name].append(len(parts[name]) // column.item_bytes)
+        self._fields[CHECKSUM].append(xxh3_64_intdigest(values))
+        self._fields[VALUES].append(values)
+        self._bytes += len(values)
+        self._max_token = max(self._max_token, _largest_token(self._kind, fields))
+
+    def seal(self, path: Path, is_last: bool) -> tuple[pa.RecordBatch, dict[str, str]]:
+        """The batch and its metadata, as `write_batch` takes them."""
+        arrays = [pa.array(self._fields[each.name], each.type) for each in self._kind.schema]
+        batch = pa.RecordBatch.from_arrays(arrays, schema=self._kind.schema)
+        view = _Batch(path, self._kind, batch, self._max_token)
+        checksum = view.index_checksum(self.number, is_last)
+        return batch, {"max_token": str(self._max_token), "xxh3_128": checksum}
 
 
-class _BatchView:
-    """A record batch as numpy views of its buffers. Raises ValueError when a buffer is too short."""
+class _Batch:
+    """A record batch as numpy views of its buffers. Raises ValueError when a buffer is too short.
 
-    def __init__(
-        self, path: Path, kind: ShardKind[Any], batch: pa.RecordBatch, number: int, is_last: bool
-    ) -> None:
+    `items` uint32 [records] by column; `checksums` uint64 [records].
+    """
+
+    def __init__(self, path: Path, kind: ShardKind[Any], batch: pa.RecordBatch, max_token: int) -> None:
         self.path = path
-        self._place = f"{number} {is_last}".encode()
         self.num_records: int = batch.num_rows
-        self.columns: dict[str, _ColumnView] = {}
-        self._is_text = {name: dtype == TEXT for name, dtype in kind.columns.items()}
-        self._unverified: str | None = None
-        for (name, dtype), array in zip(kind.columns.items(), batch.columns, strict=True):
-            buffers = array.buffers()
-            offsets = np.frombuffer(buffers[1], dtype=np.int64, count=batch.num_rows + 1)
-            item = np.uint8 if dtype == TEXT else dtype.value_type.to_pandas_dtype()
-            size = int(offsets[-1])
-            values = np.frombuffer(buffers[-1], dtype=item, count=size) if size else np.empty(0, dtype=item)
-            self.columns[name] = _ColumnView(offsets, values)
+        self.max_token = max_token
+        self.ids: pa.Array = batch.column(0)
+        self._text = {name: _Ragged(batch.column(name)) for name in kind.text}
+        self.items = {name: _flat(batch.column(name), np.uint32) for name in kind.columns}
+        self.checksums = _flat(batch.column(CHECKSUM), np.uint64)
+        self._values = _Ragged(batch.column(VALUES))
 
-    def text(self, column: str, row: int) -> str:
-        return bytes(self._row(column, row)).decode()
+    def text(self, name: str, row: int) -> str:
+        return self._text[name].row(row).tobytes().decode()
 
-    def value(self, column: str, row: int) -> str | NDArray[Any]:
-        return self.text(column, row) if self._is_text[column] else self._row(column, row)
+    def values(self, row: int) -> Bytes:
+        return self._values.row(row)
 
-    def checksums(self) -> dict[str, str]:
-        """The batch's checksums, as they are kept in its metadata."""
-        return {"xxh3_128.index": self._index_checksum(), "xxh3_128.values": self._values_checksum()}
-
-    def expect(self, checksums: Mapping[bytes, bytes]) -> bool:
-        """Whether the index is what `checksums` says; the values are compared when they are read."""
-        self._unverified = checksums[b"xxh3_128.values"].decode()
-        return checksums[b"xxh3_128.index"].decode() == self._index_checksum()
-
-    def verify_values(self) -> None:
-        if self._unverified is None:
-            return
-        if self._unverified != self._values_checksum():
-            first, last = self.text("sample_id", 0), self.text("sample_id", self.num_records - 1)
-            raise DataError(
-                f"{self.path}: damaged: the checksum of samples {first} to {last} does not match: "
-                "delete the artifact and make it again"
-            )
-        self._unverified = None
-
-    def _row(self, column: str, row: int) -> NDArray[Any]:
-        view = self.columns[column]
-        return view.values[view.offsets[row] : view.offsets[row + 1]]
-
-    def _index_checksum(self) -> str:
-        digest = xxh3_128(self._place)
-        for name, column in self.columns.items():
-            digest.update(column.offsets.data)
-            if self._is_text[name]:
-                digest.update(column.values.data)
-        return digest.hexdigest()
-
-    def _values_checksum(self) -> str:
-        digest = xxh3_128()
-        for name, column in self.columns.items():
-            if not self._is_text[name]:
-                digest.update(column.values.data)
+    def index_checksum(self, number: int, is_last: bool) -> str:
+        digest = xxh3_128(f"{number} {is_last} {self.max_token}".encode())
+        for ragged in self._text.values():
+            digest.update(ragged.offsets.data)
+            digest.update(ragged.data.data)
+        for items in self.items.values():
+            digest.update(items.data)
+        digest.update(self.checksums.data)
+        digest.update(self._values.offsets.data)
         return digest.hexdigest()
 
 
-def _open_shard(path: Path, kind: ShardKind[Any]) -> list[_BatchView]:
+class _Ragged:
+    """A text or binary column in place: row i is `data[offsets[i] : offsets[i + 1]]`. int64 and uint8."""
+
+    def __init__(self, array: pa.Array) -> None:
+        _, offsets, data = array.buffers()
+        self.offsets = np.frombuffer(offsets, dtype=np.int64, count=len(array) + 1)
+        size = int(self.offsets[-1])
+        self.data: Bytes = np.frombuffer(data, np.uint8, count=size) if size else np.empty(0, dtype=np.uint8)
+
+    def row(self, row: int) -> Bytes:
+        begin, end = self.offsets[row : row + 2].tolist()
+        return self.data[begin:end]
+
+
+def _flat(array: pa.Array, dtype: type[Item]) -> NDArray[Item]:
+    return np.frombuffer(array.buffers()[1], dtype=dtype, count=len(array))
+
+
+def _open_shard(path: Path, kind: ShardKind[Any]) -> list[_Batch]:
     """Map a shard and verify what can be without reading its values."""
     if not path.is_file():
         raise DataError(f"{path}: no such {kind.name} shard")
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if reader.schema.metadata != kind.schema.metadata or reader.schema != kind.schema:
+            wanted = ", ".join(f"{key} {value}" for key, value in kind.parameters.items())
             raise DataError(
-                f"{path}: not a {kind.name} shard of version {kind.version}: its schema says "
-                f"{reader.schema.metadata}, columns {', '.join(reader.schema.names)}"
+                f"{path}: not a {kind.name} shard of version {kind.version}{wanted and f' with {wanted}'}: "
+                f"its schema says {reader.schema.metadata}, columns {', '.join(reader.schema.names)}"
             )
-        batches: list[_BatchView] = []
+        batches: list[_Batch] = []
         last = reader.num_record_batches - 1
         if last < 0:
             raise ValueError("no records")
         for number in range(last + 1):
-            batch, checksums = reader.get_batch_with_custom_metadata(number)
-            view = _BatchView(path, kind, batch, number, is_last=number == last)
-            if not view.expect(checksums):
+            arrow, metadata = reader.get_batch_with_custom_metadata(number)
+            batch = _Batch(path, kind, arrow, int(metadata[b"max_token"]))
+            if metadata[b"xxh3_128"].decode() != batch.index_checksum(number, is_last=number == last):
                 raise DataError(
                     f"{path}: damaged: the index checksum of record batch {number} does not match: "
                     "delete the artifact and make it again"
                 )
-            batches.append(view)
-    except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as error:
+            batches.append(batch)
+    except (pa.ArrowException, ValueError, OverflowError, OSError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
             f"{path}: damaged or truncated ({reason}): delete the artifact and make it again"
@@ -268,11 +328,7 @@ def _checked(path: Path, kind: ShardKind[Record], records: Iterable[Record]) -> 
         yield record
 
 
-def _array(dtype: pa.DataType, values: Sequence[Any]) -> pa.Array:
-    """One column of a batch."""
-    if dtype == TEXT:
-        return pa.array(values, dtype)
-    item = dtype.value_type.to_pandas_dtype()
-    rows = [np.empty(0, dtype=item) if value is None else value for value in values]
-    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)), type=dtype)
+def _largest_token(kind: ShardKind[Any], fields: Mapping[str, Any]) -> int:
+    """The largest token id of a record, NO_TOKEN when it has none."""
+    tokens = [fields[name] for name, column in kind.columns.items() if column.holds_tokens]
+    return max((int(ids.max()) for ids in tokens if ids is not None), default=NO_TOKEN)

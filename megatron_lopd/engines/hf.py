@@ -17,12 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_lopd.config import EngineConfig, Sampling
+from megatron_lopd.data.records import Score, TopK
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
 from megatron_lopd.engines.sampling import BLOCK, draw, uniforms
 from megatron_lopd.errors import EngineError
 
 # Elements of a [tokens, vocabulary] block of logits: 128 MB in fp32, and 220 tokens of a vocabulary of 152 k.
 LOGITS_ELEMENTS = 1 << 25
+
+# Bytes of scores held while they wait for their turn: requests are sorted by length within such a window.
+SCORED_BYTES = 1 << 28
 
 # Finished rows leave the batch once this share of it is still running: leaving costs a copy of the cache.
 COMPACT_BELOW = 0.75
@@ -67,22 +71,32 @@ class TransformersEngine:
                 completions = self._generate_batch(batch, sampling, sorted(end_tokens))
             yield from completions
 
-    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[NDArray[np.float32]]:
-        """Log-probs of given responses, run together by length, the longest first. Raises as `generate`."""
-        lengths = [len(request.prompt_tokens) + len(request.response_tokens) for request in requests]
+    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
+        """Scores of given responses, run together by length, the longest first. Raises as `generate`."""
+        vocabulary = len(self._head_weight)
+        if top_k > vocabulary - 2:
+            raise EngineError(
+                f"score.top_k={top_k} leaves none of the {vocabulary} tokens of {self._model_dir} over "
+                f"beside the response token: lower it to at most {vocabulary - 2}"
+            )
         for request in requests:
             if not len(request.response_tokens):
                 raise EngineError(f"sample {request.sample_id}: the response to score is empty")
             tokens = np.concatenate([request.prompt_tokens, request.response_tokens])
             self._check_request(request.sample_id, tokens, 0)
+        windows = _windows(requests, top_k, self._config.batch_size)
+        return (score for window in windows for score in self._score_window(window, top_k))
+
+    def _score_window(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
+        lengths = [len(request.prompt_tokens) + len(request.response_tokens) for request in requests]
         longest_first = sorted(range(len(requests)), key=lambda index: -lengths[index])
-        results: dict[int, NDArray[np.float32]] = {}
+        results: dict[int, Score] = {}
         for start in range(0, len(requests), self._config.batch_size):
             chosen = longest_first[start : start + self._config.batch_size]
             with self._memory_advice("lower engine.batch_size"):
-                scored = self._score_batch([requests[index] for index in chosen])
+                scored = self._score_batch([requests[index] for index in chosen], top_k)
             results.update(zip(chosen, scored, strict=True))
-        return (results[index] for index in range(len(requests)))
+        return [results[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def _generate_batch(
@@ -126,7 +140,7 @@ class TransformersEngine:
         return self._completions(requests, responses, log_probs, lengths, stopped)
 
     @torch.inference_mode()
-    def _score_batch(self, requests: Sequence[ScoreRequest]) -> list[NDArray[np.float32]]:
+    def _score_batch(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
         # The last token predicts nothing that is asked for, so it is not run. Padding comes after the tokens,
         # which a causal model does not see, so there is no mask.
         inputs = [np.concatenate([r.prompt_tokens, r.response_tokens[:-1]]) for r in requests]
@@ -143,22 +157,40 @@ class TransformersEngine:
         )
         targets = np.concatenate([r.response_tokens for r in requests]).astype(np.int64)
         hidden = hidden[torch.from_numpy(row_index), torch.from_numpy(position)]  # [R, h]
-        log_probs = self._log_probs(hidden, torch.from_numpy(targets).to(self._device))
-        results = np.split(log_probs, np.cumsum(lengths)[:-1])
-        for request, result in zip(requests, results, strict=True):
-            self._check_finite(request.sample_id, result)
-        return results
+        parts = [
+            torch.split(values, lengths)
+            for values in self._token_scores(hidden, torch.from_numpy(targets).to(self._device), top_k)
+        ]
+        scores = []
+        for request, part in zip(requests, zip(*parts, strict=True), strict=True):
+            log_probs, *likeliest = (each.cpu().numpy() for each in part)
+            for values in (log_probs, *likeliest[1:]):
+                self._check_finite(request.sample_id, values)
+            scores.append(Score(request.sample_id, log_probs, TopK(*likeliest) if top_k else None))
+        return scores
 
-    def _log_probs(self, hidden: Tensor, targets: Tensor) -> NDArray[np.float32]:
-        """`log softmax(logits)[target]` of each row of `hidden` [R, h], a block of rows at a time: [R]."""
-        parts = []
+    def _token_scores(self, hidden: Tensor, targets: Tensor, top_k: int) -> list[Tensor]:
+        """A Score's tensors, from `hidden` [R, h] and `targets` [R], a block of rows at a time.
+
+        `log softmax(logits)[target]` [R]; with `top_k` also int32 ids [R, k], their log-probs [R, k] and the
+        tail's [R].
+        """
+        blocks = []
         for start in range(0, len(targets), self._rows_at_a_time()):
-            block = slice(start, start + self._rows_at_a_time())
-            logits = self._logits(hidden[block])
-            chosen = logits.gather(-1, targets[block, None]).squeeze(-1)
-            # No rounding makes this positive: a log-sum-exp is the largest logit plus the log of a sum >= 1.
-            parts.append(chosen - logits.logsumexp(dim=-1))
-        return torch.cat(parts).cpu().numpy()
+            rows = slice(start, start + self._rows_at_a_time())
+            logits, chosen = self._logits(hidden[rows]), targets[rows, None]
+            # No rounding makes these positive: a log-sum-exp is the largest logit plus the log of a sum >= 1.
+            total = logits.logsumexp(dim=-1, keepdim=True)
+            block = [(logits.gather(-1, chosen) - total).squeeze(-1)]
+            if top_k:
+                values, ids = logits.topk(top_k, dim=-1)
+                # Summed over the tail itself: 1 minus the rest would be rounding where the rest is nearly 1.
+                tail = logits.scatter_(-1, torch.cat([ids, chosen], dim=-1), -torch.inf)
+                # Rounding can put a tail that is nearly everything above the whole.
+                tail_log_probs = (tail.logsumexp(dim=-1, keepdim=True) - total).clamp(max=0.0)
+                block += [ids.int(), values - total, tail_log_probs.squeeze(-1)]
+            blocks.append(block)
+        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
     def _draw(self, hidden: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """`sampling.draw` from the last hidden states [B, h], a block of rows at a time."""
@@ -271,6 +303,20 @@ class TransformersEngine:
                 f"{self._model_dir}: out of memory on {self._device} "
                 f"(engine.batch_size={self._config.batch_size}): {advice}"
             ) from error
+
+
+def _windows(
+    requests: Sequence[ScoreRequest], top_k: int, batch_size: int
+) -> Iterator[Sequence[ScoreRequest]]:
+    """Consecutive requests whose scores take about SCORED_BYTES; whole batches, so at least one."""
+    begin, held = 0, 0
+    for index, request in enumerate(requests):
+        held += len(request.response_tokens) * (4 if top_k == 0 else 8 + 8 * top_k)
+        if held >= SCORED_BYTES and (index + 1 - begin) % batch_size == 0:
+            yield requests[begin : index + 1]
+            begin, held = index + 1, 0
+    if begin < len(requests):
+        yield requests[begin:]
 
 
 def _load_model(config: EngineConfig, model_dir: str) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lopd.config import Sampling
-from megatron_lopd.data.records import FinishReason
+from megatron_lopd.data.records import FinishReason, Score
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Engine(Protocol):
         """Sample one response a request; stops at an end token (kept) or at max_new_tokens."""
         ...
 
-    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[NDArray[np.float32]]:
-        """`log pi(a_t | s_t)` at temperature 1 of each response token: float32 [T] a request."""
+    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
+        """`log pi(a_t | s_t)` at temperature 1 of each response token, a Score a request.
+
+        With `top_k` > 0 also the likeliest tokens at each position, and the mass of those that are neither
+        among them nor a_t (records.TopK). Raises EngineError when that leaves no token over.
+        """
         ...

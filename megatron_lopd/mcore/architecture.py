@@ -178,11 +178,7 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
     split_by_tensor = {
         "num_attention_heads": arch.num_heads,
         "num_key_value_heads": arch.num_kv_heads,
-        **(
-            {"moe_intermediate_size": arch.experts.ffn_size}
-            if arch.experts
-            else {"intermediate_size": arch.ffn_size}
-        ),
+        **({} if arch.experts else {"intermediate_size": arch.ffn_size}),
     }
     tensor_sizes = _divisors(math.gcd(*split_by_tensor.values()))
     for name, size in split_by_tensor.items():
@@ -191,21 +187,55 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
                 f"parallel.tensor={parallel.tensor} does not divide the model's {name}={size}: "
                 f"set parallel.tensor to {_either(tensor_sizes)}"
             )
-    if arch.num_layers % parallel.pipeline:
-        raise ConfigError(
-            f"parallel.pipeline={parallel.pipeline} does not divide the model's num_hidden_layers="
-            f"{arch.num_layers}: set parallel.pipeline to {_either(_divisors(arch.num_layers))}"
-        )
+    _check_stages(arch.num_layers, parallel)
     rows = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
     if arch.vocab_size <= rows * (parallel.tensor - 1):
         raise ConfigError(
             f"parallel.tensor={parallel.tensor} leaves a rank with nothing of the model's vocab_size="
             f"{arch.vocab_size}: set parallel.tensor to 1"
         )
-    if arch.experts and parallel.tensor > 1 and not parallel.sequence:
+    if arch.experts:
+        _check_experts(arch.experts, parallel)
+    elif parallel.expert > 1 or parallel.expert_tensor not in (None, parallel.tensor):
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} and parallel.expert_tensor={parallel.expert_tensor_size} "
+            f"split experts, and a {arch.family} model has none: set parallel.expert to 1 and leave "
+            "parallel.expert_tensor empty"
+        )
+
+
+def _check_experts(experts: Experts, parallel: ParallelConfig) -> None:
+    if experts.count % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} does not divide the model's num_experts={experts.count}: "
+            f"set parallel.expert to {_either(_divisors(experts.count))}"
+        )
+    if experts.ffn_size % parallel.expert_tensor_size:
+        raise ConfigError(
+            f"parallel.expert_tensor={parallel.expert_tensor_size} (parallel.tensor, where it is empty) does "
+            f"not divide the model's moe_intermediate_size={experts.ffn_size}: set parallel.expert_tensor to "
+            f"{_either(_divisors(experts.ffn_size))}"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             f"parallel.sequence=false does not go with experts at parallel.tensor={parallel.tensor}: "
             "set parallel.sequence to true"
+        )
+
+
+def _check_stages(layers: int, parallel: ParallelConfig) -> None:
+    """Each pipeline rank's chunks must hold equally many layers."""
+    if layers % parallel.pipeline:
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline} does not divide the model's num_hidden_layers="
+            f"{layers}: set parallel.pipeline to {_either(_divisors(layers))}"
+        )
+    on_a_rank = layers // parallel.pipeline
+    if on_a_rank % parallel.virtual_pipeline:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} does not divide the {on_a_rank} layers "
+            f"of a pipeline rank (num_hidden_layers={layers}, parallel.pipeline={parallel.pipeline}): "
+            f"set parallel.virtual_pipeline to {_either(_divisors(on_a_rank))}"
         )
 
 

@@ -16,11 +16,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
+from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from megatron_lopd.errors import ConfigError
@@ -79,8 +79,34 @@ def _manual_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _tokens_per_expert_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+def _splits_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """The token counts are on the host already; what is left is to make them arrays, as gloo wants them."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            splits = getattr(dispatcher, name)
+            if splits is not None:  # one expert parallel rank exchanges nothing
+                setattr(dispatcher, name, splits.numpy())
     return tokens_per_expert
+
+
+def _all_gather_unequal(
+    parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    if len({part.shape for part in parts}) == 1:
+        return distributed_c10d.all_gather(parts, own, group=group, async_op=async_op)
+    padded = own.new_zeros(max(map(len, parts)), *own.shape[1:])
+    padded[: len(own)] = own
+    received = [torch.empty_like(padded) for _ in parts]
+    distributed_c10d.all_gather(received, padded, group=group)
+    for part, whole in zip(parts, received, strict=True):
+        part.copy_(whole[: len(part)])
+    return None
+
+
+def _reduce_scatter_unequal(output: torch.Tensor, parts: list[torch.Tensor], *, group: Any) -> None:
+    whole = torch.cat(parts)
+    distributed_c10d.all_reduce(whole, group=group)
+    output.copy_(torch.split(whole, [len(part) for part in parts])[group.rank()])
 
 
 @dataclass(frozen=True)
@@ -155,6 +181,7 @@ _LAYERS = "megatron.core.tensor_parallel.layers:ColumnParallelLinear.__init__"
 _P2P = "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate"
 _RNG = "megatron.core.tensor_parallel.random"
 _MOE = "megatron.core.transformer.moe.moe_utils"
+_MAPPINGS = "megatron.core.tensor_parallel.mappings"
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher"
 
 WITHOUT_CUDA = (
@@ -213,10 +240,24 @@ WITHOUT_CUDA = (
     ),
     Patch(
         f"{_DISPATCHER}._maybe_dtoh_and_synchronize",
-        _tokens_per_expert_on_host,
+        _splits_on_host,
         _DISPATCHER,
         "with torch.cuda.stream(self.cuda_dtoh_stream)",
-        "copies token counts to the host, where they already are",
+        "copies token counts to the host on that stream, and makes arrays of them",
+    ),
+    Patch(
+        "torch.distributed:all_gather",
+        _all_gather_unequal,
+        f"{_MAPPINGS}:_gather_along_first_dim",
+        "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
+        "gathers an expert's tokens, of which ranks have unequal numbers: gloo wants equal ones",
+    ),
+    Patch(
+        "torch.distributed:reduce_scatter",
+        _reduce_scatter_unequal,
+        f"{_MAPPINGS}:_reduce_scatter_along_first_dim",
+        "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
+        "gives the results back, in unequal numbers",
     ),
 )
 WITHOUT_TRANSFORMER_ENGINE = (
@@ -244,14 +285,13 @@ RELIANCES = (
         "puts back the padding between buckets, which these offsets count",
     ),
     Reliance(
-        "compat.write_common_state",
-        "megatron.core.dist_checkpointing.serialization:save",
-        'sharded_state_dict["common_state"] = ShardedObject(',
-        "finds there what older releases read from common.pt",
-        since="0.19.0",
+        "mcore/experts.py",
+        "megatron.core.optimizer:_get_param_groups",
+        "is_expert_parallel = not getattr(param, 'allreduce', True)",
+        "has experts trained by an optimizer of their own at every layout",
     ),
     Reliance(
-        "compat.write_common_state",
+        "mcore/checkpoint.py",
         "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
         "return load_common(checkpoint_dir)",
         "counts on its still being read from common.pt",
@@ -322,17 +362,6 @@ def variable_length_attention(dtype: torch.dtype) -> Callable[..., Any] | None:
         return None
     accepted = inspect.signature(varlen_attn).parameters
     return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(accepted) else None
-
-
-def write_common_state(sharded_state: dict[str, Any], directory: str) -> None:
-    """Write the state that is not sharded to `common.pt`, where every release reads it. Every rank calls.
-
-    For a save strategy, which writes the rest: since 0.19 dist_checkpointing.save hands it that state as
-    one more sharded object, which older releases do not look for; they write common.pt before they call.
-    """
-    common = sharded_state.pop("common_state", None)
-    if common is not None and torch.distributed.get_rank() == 0:
-        torch.save(common.data, Path(directory) / "common.pt")
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import xxhash
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.mcore.experts import tensor_split
+from megatron_lopd.mcore.names import parameters_by_name
 
 VOCABULARY_MATRICES = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -22,9 +21,9 @@ def draw_weights(model: GPTModel, arch: Architecture, seed: int) -> None:
 
     Norm weights stay ones and biases zeros, as their modules made them; padded vocabulary rows are zeros.
     """
-    for name, weight in _named_matrices(model):
-        if name == "output_layer.weight" and arch.tied:
-            name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy of it
+    for name, weight in parameters_by_name(model, arch).items():
+        if weight.dim() < 2:
+            continue
         own_seed = xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode())
         generator = torch.Generator(weight.device).manual_seed(own_seed)
         whole = torch.zeros(_whole_shape(weight), device=weight.device)
@@ -33,25 +32,11 @@ def draw_weights(model: GPTModel, arch: Architecture, seed: int) -> None:
         weight.copy_(_slice_of(whole, weight))
 
 
-def _named_matrices(model: GPTModel) -> Iterator[tuple[str, Any]]:
-    """Parameters with two axes, their layer numbered from the first pipeline stage's.
-
-    Typed Any for the attributes by which Megatron-Core says how they are split.
-    """
-    for name, weight in model.named_parameters():
-        if weight.dim() < 2:
-            continue
-        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-        if layer:
-            number = model.decoder.layers[int(layer[1])].layer_number
-            name = f"decoder.layers.{number - 1}.{name[layer.end() :]}"
-        yield name, weight
-
-
 def _whole_shape(weight: Any) -> list[int]:
     shape = list(weight.shape)
     if getattr(weight, "tensor_model_parallel", False):
-        shape[weight.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+        _, size = tensor_split(weight)
+        shape[weight.partition_dim] *= size
     return shape
 
 
@@ -61,6 +46,5 @@ def _slice_of(whole: torch.Tensor, weight: Any) -> torch.Tensor:
         return whole
     dim: int = weight.partition_dim
     blocks = whole.chunk(weight.partition_stride, dim)
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    rank, size = tensor_split(weight)
     return torch.cat([block.chunk(size, dim)[rank] for block in blocks], dim)

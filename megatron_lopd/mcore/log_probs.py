@@ -12,7 +12,7 @@ all that is not in K:
 and with g the gradients that come in (g_K one for each chosen log-prob) and c = g_lse - sum g_K - g_tail:
     d / d z_v   = p_v c + g_v                   for v in K
                 = (p_v / p_tail) (p_tail c + g_tail)     for v in the tail
-where p_v / p_tail = exp(z_v - the tail's own log-sum-exp), at most 1 however small the tail is.
+where p_v / p_tail is a softmax over the tail alone, at most 1 however small the tail is.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class _Block:
         """The ids' logits [R, m], 0 where another block has them."""
         return self.logits.gather(1, self.columns).masked_fill_(~self.here, 0.0)
 
-    def leave_the_tail(self) -> Tensor:
-        """The logits with LOG_ZERO or less in the ids' places; adding makes a repeat of an id harmless."""
+    def tail_logits(self) -> Tensor:
+        """Overwrites `logits` with LOG_ZERO or less at the ids. As it is added, repeats do no harm."""
         return self.logits.scatter_add_(1, self.columns, self.here.to(self.logits.dtype) * LOG_ZERO)
 
 
@@ -144,7 +144,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         sums = _Sums.of_nothing(chosen[:, 0])  # over the tail
         for block in vocab.blocks(hidden, weight, ids):
             chosen += block.take()
-            sums = sums.merge(_Sums.of(block.leave_the_tail()))
+            sums = sums.merge(_Sums.of(block.tail_logits()))
         sums, chosen = sums.reduce(vocab, chosen)
 
         # Everything is taken from the row's largest logit: log-probs keep the digits that large logits lack.
@@ -158,7 +158,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         probs = (distinct - log_sum[:, None]).exp_()  # 0 for a repeat
         tail_mean = sums.weighted / sums.total + (sums.largest - largest - log_sum)  # of log-probs
         entropy = -tail_log_probs.exp() * tail_mean - (probs * log_probs).sum(1)
-        ctx.save_for_backward(hidden, weight, ids, probs, sums.total.log() + sums.largest, tail_log_probs)
+        ctx.save_for_backward(hidden, weight, ids, probs, tail_log_probs, sums.largest, sums.total)
         ctx.vocab = vocab
         ctx.mark_non_differentiable(entropy)
         return log_probs, log_sum + largest, entropy, tail_log_probs
@@ -167,15 +167,15 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, g_chosen: Tensor, g_log_sum: Tensor, _entropy: Tensor, g_tail: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, ids, probs, tail, tail_log_probs = ctx.saved_tensors
-        common = (g_log_sum - g_chosen.sum(1) - g_tail)[:, None]
-        of_tail = (tail_log_probs.exp()[:, None] * common + g_tail[:, None]) / ctx.vocab.temperature
-        of_chosen = (probs * common + g_chosen) / ctx.vocab.temperature
+        hidden, weight, ids, probs, tail_log_probs, largest, total = ctx.saved_tensors
+        common = g_log_sum - g_chosen.sum(1) - g_tail
+        of_tail = (tail_log_probs.exp() * common + g_tail) / (total * ctx.vocab.temperature)
+        of_chosen = (probs * common[:, None] + g_chosen) / ctx.vocab.temperature
         grad_hidden = torch.zeros_like(hidden, dtype=probs.dtype)
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.vocab.size :] = 0
         for block in ctx.vocab.blocks(hidden, weight, ids):
-            grad_logits = block.leave_the_tail().sub_(tail[:, None]).exp_().mul_(of_tail)
+            grad_logits = block.tail_logits().sub_(largest[:, None]).exp_().mul_(of_tail[:, None])
             grad_logits = grad_logits.scatter_add_(1, block.columns, of_chosen * block.here).to(hidden.dtype)
             grad_hidden += matmul_fp32(grad_logits, weight[block.rows])
             grad_weight[block.rows] = matmul_fp32(grad_logits.t(), hidden)

@@ -8,18 +8,21 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
 
-from megatron_lopd.config import ParallelConfig
+from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, check_layout
+from megatron_lopd.mcore.attention import PackedDocuments
+from megatron_lopd.mcore.capabilities import capabilities
+from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
 from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs
+from megatron_lopd.mcore.precision import check_precision, fp8_options
 from megatron_lopd.mcore.spec import decoder_spec
 
 
@@ -39,18 +42,12 @@ class PackedGPTModel(GPTModel):  # type: ignore[misc]
 
         tokens, position_ids: int64 [S]; cu_seqlens: int32 [documents + 1], from 0 to S; max_seqlen: tokens of
         the longest document. S must be a multiple of the tensor parallel size under sequence parallelism.
+        Under context parallelism S counts this rank's tokens, and cu_seqlens those of all its ranks.
         Tensors may be on any device. Returns the hidden states [S, 1, h] ([S / tp, 1, h] under sequence
         parallelism), normed on the last stage.
         """
         device = compat.device()
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_kv=max_seqlen,
-        )
+        packed = PackedDocuments.of(cu_seqlens.to(device, non_blocking=True), max_seqlen)
         hidden: torch.Tensor = super().forward(
             input_ids=tokens[None].to(device, non_blocking=True),
             position_ids=position_ids[None].to(device, non_blocking=True),
@@ -74,26 +71,42 @@ class PackedGPTModel(GPTModel):  # type: ignore[misc]
 
 
 def build_model(
-    arch: Architecture, parallel: ParallelConfig, precision: Literal["fp32", "bf16"], seed: int = 0
-) -> PackedGPTModel:
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: Literal["fp32", "bf16"],
+    seed: int = 0,
+    fp8: Fp8Config | None = None,
+) -> list[PackedGPTModel]:
     """This rank's part of the model, on `compat.device()`, inside `model_parallel`.
 
-    `precision` is that of the parameters and activations. `seed` decides the initial weights, which are
-    the same at every layout; reading a checkpoint overwrites them.
-    Raises ConfigError when `parallel` cannot split `arch`.
+    One chunk of consecutive layers, or `parallel.virtual_pipeline` of them, in the order they run.
+    `precision` is that of the parameters and activations; `fp8` makes the layers' matrix products in FP8.
+    `seed` decides the initial weights, which are the same at every layout; reading a checkpoint
+    overwrites them. Raises ConfigError when `parallel` cannot split `arch`, or `fp8` cannot be had here.
     """
     check_layout(arch, parallel)
-    config = transformer_config(arch, parallel, precision)
+    check_precision(arch, parallel, fp8)
+    config = transformer_config(arch, parallel, precision, fp8)
+    chunks = [_build_chunk(arch, parallel, config, number) for number in range(parallel.virtual_pipeline)]
+    for chunk in chunks:
+        draw_weights(chunk, arch, seed)
+    return chunks
+
+
+def _build_chunk(
+    arch: Architecture, parallel: ParallelConfig, config: TransformerConfig, number: int
+) -> PackedGPTModel:
     model = PackedGPTModel(
         config=config,
-        transformer_layer_spec=decoder_spec(arch, config),
+        transformer_layer_spec=decoder_spec(arch, config, number),
         vocab_size=arch.padded_vocab_size(parallel.tensor),
         max_sequence_length=arch.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage() and number == 0,
+        post_process=parallel_state.is_pipeline_last_stage() and number == parallel.virtual_pipeline - 1,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
+        vp_stage=number if parallel.virtual_pipeline > 1 else None,
     )
     model.arch = arch
     if arch.rope_scaling is not None:
@@ -106,16 +119,19 @@ def build_model(
             high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
-    draw_weights(model, arch, seed)
+    mark_expert_weights(model)
     return model
 
 
 def transformer_config(
-    arch: Architecture, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: Literal["fp32", "bf16"],
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model, its split and its numerics."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    fused = compat.has_transformer_engine()
+    machine = capabilities()
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -137,6 +153,7 @@ def transformer_config(
         embedding_init_method=_leave,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         # Micro-batches are packed to a token budget, so their lengths differ.
         variable_seq_lengths=parallel.pipeline > 1,
@@ -144,12 +161,16 @@ def transformer_config(
         bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        apply_rope_fusion=fused,
-        bias_activation_fusion=fused,
+        apply_rope_fusion=machine.rope_fusion,
+        bias_activation_fusion=machine.activation_fusion,
+        gradient_accumulation_fusion=machine.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         calculate_per_token_loss=True,
-        **_moe_options(arch),
+        **fp8_options(fp8),
+        **_interleaving(parallel),
+        **_recomputation(parallel),
+        **moe_options(arch, parallel),
     )
 
 
@@ -157,19 +178,28 @@ def _leave(weight: torch.Tensor) -> None:
     """An init_method that does nothing: `draw_weights` draws the weights, alike at every layout."""
 
 
-def _moe_options(arch: Architecture) -> dict[str, Any]:
-    if arch.experts is None:
+def _interleaving(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.virtual_pipeline == 1:
         return {}
     return {
-        "num_moe_experts": arch.experts.count,
-        "moe_router_topk": arch.experts.top_k,
-        "moe_ffn_hidden_size": arch.experts.ffn_size,
-        "moe_router_pre_softmax": not arch.experts.normalize_top_k,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": compat.has_transformer_engine(),
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        # Sends and receives one by one: between two stages, which are each other's next and previous, a
+        # batch of them would pair a forward send with a backward receive.
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
     }
+
+
+def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if parallel.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
 
 
 def response_log_probs(

@@ -7,10 +7,12 @@ that can be read at another layout. Weight decay spares biases and norms (Megatr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -20,17 +22,17 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import get_model_config
 
 from megatron_lopd.config import OptimizerConfig
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.mcore.model import PackedGPTModel
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """What a step works on: the wrapped model, its optimizer and its schedule."""
+    """What a step works on: the model's chunks on this rank, wrapped, their optimizer and its schedule."""
 
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: Any  # megatron.core.optimizer.ChainedOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -42,9 +44,12 @@ class Optimization:
 
 
 def build_optimization(
-    model: torch.nn.Module, config: OptimizerConfig, precision: Literal["fp32", "bf16"], total_steps: int
+    model: Sequence[PackedGPTModel],
+    config: OptimizerConfig,
+    precision: Literal["fp32", "bf16"],
+    total_steps: int,
 ) -> Optimization:
-    """Wrap `model`, whose weights must be loaded already: the fp32 master weights are copied from them.
+    """Wrap `model`'s chunks, whose weights must be loaded already: the fp32 master weights are copies.
 
     Raises ConfigError when the warm-up is not shorter than the run.
     """
@@ -53,11 +58,7 @@ def build_optimization(
             f"optimizer.warmup_steps={config.warmup_steps} is not below the run's {total_steps} steps: "
             f"set it to at most {total_steps - 1}"
         )
-    model_config = get_model_config(model)
-    # With calculate_per_token_loss it divides the summed gradients by the global batch's loss count.
-    model_config.finalize_model_grads_func = finalize_model_grads
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    wrapped = DistributedDataParallel(model_config, ddp_config, model)
+    chunks = _wrap(model)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -71,8 +72,9 @@ def build_optimization(
             bf16=precision == "bf16",
             params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             use_distributed_optimizer=True,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         ),
-        [wrapped],
+        chunks,
         use_gloo_process_groups=False,
     )
     for part in optimizer.chained_optimizers:
@@ -91,12 +93,55 @@ def build_optimization(
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
     )
-    return Optimization(wrapped, optimizer, scheduler)
+    return Optimization(chunks, optimizer, scheduler)
+
+
+def _wrap(model: Sequence[PackedGPTModel]) -> list[DistributedDataParallel]:
+    """Data-parallel wrapping. Between several ranks, gradients are reduced while the last micro-batch's
+    backward still runs, and updated weights are gathered while the next step's forward already does."""
+    config = model[0].config  # one object, which the chunks share
+    overlap = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    # One bucket for all but the first chunk: the schedule overlaps the others' communication as it is.
+    chunks = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(model)
+    ]
+    # With calculate_per_token_loss it divides the summed gradients by the global batch's loss count.
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        grad_sync = [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+        _gather_output_weight(chunks[-1])
+    return chunks
+
+
+def _gather_output_weight(chunk: DistributedDataParallel) -> None:
+    """Have the final norm wait for the output layer's weight, which is read without calling that layer."""
+    model = chunk.module
+    if model.post_process:
+        buckets = chunk.param_to_bucket_group[model.output_weight()]
+        model.decoder.final_layernorm.register_forward_pre_hook(lambda *unused: buckets.finish_param_sync())
+
+
+def finish_gathering(optimization: Optimization) -> None:
+    """Make the chunks' weights those of the last step on every rank, which the next forward would do."""
+    for chunk in optimization.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def zero_gradients(optimization: Optimization) -> None:
     """Clear the gradient buffers before a step."""
-    optimization.model.zero_grad_buffer()
+    for chunk in optimization.chunks:
+        chunk.zero_grad_buffer()
     optimization.optimizer.zero_grad()
 
 
@@ -150,15 +195,15 @@ def load_optimizer_state(optimizer: Any, state: dict[Any, Any]) -> None:
 
 
 def _allocate_moments(part: Any) -> None:
-    """Give torch's AdamW its moments now: a fresh one has none, and its state cannot be saved or loaded."""
+    """Give Adam its moments now: a fresh one has none, and its state cannot be saved or loaded.
+
+    Transformer Engine's and Apex's Adam keep one `step` a parameter group, from the first step on; torch's
+    keeps one beside each parameter's moments, and takes moments without it for a broken state.
+    """
+    part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.AdamW):
-        for group in part.optimizer.param_groups:
-            for param in group["params"]:
-                part.optimizer.state[param] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
+        for state in part.optimizer.state.values():
+            state["step"] = torch.zeros(())
 
 
 def _keep_bucket_padding(part: Any) -> None:

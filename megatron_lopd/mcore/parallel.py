@@ -32,6 +32,8 @@ class Ranks:
     tp_rank: int
     pp_size: int
     pp_rank: int
+    cp_size: int
+    cp_rank: int
     dp_size: int
     dp_rank: int
 
@@ -52,7 +54,7 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
     Under torchrun (RANK and WORLD_SIZE set) the world is its processes; otherwise it is this process
     alone. `seed` seeds Megatron-Core's named random states. May be entered again in one process.
-    Raises ConfigError when the processes do not divide into tensor x pipeline groups.
+    Raises ConfigError when the processes do not divide into the groups of `parallel`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     _check_world(parallel, world_size)
@@ -62,9 +64,15 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses.
     store = PrefixStore(f"lopd{next(_entries)}", _store(rank, world_size))
     torch.distributed.init_process_group(compat.backend(), store=store, rank=rank, world_size=world_size)
+    chunks = parallel.virtual_pipeline
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield _ranks()
@@ -74,12 +82,11 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
 
 def _check_world(parallel: ParallelConfig, world_size: int) -> None:
-    model = parallel.tensor * parallel.pipeline
-    if world_size % model:
+    needed = parallel.ranks_multiple
+    if world_size % needed:
         raise ConfigError(
-            f"parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline} needs a multiple "
-            f"of {model} processes, not {world_size}: start {model} "
-            f"(torchrun --nproc-per-node {model}, or parallel.processes={model}) or lower one of the two"
+            f"parallel: {parallel.product} needs a multiple of {needed} processes, not {world_size}: start "
+            f"{needed} (torchrun --nproc-per-node {needed}, or parallel.processes={needed}) or lower a size"
         )
 
 
@@ -101,6 +108,8 @@ def _ranks() -> Ranks:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
     )

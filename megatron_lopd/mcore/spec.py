@@ -25,8 +25,10 @@ from megatron_lopd.mcore.attention import PackedAttention
 from megatron_lopd.mcore.norm import RMSNorm
 
 
-def decoder_spec(arch: Architecture, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """The decoder of this pipeline stage, for GPTModel's `transformer_layer_spec`.
+def decoder_spec(
+    arch: Architecture, config: TransformerConfig, chunk: int
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The decoder of this pipeline rank's model chunk `chunk`, for GPTModel's `transformer_layer_spec`.
 
     Transformer Engine's layers where it can run (compat), otherwise `native_layer`.
     """
@@ -36,7 +38,7 @@ def decoder_spec(arch: Architecture, config: TransformerConfig) -> ModuleSpec | 
             moe_grouped_gemm=arch.experts is not None,
             qk_layernorm=arch.qk_norm,
         )
-    layers = [native_layer(arch)] * get_num_layers_to_build(config)
+    layers = [native_layer(arch)] * get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 

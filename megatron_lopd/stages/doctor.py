@@ -1,4 +1,4 @@
-"""`lopd doctor`: what this machine has, and what a recipe would use of it."""
+"""`lopd doctor`: what this machine has, what training would choose of it and why, and what a recipe asks."""
 
 from __future__ import annotations
 
@@ -11,37 +11,134 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_lopd.config import Recipe
+from megatron_lopd.config import Fp8Config, ParallelConfig, Recipe
+from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat
+from megatron_lopd.mcore.capabilities import FP8_RECIPES, Capabilities, capabilities
+from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages.base import base_versions
 from megatron_lopd.stages.run import STAGES, describe
+
+WIDTH = 18  # of the column of names
 
 
 def diagnose(recipe: Recipe | None) -> Iterator[str]:
     """Yield the lines of the diagnosis. Raises ConfigError when the recipe cannot run here."""
-    memory = psutil.virtual_memory().total / 2**30
-    yield f"machine: {os.cpu_count()} CPU cores, {memory:.0f} GiB memory"
-    yield f"disk: {_free_disk(recipe):.0f} GiB free for the run"
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
-            yield f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
-    else:
-        yield "GPU: none: everything runs on the CPU"
-    yield "versions: " + ", ".join(f"{name} {text}" for name, text in base_versions().items())
-    yield f"vLLM: {'installed' if find_spec('vllm') else 'absent'}"
     compat.prepare()
-    yield f"collectives: {compat.backend()}"
-    layers = (
-        "Transformer Engine"
-        if compat.has_transformer_engine()
-        else "torch-native (no Transformer Engine with a GPU)"
-    )
-    yield f"layers: {layers}"
+    machine = capabilities()
+    for name, text in (*_machine(recipe), *choices(machine)):
+        yield f"{name:{WIDTH}}{text}"
     if recipe is not None:
-        layout = f"tensor {recipe.parallel.tensor} x pipeline {recipe.parallel.pipeline}"
-        yield f"training: {recipe.precision}, {layout}, {recipe.parallel.processes} processes"
+        for name, text in plan(recipe, machine):
+            yield f"{name:{WIDTH}}{text}"
         yield from describe(recipe, [stage.name for stage in STAGES])
+
+
+def _machine(recipe: Recipe | None) -> Iterator[tuple[str, str]]:
+    memory = psutil.virtual_memory().total / 2**30
+    yield "machine", f"{os.cpu_count()} CPU cores, {memory:.0f} GiB memory"
+    yield "disk", f"{_free_disk(recipe):.0f} GiB free for the run"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+    if not torch.cuda.is_available():
+        yield "GPU", "none: everything runs on the CPU"
+    yield "versions", ", ".join(f"{name} {text}" for name, text in base_versions().items())
+    yield "vLLM", "installed" if find_spec("vllm") else "absent"
+
+
+def choices(machine: Capabilities) -> Iterator[tuple[str, str]]:
+    """(feature, what training takes for it and why), from what the machine can."""
+    engine = machine.transformer_engine
+    lacking = "no GPU" if machine.gpu is None else "no Transformer Engine"
+    yield "collectives", "gloo (no GPU)" if machine.gpu is None else f"nccl, on {machine.gpu}"
+    yield "layers", f"Transformer Engine {engine}" if engine else f"torch-native ({lacking})"
+    yield "attention", _attention(machine)
+    yield "experts", "grouped GEMM" if engine else f"one after another ({lacking})"
+    yield from _fp8_choices(machine)
+    yield "Adam", f"{machine.adam}'s{'' if machine.adam == 'torch' else ', fused'}"
+    yield (
+        "weight gradients",
+        _chosen(machine, machine.gradient_accumulation_fusion, "Apex", "added up in place"),
+    )
+    yield "SwiGLU", _chosen(machine, machine.activation_fusion, "Triton", "compiled into one kernel")
+    yield "rotary embedding", _chosen(machine, machine.rope_fusion, "Transformer Engine", "fused")
+
+
+def _chosen(machine: Capabilities, possible: bool, needed: str, name: str) -> str:
+    if possible:
+        return f"{name} ({needed})"
+    return f"not {name} ({'no GPU' if machine.gpu is None else f'no {needed}'})"
+
+
+def _attention(machine: Capabilities) -> str:
+    if machine.transformer_engine is not None:
+        return "Transformer Engine's, packed"
+    if machine.variable_length_attention:
+        return "torch's variable-length flash attention in bf16, SDPA in fp32 (no Transformer Engine)"
+    return f"torch SDPA, documents of like length together ({'old torch' if machine.gpu else 'no GPU'})"
+
+
+def _fp8_choices(machine: Capabilities) -> Iterator[tuple[str, str]]:
+    possible = [recipe for recipe in FP8_RECIPES if not machine.fp8[recipe]]
+    yield "FP8", f"can: {', '.join(possible)}" if possible else f"cannot: {machine.fp8['tensorwise']}"
+    for recipe in FP8_RECIPES if possible else ():
+        if machine.fp8[recipe]:
+            yield f"FP8 {recipe}", f"cannot: {machine.fp8[recipe]}"
+
+
+def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
+    """(setting, what the recipe makes of it here). Raises ConfigError for what the machine cannot do."""
+    require_fp8(recipe.fp8, machine)
+    yield "precision", _precision(recipe.precision, recipe.fp8)
+    parallel = recipe.parallel
+    processes = int(os.environ.get("WORLD_SIZE", parallel.processes))
+    yield "layout", _layout(parallel, processes)
+    yield (
+        "communication",
+        (
+            "gradients reduced during the backward pass, weights gathered during the forward pass"
+            if processes > parallel.tensor * parallel.pipeline  # several data or context parallel ranks
+            else "nothing to overlap: one data parallel rank"
+        ),
+    )
+    if parallel.virtual_pipeline > 1:
+        yield "pipeline", f"{parallel.virtual_pipeline} interleaved parts on each rank"
+    if parallel.expert > 1 or parallel.expert_tensor is not None:
+        yield "expert layout", f"expert {parallel.expert} x tensor {parallel.expert_tensor_size}"
+    yield "recompute", parallel.recompute
+    for name, config in (("sft", recipe.sft), ("train", recipe.train)):
+        if config is not None:
+            every, keep = config.checkpoint_every, config.keep_checkpoints
+            yield (
+                f"{name} checkpoints",
+                f"every {every} steps, in the background, the newest {keep} kept",
+            )
+
+
+def _precision(precision: str, fp8: Fp8Config | None) -> str:
+    if fp8 is None:
+        return f"{precision}, master weights and log-probs fp32"
+    ends = fp8.bf16_first_last_layers
+    kept = f", first and last {ends} layers bf16" if ends else ""
+    return (
+        f"FP8 {fp8.recipe} ({fp8.number_format}) among {precision}{kept}, master weights and log-probs fp32"
+    )
+
+
+def _layout(parallel: ParallelConfig, processes: int) -> str:
+    """The axes, and the data-parallel size that `processes` leave."""
+    if processes % parallel.ranks_multiple:
+        raise ConfigError(
+            f"WORLD_SIZE={processes} processes do not divide into {parallel.product}: start a multiple of "
+            f"{parallel.ranks_multiple}"
+        )
+    model = parallel.tensor * parallel.context * parallel.pipeline
+    sequence = " (with sequence parallelism)" if parallel.sequence and parallel.tensor > 1 else ""
+    return (
+        f"{processes} processes = tensor {parallel.tensor}{sequence} x context {parallel.context} x pipeline "
+        f"{parallel.pipeline} x data {processes // model}"
+    )
 
 
 def _free_disk(recipe: Recipe | None) -> float:

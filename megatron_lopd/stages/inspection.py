@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import is_committed, load_manifest
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.records import Rollout, Score
-from megatron_lopd.data.schemas import ROLLOUTS, SCORES
-from megatron_lopd.data.shards import ShardReader
+from megatron_lopd.data.records import Rollout, Score, TopK
+from megatron_lopd.data.schemas import ROLLOUTS, kind_of
+from megatron_lopd.data.shards import NO_TOKEN, ShardReader
 from megatron_lopd.errors import DataError
+
+TOP_TOKENS_SHOWN = 8
 
 
 def describe_path(path: Path, samples: int) -> Iterator[str]:
     """Yield the lines that describe an artifact directory, or one `.arrow` shard with `samples` of it."""
     if path.suffix == ".arrow":
-        yield from _describe_shard(path, samples)
+        yield from describe_shard(path, samples)
         return
     if not is_committed(path):
         raise DataError(f"{path}: neither a committed artifact nor an .arrow shard")
@@ -32,27 +37,57 @@ def describe_path(path: Path, samples: int) -> Iterator[str]:
         yield f"  {name}: {entry.size:,} bytes, sha256 {short(entry.sha256)}"
     for name in sorted(manifest.files):
         if name.endswith(".arrow"):
-            yield from _describe_shard(path / name, samples)
+            yield from describe_shard(path / name, samples)
 
 
-def _describe_shard(path: Path, samples: int) -> Iterator[str]:
-    kind: Any = SCORES if path.name.startswith(SCORES.name) else ROLLOUTS
+def describe_shard(
+    path: Path,
+    samples: int,
+    sample_ids: Sequence[str] = (),
+    position: int = 0,
+    tokenizer: Path | None = None,
+) -> Iterator[str]:
+    """Yield the lines that describe a shard and its first `samples`, or those of the ids given.
+
+    `position` is the response token whose top k is shown. Tokens are decoded with `tokenizer`, a model
+    directory, or else with the one kept beside the shard. Raises DataError for what is damaged or not there.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such shard")
+    kind = kind_of(path)
     reader: ShardReader[Any] = ShardReader(kind, [path])
-    yield f"{path}: {len(reader)} {kind.name}"
-    chat = _chat_for(path.parent)
-    for index in range(min(samples, len(reader))):
-        yield from _describe_record(reader.record(index), chat)
+    parameters = "".join(f", {name} {value}" for name, value in kind.parameters.items())
+    yield f"{path}: {len(reader):,} {kind.name}, version {kind.version}{parameters}"
+    responses = reader.lengths("response_tokens" if kind is ROLLOUTS else "log_probs")
+    size = path.stat().st_size
+    yield f"  {size:,} bytes, {size / responses.sum():.2f} a response token"
+    if kind is ROLLOUTS:
+        yield f"  prompt tokens: {_spread(reader.lengths('prompt_tokens'))}"
+    yield f"  response tokens: {_spread(responses)}"
+    if reader.max_token != NO_TOKEN:
+        yield f"  largest token id: {reader.max_token}"
+    chat = _chat_for(path.parent, tokenizer)
+    indices = [reader.position(each) for each in sample_ids] or range(min(samples, len(reader)))
+    for index in indices:
+        yield from _describe_record(reader.record(index), chat, position)
 
 
-def _chat_for(directory: Path) -> Chat | None:
-    """The tokenizer kept with an artifact, or that of the student it was sampled from."""
+def _spread(lengths: NDArray[np.int64]) -> str:
+    least, median, most = np.percentile(lengths, [0, 50, 100])
+    return f"{lengths.sum():,} (a sample: least {least:.0f}, median {median:.0f}, most {most:.0f})"
+
+
+def _chat_for(directory: Path, tokenizer: Path | None) -> Chat | None:
+    """The tokenizer given, or kept with an artifact, or that of the student it was sampled from."""
+    if tokenizer is not None:
+        return Chat(str(tokenizer))
     for model in (directory / "tokenizer", directory.parent / "sft" / "model"):
         if (model / "tokenizer.json").is_file():
             return Chat(str(model))
     return None
 
 
-def _describe_record(record: Rollout | Score, chat: Chat | None) -> Iterator[str]:
+def _describe_record(record: Rollout | Score, chat: Chat | None, position: int) -> Iterator[str]:
     yield f"  {record.sample_id}"
     if isinstance(record, Rollout):
         for name, tokens in (("prompt", record.prompt_tokens), ("response", record.response_tokens)):
@@ -62,3 +97,21 @@ def _describe_record(record: Rollout | Score, chat: Chat | None) -> Iterator[str
     if record.log_probs is not None:
         mean, least = float(record.log_probs.mean()), float(record.log_probs.min())
         yield f"    log-probs: {len(record.log_probs)}, mean {mean:.4f} nats, least {least:.4f}"
+    if isinstance(record, Score) and record.top_k is not None:
+        yield from _describe_top_k(record, record.top_k, chat, position)
+
+
+def _describe_top_k(score: Score, top_k: TopK, chat: Chat | None, position: int) -> Iterator[str]:
+    if not 0 <= position < len(score.log_probs):
+        raise DataError(
+            f"sample {score.sample_id} has {len(score.log_probs)} response tokens: choose a position from 0 "
+            f"to {len(score.log_probs) - 1}, not {position}"
+        )
+    own, tail = score.log_probs[position], top_k.tail_log_probs[position]
+    yield f"    response token {position}: log-prob {own:.4f} nats, tail {tail:.4f}"
+    likeliest = zip(top_k.ids[position].tolist(), top_k.log_probs[position].tolist(), strict=True)
+    for token, log_prob in list(likeliest)[:TOP_TOKENS_SHOWN]:
+        text = f" {chat.tokenizer.decode([token])!r}" if chat is not None else ""
+        yield f"      {token}{text}: {log_prob:.4f}"
+    if len(top_k.ids[position]) > TOP_TOKENS_SHOWN:
+        yield f"      and {len(top_k.ids[position]) - TOP_TOKENS_SHOWN} less likely"

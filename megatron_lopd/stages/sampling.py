@@ -16,12 +16,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lopd.config import EngineConfig, Sampling
+from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards, shard_name
 from megatron_lopd.data.prompts import Prompt
 from megatron_lopd.data.records import Rollout, Score
-from megatron_lopd.data.schemas import ROLLOUTS, SCORES
+from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import ShardReader, write_shard
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
@@ -76,19 +76,23 @@ def write_rollouts(job: SamplingJob, directory: Path) -> list[str]:
 
 
 def write_scores(
-    model_dir: Path, config: EngineConfig, rollout_dir: Path, rollout_files: Sequence[str], directory: Path
+    model_dir: Path, config: ScoreConfig, rollout_dir: Path, rollout_files: Sequence[str], directory: Path
 ) -> list[str]:
     """Score every rollout shard into a score shard of the same number; those already there are kept."""
+    kind = scores_kind(config.top_k)
     rollout_names = sorted(name for name in rollout_files if name.endswith(".arrow"))
-    names = [shard_name(SCORES, number) for number in range(len(rollout_names))]
+    names = [shard_name(kind, number) for number in range(len(rollout_names))]
     missing = [number for number, name in enumerate(names) if not (directory / name).is_file()]
     if missing:
-        engine = open_engine(config, str(model_dir))
+        engine = open_engine(config.engine, str(model_dir))
         readers = {number: ShardReader(ROLLOUTS, [rollout_dir / rollout_names[number]]) for number in missing}
         total = sum(len(reader) for reader in readers.values())
         progress = _Progress("score", total, total)
         for number in missing:
-            write_shard(directory / names[number], SCORES, progress.count(_score(engine, readers[number])))
+            requests = [
+                ScoreRequest(r.sample_id, r.prompt_tokens, r.response_tokens) for r in readers[number]
+            ]
+            write_shard(directory / names[number], kind, progress.count(engine.score(requests, config.top_k)))
         progress.close()
     return names
 
@@ -150,13 +154,6 @@ def _sample(
         yield Rollout(
             request.sample_id, request.prompt_tokens, done.response_tokens, done.finish_reason, done.log_probs
         )
-
-
-def _score(engine: Engine, rollouts: ShardReader[Rollout]) -> Iterator[Score]:
-    records = [rollouts.record(index) for index in range(len(rollouts))]
-    requests = [ScoreRequest(r.sample_id, r.prompt_tokens, r.response_tokens) for r in records]
-    for record, log_probs in zip(records, engine.score(requests), strict=True):
-        yield Score(record.sample_id, np.asarray(log_probs, dtype=np.float32))
 
 
 def _chunks(requests: Sequence[GenerateRequest], size: int) -> Iterator[Sequence[GenerateRequest]]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from megatron_lopd.artifacts.lineage import WHOLE_MODEL, artifact_parent, prove_same, read_model_lineage
-from megatron_lopd.config import Recipe, SftConfig, deciding
+from megatron_lopd.config import Recipe, SftConfig
 from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import check_layout, read_architecture
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, is_main_rank, parent_manifest
 from megatron_lopd.stages.students import (
+    check_budget,
+    check_trainable,
     identity_of,
     lineage_of,
     train_to_checkpoint,
+    training_settings,
     write_student,
 )
 from megatron_lopd.training.loop import TrainingJob
@@ -31,7 +32,8 @@ def check(recipe: Recipe) -> list[str]:
         return [f"take {config.checkpoint} as the student after SFT"]
     student = inputs.base_student(recipe)
     Chat(student.model)
-    check_layout(read_architecture(Path(student.model)), recipe.parallel)
+    check_trainable(Path(student.model), recipe)
+    check_budget(recipe, config)
     if config.data is not None and config.teacher is None and recipe.train is not None:
         raise ConfigError(
             f"sft.data: {config.data} does not say which teacher wrote its answers, and the same one must "
@@ -59,7 +61,7 @@ def plan(recipe: Recipe) -> Plan:
     if teacher is not None:
         parents["teacher"] = teacher
         proofs.append(inputs.prove_tokenizer(recipe, teacher, student))
-    return Plan(_settings(recipe, config), parents, inputs.status_of(proofs, data.lineage))
+    return Plan(training_settings(recipe, config), parents, inputs.status_of(proofs, data.lineage))
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
@@ -77,6 +79,7 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         objective="sft",
         parallel=recipe.parallel,
         precision=recipe.precision,
+        fp8=recipe.fp8,
         seed=recipe.seed,
         model_dir=Path(student.model),
         init=student.init,
@@ -101,14 +104,10 @@ def data_stage(config: SftConfig) -> str:
     return "generate" if config.data is None else "tokenize"
 
 
-def _settings(recipe: Recipe, config: SftConfig) -> dict[str, Any]:
-    return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision}
-
-
 def _check_elsewhere(recipe: Recipe, config: SftConfig) -> None:
     assert config.checkpoint is not None
     inputs.check_model(Path(config.checkpoint))
-    check_layout(read_architecture(Path(config.checkpoint)), recipe.parallel)
+    check_trainable(Path(config.checkpoint), recipe)
     if config.teacher is None and read_model_lineage(config.checkpoint) is None:
         raise ConfigError(
             f"sft.checkpoint: {config.checkpoint} does not say which teacher it was fine-tuned on: "
@@ -125,7 +124,7 @@ def _plan_elsewhere(recipe: Recipe, config: SftConfig) -> Plan:
     if carried is None or carried.teacher is None:
         if declared is not None:
             parents["teacher"] = declared
-        return Plan(_settings(recipe, config), parents, "declared")
+        return Plan(training_settings(recipe, config), parents, "declared")
     parents["teacher"] = carried.teacher
     proofs = []
     if declared is not None:
@@ -138,7 +137,7 @@ def _plan_elsewhere(recipe: Recipe, config: SftConfig) -> Plan:
                 allow=recipe.allow_teacher_mismatch,
             )
         )
-    return Plan(_settings(recipe, config), parents, inputs.status_of(proofs, carried.status))
+    return Plan(training_settings(recipe, config), parents, inputs.status_of(proofs, carried.status))
 
 
 STAGE = Stage(

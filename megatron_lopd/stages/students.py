@@ -11,10 +11,36 @@ from megatron_lopd.artifacts.files import canonical_json, sha256_bytes
 from megatron_lopd.artifacts.fingerprint import CACHE_NAME, fingerprint_model
 from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
-from megatron_lopd.config import ExportConfig
+from megatron_lopd.config import ExportConfig, Recipe, TrainingConfig, deciding
 from megatron_lopd.convert.offline import megatron_to_hf
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.mcore.architecture import check_layout, read_architecture
+from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.stages.base import Plan
 from megatron_lopd.training.loop import TrainingJob, run_training
+
+
+def check_trainable(model_dir: Path, recipe: Recipe) -> None:
+    """Raise ConfigError unless the model can be split and its numbers computed as the recipe says, here."""
+    architecture = read_architecture(model_dir)
+    check_layout(architecture, recipe.parallel)
+    check_precision(architecture, recipe.parallel, recipe.fp8)
+
+
+def check_budget(recipe: Recipe, config: TrainingConfig) -> None:
+    """Raise ConfigError unless a micro-batch can hold the shortest sample there is, as the layout pads it."""
+    least = packed_padding(recipe.parallel, recipe.fp8).least_budget(2)  # a prompt token and its answer
+    if config.micro_batch_tokens < least:
+        raise ConfigError(
+            f"{config.section}.micro_batch_tokens={config.micro_batch_tokens} holds no sample: this layout "
+            f"pads each micro-batch to a multiple of {least} tokens: raise it to at least {least}"
+        )
+
+
+def training_settings(recipe: Recipe, config: Any) -> dict[str, Any]:
+    """What decides the numbers of sft and train, for their plans."""
+    fp8 = None if recipe.fp8 is None else deciding(recipe.fp8)
+    return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8}
 
 
 def identity_of(plan: Plan) -> str:

@@ -5,20 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent
-from megatron_lopd.config import Recipe, deciding
+from megatron_lopd.config import Recipe, TrainConfig
 from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.mcore.architecture import check_layout, read_architecture
+from megatron_lopd.mcore.capabilities import capabilities
+from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.stages.students import identity_of, train_to_checkpoint
+from megatron_lopd.stages.students import (
+    check_budget,
+    check_trainable,
+    identity_of,
+    train_to_checkpoint,
+    training_settings,
+)
 from megatron_lopd.training.loop import TrainingJob
-from megatron_lopd.training.preflight import Preflight
+from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
 
 def check(recipe: Recipe) -> list[str]:
     config = inputs.train_config(recipe)
     if config.checkpoint is not None:
-        check_layout(read_architecture(Path(config.checkpoint)), recipe.parallel)
+        check_trainable(Path(config.checkpoint), recipe)
+    require_fp8(recipe.fp8, capabilities())
+    check_budget(recipe, config)
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
     work = f"{length} of {config.global_batch_size} samples"
     return [f"train with {config.objective} from the cached scores: {work}"]
@@ -32,7 +41,7 @@ def plan(recipe: Recipe) -> Plan:
     stages = ("sft", "rollout", "score")
     manifests = {stage: parent_manifest(recipe, stage) for stage in stages}
     return Plan(
-        config=deciding(config) | {"seed": recipe.seed, "precision": recipe.precision},
+        config=training_settings(recipe, config),
         parents={stage: artifact_parent(stage, manifests[stage]) for stage in stages} | {"student": student},
         lineage=inputs.status_of(proofs, *(manifest.lineage for manifest in manifests.values())),
     )
@@ -40,7 +49,12 @@ def plan(recipe: Recipe) -> Plan:
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     config = inputs.train_config(recipe)
-    preflight = Preflight(config.preflight_samples, config.preflight_tolerance, recipe.rollout.sampling)
+    preflight = Preflight(
+        config.preflight_samples,
+        _tolerance(recipe, config),
+        recipe.rollout.sampling,
+        finds_scales=recipe.fp8 is not None and recipe.fp8.recipe == "delayed",
+    )
     job = TrainingJob(
         name="train",
         identity=identity_of(plan),
@@ -49,6 +63,7 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         objective=config.objective,
         parallel=recipe.parallel,
         precision=recipe.precision,
+        fp8=recipe.fp8,
         seed=recipe.seed,
         model_dir=_start(recipe),
         data=TrainingData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
@@ -58,6 +73,14 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     checkpoint, counts = train_to_checkpoint(job)
     files = sorted(str(path.relative_to(directory)) for path in checkpoint.rglob("*") if path.is_file())
     return Output(files, counts)
+
+
+def _tolerance(recipe: Recipe, config: TrainConfig) -> float:
+    """The recipe's, or that of the coarsest numbers among the trainer's and the sampler's."""
+    if config.preflight_tolerance is not None:
+        return config.preflight_tolerance
+    precisions = {recipe.precision, recipe.rollout.engine.dtype}
+    return max(TOLERANCES[name] for name in (*precisions, *(["fp8"] if recipe.fp8 else [])))
 
 
 def _start(recipe: Recipe) -> Path:

@@ -1,7 +1,8 @@
 """The checkpoints of a run: each a committed directory, the newest whole one found by its digests.
 
-`step_00000050/` is written under a temporary name, its files hashed into manifest.json, flushed, and
-renamed. A kill at any moment leaves either the whole directory or a temporary one that is swept away.
+`step_00000050/` is written under a temporary name, its files listed with their digests in
+manifest.json, flushed, and renamed. A kill at any moment leaves either the whole directory or a
+temporary one that is swept away. Rank 0 alone works here; saving.py brings the ranks together.
 """
 
 from __future__ import annotations
@@ -13,21 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, fsync_directory
 from megatron_lopd.artifacts.manifest import (
+    FileEntry,
     LineageStatus,
+    Manifest,
     clear_temporaries,
-    commit,
     load_manifest,
     verify_files,
+    write_manifest,
 )
 from megatron_lopd.errors import CheckpointError, DataError
-from megatron_lopd.mcore.checkpoint import load_state, save_state
-from megatron_lopd.mcore.optimizer import Optimization
-from megatron_lopd.mcore.parallel import Ranks
-from megatron_lopd.training.agreement import on_rank_zero
+from megatron_lopd.mcore.architecture import Architecture
 
 KIND = "checkpoint"
 
@@ -46,60 +44,30 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint of this job: how far it had come, and the parallel sizes it was saved at."""
+
+    path: Path
+    progress: Progress
+    layout: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Checkpoints:
-    """Checkpoints below `directory` of the job `identity`; the newest `keep` stay. Every rank calls."""
+    """Checkpoints below `directory` of the job `identity`; the newest `keep` stay."""
 
     directory: Path
     identity: str
+    architecture: Architecture
     lineage: LineageStatus
     keep: int
 
-    def save(self, optimization: Optimization, progress: Progress, ranks: Ranks) -> None:
-        """Commit a checkpoint at `progress.step` and remove those that are too many."""
-        name = f"step_{progress.step:08d}"
-        temporary = self.directory / f"{TEMPORARY_PREFIX}{name}"
-        on_rank_zero(lambda: _make_empty(temporary))
-        save_state(temporary, optimization, ranks)
-        dist.barrier()  # rank 0 hashes what every rank wrote
-        on_rank_zero(lambda: self._commit(temporary, name, progress, ranks))
+    def newest_whole(self, note: Callable[[str], None]) -> Checkpoint | None:
+        """The newest that passes its digests, after sweeping away what a killed save left.
 
-    def resume(self, optimization: Optimization, ranks: Ranks, note: Callable[[str], None]) -> Progress:
-        """Load the newest whole checkpoint; a fresh `Progress` when there is none.
-
-        A damaged one is passed over, with a line through `note` (called on rank 0).
-        Raises CheckpointError when the checkpoints are another job's.
+        A damaged one is passed over, with a line through `note`. Nothing is loaded, and nothing of the
+        model need exist yet. Raises CheckpointError when the checkpoint is another model's or job's.
         """
-        found = on_rank_zero(lambda: self._newest_whole(note))
-        if found is None:
-            return Progress()
-        path, config = found
-        same_layout = config["layout"] == _layout(ranks)
-        load_state(path, optimization, ranks, same_layout)
-        return Progress(**config["progress"])
-
-    def _commit(self, temporary: Path, name: str, progress: Progress, ranks: Ranks) -> None:
-        commit(
-            temporary,
-            KIND,
-            files=sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()),
-            config={"identity": self.identity, "layout": _layout(ranks), "progress": asdict(progress)},
-            counts={"step": progress.step},
-            versions={},
-            parents={},
-            lineage=self.lineage,
-        )
-        target = self.directory / name
-        if target.exists():  # a damaged one that resuming passed over
-            _remove(target)
-        os.rename(temporary, target)
-        fsync_directory(self.directory)
-        for old in self._newest_first()[self.keep :]:
-            _remove(old)
-
-    def _newest_first(self) -> list[Path]:
-        return sorted(self.directory.glob("step_*"), reverse=True)
-
-    def _newest_whole(self, note: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
         if not self.directory.exists():
             return None
         clear_temporaries(self.directory)
@@ -110,25 +78,68 @@ class Checkpoints:
             except DataError as error:
                 note(f"checkpoint passed over: {error}")
                 continue
-            found = manifest.config["identity"]
-            if found != self.identity:
-                raise CheckpointError(
-                    f"{path} is of another job ({found[:12]}; this one is {self.identity[:12]}): the model, "
-                    f"the data or the recipe has changed: undo that, or remove {self.directory} to start over"
-                )
-            return path, manifest.config
+            self._require_own(path, manifest.config)
+            return Checkpoint(path, Progress(**manifest.config["progress"]), manifest.config["layout"])
         return None
 
+    def begin(self, step: int) -> Path:
+        """An empty directory, under a temporary name, to write the checkpoint at `step` into."""
+        temporary = self.directory / f"{TEMPORARY_PREFIX}{_name(step)}"
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        return temporary
 
-def _layout(ranks: Ranks) -> dict[str, int]:
-    """What a rank's random state belongs to."""
-    return {"tensor": ranks.tp_size, "pipeline": ranks.pp_size}
+    def commit(
+        self, temporary: Path, files: dict[str, FileEntry], progress: Progress, layout: dict[str, int]
+    ) -> None:
+        """Give a wholly written checkpoint its name, and remove those that are too many.
+
+        Those of later steps stay: resuming passed them over as damaged, and they must not count.
+        """
+        config = {
+            "identity": self.identity,
+            "architecture": asdict(self.architecture),
+            "layout": layout,
+            "progress": asdict(progress),
+        }
+        counts = {"step": progress.step}
+        write_manifest(temporary, Manifest(KIND, files, config, counts, {}, {}, self.lineage))
+        target = self.directory / _name(progress.step)
+        if target.exists():  # a damaged one that resuming passed over
+            _remove(target)
+        os.rename(temporary, target)
+        fsync_directory(self.directory)
+        up_to_this = [path for path in self._newest_first() if path.name <= target.name]
+        for old in up_to_this[self.keep :]:
+            _remove(old)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.directory.glob("step_*"), reverse=True)
+
+    def _require_own(self, path: Path, config: dict[str, Any]) -> None:
+        saved, ours = config["architecture"], asdict(self.architecture)
+        differences = [
+            f"{name} is {saved.get(name)} there and {ours.get(name)} here"
+            for name in sorted(saved.keys() | ours.keys())
+            if saved.get(name) != ours.get(name)
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{path} is of another model: {', '.join(differences)}: train the model it was saved from, "
+                f"or remove {self.directory} to start over"
+            )
+        found = config["identity"]
+        if found != self.identity:
+            raise CheckpointError(
+                f"{path} is of another job ({found[:12]}; this one is {self.identity[:12]}): the weights it "
+                "started from, the data or the recipe have changed: undo that, or remove "
+                f"{self.directory} to start over"
+            )
 
 
-def _make_empty(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _remove(directory: Path) -> None:

@@ -11,24 +11,30 @@ from typing import Literal
 import torch
 
 from megatron_lopd.artifacts.manifest import LineageStatus
-from megatron_lopd.config import ParallelConfig, TrainingConfig
+from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
+from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan
-from megatron_lopd.errors import StopRequested
+from megatron_lopd.errors import NumericsError, StopRequested
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import read_architecture
+from megatron_lopd.mcore.capabilities import capabilities
+from megatron_lopd.mcore.flops import peak_flops, step_flops
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
+from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.objectives import get_objective
-from megatron_lopd.training.agreement import any_rank
-from megatron_lopd.training.checkpoints import Checkpoints, Progress
+from megatron_lopd.training.agreement import any_rank, on_rank_zero
+from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
 from megatron_lopd.training.guards import check_skipped
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
+from megatron_lopd.training.prefetch import Prefetcher, pinned
 from megatron_lopd.training.preflight import Preflight, check_rollouts
 from megatron_lopd.training.reporter import Reporter
+from megatron_lopd.training.saving import Saver, load_checkpoint
 from megatron_lopd.training.step import BatchLoader, run_micro_batches
 
 
@@ -55,6 +61,7 @@ class TrainingJob:
     work_dir: Path
     init: Literal["pretrained", "random"] = "pretrained"
     preflight: Preflight | None = None
+    fp8: Fp8Config | None = None
 
 
 def run_training(job: TrainingJob) -> Progress:
@@ -62,29 +69,43 @@ def run_training(job: TrainingJob) -> Progress:
 
     Returns what was consumed, over all attempts.
 
-    Raises ConfigError and DataError for input that cannot be trained on, CheckpointError for another
-    job's checkpoints or a full disk, NumericsError when a guard stops the run, and StopRequested after
-    SIGTERM or SIGUSR1, with the checkpoint saved.
+    Raises ConfigError and DataError for input that cannot be trained on and CheckpointError for another
+    job's checkpoints, before anything is allocated; CheckpointError for a full disk, NumericsError when a
+    guard stops the run, and StopRequested after SIGTERM or SIGUSR1, with the checkpoint saved.
     """
     compat.prepare()
-    job.data.require_within(job.config.micro_batch_tokens)
+    job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
     architecture = read_architecture(job.model_dir)
+    job.data.require_vocabulary(architecture.vocab_size)
+    check_precision(architecture, job.parallel, job.fp8)
     with (
         StopSignals() as stop,
         model_parallel(job.parallel, job.seed) as ranks,
         Reporter(job.name, job.work_dir, ranks.rank) as reporter,
     ):
-        model = build_model(architecture, job.parallel, job.precision, job.seed)
-        if job.init == "pretrained":
-            load_hf_weights(model, architecture, job.model_dir)
-        return _Run(job, model, ranks, reporter, stop).to_the_end()
+        checkpoints = Checkpoints(
+            job.work_dir / "checkpoints", job.identity, architecture, job.lineage, job.config.keep_checkpoints
+        )
+        newest = on_rank_zero(lambda: checkpoints.newest_whole(reporter.note))
+        model = build_model(architecture, job.parallel, job.precision, job.seed, job.fp8)
+        if job.init == "pretrained" and newest is None:
+            for chunk in model:
+                load_hf_weights(chunk, architecture, job.model_dir)
+        run = _Run(job, model, ranks, reporter, stop, checkpoints)
+        return run.to_the_end(newest)
 
 
 class _Run:
     """One attempt at a job: from the newest checkpoint on."""
 
     def __init__(
-        self, job: TrainingJob, model: PackedGPTModel, ranks: Ranks, reporter: Reporter, stop: StopSignals
+        self,
+        job: TrainingJob,
+        model: list[PackedGPTModel],
+        ranks: Ranks,
+        reporter: Reporter,
+        stop: StopSignals,
+        checkpoints: Checkpoints,
     ) -> None:
         config = job.config
         self.job, self.ranks, self.reporter, self.stop = job, ranks, reporter, stop
@@ -92,49 +113,67 @@ class _Run:
         self.objective = get_objective(job.objective)
         self.plan = BatchPlan(len(job.data), config.global_batch_size, job.seed)
         self.total_steps = _total_steps(config, self.plan)
-        self.loader = BatchLoader.of(job.data, config, job.parallel, ranks)
+        self.loader = BatchLoader.of(job.data, config, job.parallel, ranks, job.fp8)
         self.optimization: Optimization = build_optimization(
             model, config.optimizer, job.precision, self.total_steps
         )
-        self.checkpoints = Checkpoints(
-            job.work_dir / "checkpoints", job.identity, job.lineage, config.keep_checkpoints
-        )
+        self.saver = Saver(checkpoints, ranks, self.device)
+        self.architecture = model[0].arch
+        self.peak_flops = peak_flops(capabilities().gpu)
 
-    def to_the_end(self) -> Progress:
-        progress = self.checkpoints.resume(self.optimization, self.ranks, self.reporter.note)
-        if progress.step:
+    def to_the_end(self, newest: Checkpoint | None) -> Progress:
+        """Go on from `newest`, or from the start when there is none."""
+        progress = Progress()
+        if newest is not None:
+            progress = load_checkpoint(newest, self.optimization, self.ranks)
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
         elif self.job.preflight is not None:
             check_rollouts(
                 self.job.preflight,
-                self.optimization.model,
+                self.optimization.chunks,
                 self.loader,
                 self.ranks,
                 self.device,
                 self.reporter.note,
             )
         self.reporter.begin(progress.step, self.total_steps)
+        try:
+            with Prefetcher(self._load, progress.step, self.total_steps) as batches:
+                return self._train(progress, batches)
+        except NumericsError:  # raised by every rank alike: the checkpoint on its way is worth its while
+            self.saver.finish()
+            raise
+
+    def _load(self, step: int) -> list[MicroBatch]:
+        micro_batches = self.loader.micro_batches(self.plan.samples(step).tolist())
+        return [pinned(each) for each in micro_batches] if self.device.type == "cuda" else micro_batches
+
+    def _train(self, progress: Progress, batches: Prefetcher[list[MicroBatch]]) -> Progress:
         while progress.step < self.total_steps:
-            progress = self._step(progress)
+            progress = self._step(progress, batches)
+            self.saver.poll()
             stopping = any_rank(self.stop.requested, self.device) and progress.step < self.total_steps
             due = progress.step % self.job.config.checkpoint_every == 0 or progress.step == self.total_steps
             if due or stopping:
                 self.reporter.sync()
-                self.checkpoints.save(self.optimization, progress, self.ranks)
+                self.saver.start(self.optimization, progress)
             if stopping:
+                self.saver.finish()
                 raise StopRequested(
                     f"{self.job.name}: stopped on request after step {progress.step} of {self.total_steps}, "
                     "with the checkpoint saved: run the same command to go on"
                 )
+        self.saver.finish()
         return progress
 
-    def _step(self, before: Progress) -> Progress:
+    def _step(self, before: Progress, batches: Prefetcher[list[MicroBatch]]) -> Progress:
         began = time.perf_counter()
         config = self.job.config
-        micro_batches = self.loader.micro_batches(self.plan.samples(before.step).tolist())
+        micro_batches = batches.get(before.step)
+        data_wait = time.perf_counter() - began
         zero_gradients(self.optimization)
         parts = run_micro_batches(
-            self.optimization.model, self.objective, micro_batches, config.micro_batch_tokens, self.device
+            self.optimization.chunks, self.objective, micro_batches, config.micro_batch_tokens, self.device
         )
         learning_rate = self.optimization.learning_rate
         grad_norm, applied = guarded_step(self.optimization)
@@ -163,11 +202,21 @@ class _Run:
                 "skipped": int(not applied),
                 "packing_fill": counts.tokens / capacity,
                 "seconds": seconds,
+                "data_wait_s": data_wait,
                 "tokens_per_s": counts.tokens / seconds,
+                **self._utilisation(before.step, counts.response_tokens, seconds),
             }
         )
         check_skipped(progress.skipped_steps, config.max_skipped_steps, progress.step, grad_norm)
         return progress
+
+    def _utilisation(self, step: int, response_tokens: int, seconds: float) -> dict[str, float]:
+        """`mfu`, model FLOPs by the bf16 peak of all ranks' GPUs; nothing where that is not known."""
+        if self.peak_flops is None:
+            return {}
+        lengths = self.job.data.lengths[self.plan.samples(step)].tolist()
+        flops = step_flops(self.architecture, lengths, response_tokens)
+        return {"mfu": flops / (seconds * self.ranks.world_size * self.peak_flops)}
 
 
 def _total_steps(config: TrainingConfig, plan: BatchPlan) -> int:

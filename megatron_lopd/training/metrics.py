@@ -30,13 +30,13 @@ class Counts:
 
     @staticmethod
     def of(micro_batches: Sequence[MicroBatch], device: torch.device) -> Counts:
-        """This rank's `micro_batches` and those of its data-parallel peers."""
+        """This rank's `micro_batches` and those of its data and context parallel peers."""
         own = [
             (batch.loss_count, batch.num_samples, batch.num_tokens, len(batch.response_tokens))
             for batch in micro_batches
         ]
         total = torch.tensor(own, device=device).sum(0)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return Counts(*total.tolist())
 
 
@@ -55,7 +55,7 @@ class TokenValues:
 
     @staticmethod
     def gather(parts: Sequence[TokenValues], device: torch.device) -> TokenValues:
-        """All `parts` of all data-parallel ranks, end to end."""
+        """All `parts` of all data and context parallel ranks, end to end."""
         table = torch.cat([part._table() for part in parts], dim=1)  # [columns, R of this rank]
         kept = parts[0].log_probs
         names = [name for name in ("teacher", "behaviour") if getattr(kept, name) is not None]
@@ -71,8 +71,8 @@ class TokenValues:
 
 
 def _all_gather(table: Tensor) -> Tensor:
-    """[columns, R] of each data-parallel rank -> [columns, sum of R], in rank order."""
-    group = parallel_state.get_data_parallel_group()
+    """[columns, R] of each data and context parallel rank -> [columns, sum of R], in rank order."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return table
     sizes = [torch.empty(1, dtype=torch.int64, device=table.device) for _ in range(group.size())]

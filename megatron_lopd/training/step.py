@@ -11,13 +11,15 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_lopd.config import ParallelConfig, TrainingConfig
+from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.data.collate import MicroBatch, collate
+from megatron_lopd.data.context_parallel import slice_micro_batch
 from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.data.packing import pack
+from megatron_lopd.data.packing import Padding, pack
 from megatron_lopd.mcore.log_probs import ResponseLogProbs
 from megatron_lopd.mcore.model import PackedGPTModel, response_log_probs
 from megatron_lopd.mcore.parallel import Ranks
+from megatron_lopd.mcore.precision import packed_padding
 from megatron_lopd.objectives import Objective, TokenLogProbs, TopKLogProbs
 from megatron_lopd.training.metrics import TokenValues
 
@@ -29,29 +31,38 @@ class BatchLoader:
     data: TrainingData
     config: TrainingConfig
     ranks: Ranks
-    pad_to_multiple: int
+    padding: Padding
+    count_multiple: int  # of micro-batches on each rank
 
     @staticmethod
-    def of(data: TrainingData, config: TrainingConfig, parallel: ParallelConfig, ranks: Ranks) -> BatchLoader:
-        """Sequence parallelism cuts a micro-batch into tensor-parallel parts, hence the padding."""
-        return BatchLoader(data, config, ranks, parallel.tensor if parallel.sequence else 1)
+    def of(
+        data: TrainingData,
+        config: TrainingConfig,
+        parallel: ParallelConfig,
+        ranks: Ranks,
+        fp8: Fp8Config | None = None,
+    ) -> BatchLoader:
+        """Interleaving takes micro-batches through a model chunk in groups of as many as there are stages."""
+        count_multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        return BatchLoader(data, config, ranks, packed_padding(parallel, fp8), count_multiple)
 
     def micro_batches(self, positions: Sequence[int]) -> list[MicroBatch]:
-        """The samples at `positions` of the data, packed; this data-parallel rank's share."""
-        lengths = self.data.lengths[list(positions)]
-        packed = pack(lengths, self.config.micro_batch_tokens, self.ranks.dp_size)[self.ranks.dp_rank]
-        return [
-            collate(
-                [self.data.sample(int(positions[index])) for index in micro_batch],
-                self.config.loss_normalization,
-                self.pad_to_multiple,
-            )
-            for micro_batch in packed
-        ]
+        """The samples at `positions` of the data, packed; this data and context parallel rank's share."""
+        lengths = self.padding.documents(self.data.lengths[list(positions)])
+        budget = self.padding.budget(self.config.micro_batch_tokens)
+        packed = pack(lengths, budget, self.ranks.dp_size, self.count_multiple)
+        return [self._collate(positions, indices) for indices in packed[self.ranks.dp_rank]]
+
+    def _collate(self, positions: Sequence[int], indices: Sequence[int]) -> MicroBatch:
+        samples = [self.data.sample(int(positions[index])) for index in indices]
+        whole = collate(samples, self.config.loss_normalization, self.padding)
+        if self.ranks.cp_size == 1:
+            return whole
+        return slice_micro_batch(whole, self.ranks.cp_size, self.ranks.cp_rank)
 
 
 def run_micro_batches(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     objective: Objective,
     micro_batches: Sequence[MicroBatch],
     token_budget: int,
@@ -62,7 +73,7 @@ def run_micro_batches(
 ) -> list[TokenValues]:
     """Forward each micro-batch, and backward unless `forward_only`; then finalize the gradients.
 
-    `model` is the wrapped PackedGPTModel. The gradients end up those of
+    `chunks` are this rank's wrapped PackedGPTModels. The gradients end up those of
     `sum(loss_weights * token_loss) / sum(loss_count)` over the global batch. `temperature` divides the
     logits. Returns the values of each micro-batch on the last pipeline stage, nothing on the others.
     """
@@ -76,8 +87,8 @@ def run_micro_batches(
 
     values: list[TokenValues] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(micro_batches),
         seq_length=token_budget,
         micro_batch_size=1,

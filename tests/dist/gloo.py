@@ -6,12 +6,13 @@ import gc
 import multiprocessing as mp
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from torch.distributed import TCPStore
 
 # The server imports these once; each worker is a fork of it, and starts in milliseconds.
 _CONTEXT = mp.get_context("forkserver")
@@ -28,10 +29,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     `function` is module-level, and it, `args` and its results can be pickled. `timeout` is in seconds,
     for all of them together. Raises RankError, and leaves no process behind.
     """
-    port = _free_port()
+    # The store is served from here, as by torchrun's agent, on a port that is taken the moment it is chosen.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        _CONTEXT.Process(target=_worker, args=(rank, world_size, port, send, function, args), daemon=True)
+        _CONTEXT.Process(target=_worker, args=(rank, world_size, store.port, send, function, args), daemon=True)
         for rank, (_, send) in enumerate(pipes)
     ]
     for process in processes:
@@ -86,6 +88,7 @@ def _worker(
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         GLOO_SOCKET_IFNAME="lo",
     )
     try:
@@ -94,10 +97,3 @@ def _worker(
         answer = pickle.dumps((False, traceback.format_exc()))
     # Bytes, since Connection.send would put tensors into memory shared with a process about to end.
     send.send_bytes(answer)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,9 @@ import torch
 from gloo import RankError, run_ranks
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
-from tests.training_zoo import make_root, train
+from tests.training_zoo import assert_agree, make_root, train
 
-LAYOUTS = {
-    "tp2": ParallelConfig(tensor=2, sequence=True, processes=2),
-    "pp2": ParallelConfig(pipeline=2, processes=2),
-    "dp2": ParallelConfig(processes=2),
-}
-RESUMED_AT = {"tp2": ("tp2", "pp2"), "pp2": ("pp2", "alone"), "dp2": ("dp2", "alone")}
-# A layout sums in another order: 4e-7 relative seen in losses and norms of six fp32 steps (asked: 1e-4),
-ROUNDED = 1e-5
-# and in single tokens' log-probs, of size 10, a few 1e-6 nats: these are what quantiles pick.
-NATS = 2e-5
+DP2 = ParallelConfig(processes=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,35 +26,9 @@ def alone(root: Path) -> list[dict[str, Any]]:
     return steps
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_agree_with_one_and_resume_at_any_layout(
-    root: Path, alone: list[dict[str, Any]], layout: str
-) -> None:
-    results = run_ranks(2, _train, root, {"work": layout, "parallel": LAYOUTS[layout]})
-    for _, steps, _ in results:
-        assert_agree(steps, alone)
-
-    for other in RESUMED_AT[layout]:
-        parallel = LAYOUTS.get(other, ParallelConfig())
-        work = root / f"{layout}-resumed-{other}"
-        shutil.copytree(root / layout, work)
-        shutil.rmtree(work / "checkpoints" / "step_00000006")
-        options = {"work": work.name, "parallel": parallel}
-        assert_agree(run_ranks(parallel.processes, _train, root, options)[0][1], alone)
-
-
-def assert_agree(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    assert len(steps) == len(expected)
-    for step, reference in zip(steps, expected, strict=True):
-        # The fill differs with the number of micro-batches, which is a multiple of the data-parallel size.
-        for name in reference.keys() - {"packing_fill"}:
-            slack = {"rel": ROUNDED} if name in ("loss", "grad_norm") else {"rel": ROUNDED, "abs": NATS}
-            assert step[name] == pytest.approx(reference[name], **slack), (name, step["step"])
-
-
 def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks_together(root: Path) -> None:
     """Only rank 1's second batch is poisoned."""
-    options = {"parallel": LAYOUTS["dp2"], "optimizer": OptimizerConfig(lr=1e-3)}
+    options = {"parallel": DP2, "optimizer": OptimizerConfig(lr=1e-3)}
     poisoned = options | {"objective": "poisoned", "max_skipped_steps": 1}
     ((_, _, before), _) = run_ranks(2, _train, root, {"work": "clean", "steps": 1, **options})
     results = run_ranks(2, _poisoned, root, {"work": "skipped", "steps": 2, **poisoned})
@@ -81,7 +45,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks_together(root: Pa
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(root: Path, alone: list[dict[str, Any]]) -> None:
-    options = {"work": "stopped", "parallel": LAYOUTS["dp2"], "checkpoint_every": 100}
+    options = {"work": "stopped", "parallel": DP2, "checkpoint_every": 100}
     assert run_ranks(2, _stopped, root, options) == ["StopRequested"] * 2
     assert [path.name for path in (root / "stopped" / "checkpoints").iterdir()] == ["step_00000003"]
     assert_agree(run_ranks(2, _train, root, options)[0][1], alone)

@@ -70,14 +70,19 @@ def to_score(asked: Sequence[GenerateRequest], done: Sequence[Completion]) -> li
     ]
 
 
-def oracle(model_dir: str, request: ScoreRequest) -> NDArray[np.float64]:
-    """One sample alone, unpadded, whole logits, in float64."""
+def distributions(model_dir: str, request: ScoreRequest) -> NDArray[np.float64]:
+    """Log-probs of the whole vocabulary at each response position [T, V]: one sample alone, in float64."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager")
     tokens = torch.tensor(np.concatenate([request.prompt_tokens, request.response_tokens])[None]).long()
     with torch.no_grad():
         log_probs = model(tokens).logits[0].log_softmax(-1)
-    start, response = len(request.prompt_tokens), request.response_tokens
-    return np.array([float(log_probs[start + t - 1, token]) for t, token in enumerate(response)])
+    return log_probs[len(request.prompt_tokens) - 1 : -1].numpy()
+
+
+def oracle(model_dir: str, request: ScoreRequest) -> NDArray[np.float64]:
+    """Log-probs of the response tokens [T], in float64."""
+    rows = distributions(model_dir, request)
+    return np.array([row[token] for row, token in zip(rows, request.response_tokens, strict=True)])
 
 
 def test_greedy_is_what_transformers_generates(model_dir: str, engine: Engine) -> None:
@@ -113,21 +118,58 @@ def test_scores_are_those_of_each_sample_alone_in_float64(model_dir: str, engine
         ScoreRequest(f"s{i}", prompt, rng.integers(0, VOCABULARY, length, dtype=np.int32))
         for i, (prompt, length) in enumerate(zip(prompts(len(lengths)), lengths, strict=True))
     ]
-    for request, scores in zip(asked, engine.score(asked), strict=True):
+    for request, score in zip(asked, engine.score(asked), strict=True):
+        assert (score.sample_id, score.top_k) == (request.sample_id, None)
+        scores = score.log_probs
         assert scores.dtype == np.float32
         assert scores.max() <= 0
         # Log-probs reach -20 here, where one float32 rounding is 1e-6; logits are sums of 32 such products.
         np.testing.assert_allclose(scores, oracle(model_dir, request), rtol=0, atol=2e-5)
 
 
-def test_scores_do_not_depend_on_how_many_logits_are_held(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("top_k", [1, 7, VOCABULARY - 2])
+def test_top_k_scores_are_those_of_the_whole_distribution_in_float64(
+    model_dir: str, engine: Engine, top_k: int
 ) -> None:
-    asked = [ScoreRequest(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(9))]
-    whole = np.concatenate(list(engine.score(asked)))
+    rng = np.random.default_rng(2)
+    asked = [
+        ScoreRequest(f"s{i}", prompt, rng.integers(0, VOCABULARY, length, dtype=np.int32))
+        for i, (prompt, length) in enumerate(zip(prompts(4), [1, 30, 3, 17], strict=True))
+    ]
+    for request, score in zip(asked, engine.score(asked, top_k), strict=True):
+        rows, top = distributions(model_dir, request), score.top_k
+        assert top is not None
+        assert (top.ids.dtype, top.log_probs.dtype) == (np.int32, np.float32)
+        assert max(top.log_probs.max(), top.tail_log_probs.max()) <= 0
+        np.testing.assert_array_equal(top.ids, np.argsort(-rows, axis=-1)[:, :top_k])
+        # As above: roundings of fp32 logits and log-sum-exps.
+        np.testing.assert_allclose(
+            top.log_probs, np.take_along_axis(rows, top.ids, axis=-1), rtol=0, atol=2e-5
+        )
+        np.testing.assert_allclose(score.log_probs, oracle(model_dir, request), rtol=0, atol=2e-5)
+        left = rows.copy()  # the tail: neither the top k nor the token itself
+        np.put_along_axis(left, top.ids, -np.inf, axis=-1)
+        np.put_along_axis(left, request.response_tokens[:, None], -np.inf, axis=-1)
+        np.testing.assert_allclose(top.tail_log_probs, np.logaddexp.reduce(left, axis=-1), rtol=0, atol=2e-5)
+
+
+def test_a_top_k_that_leaves_no_tail_is_refused(engine: Engine) -> None:
+    with pytest.raises(EngineError, match=rf"score\.top_k=52 .* lower it to at most {VOCABULARY - 2}$"):
+        engine.score([ScoreRequest("s", *prompts(2))], VOCABULARY - 1)
+
+
+def test_scores_do_not_depend_on_how_much_is_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [ScoreRequest(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(30))]
+    whole = list(engine.score(asked, 3))
     monkeypatch.setattr(hf, "LOGITS_ELEMENTS", 4 * VOCABULARY)
-    # Matrix products of other shapes may sum in another order: a few roundings of logits below 20.
-    np.testing.assert_allclose(np.concatenate(list(engine.score(asked))), whole, rtol=0, atol=1e-5)
+    monkeypatch.setattr(hf, "SCORED_BYTES", 1)
+    for one, other in zip(whole, engine.score(asked, 3), strict=True):
+        assert one.sample_id == other.sample_id
+        assert one.top_k is not None
+        assert other.top_k is not None
+        # Matrix products of other shapes may sum in another order: a few roundings of logits below 20.
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(one.top_k.log_probs, other.top_k.log_probs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -136,7 +178,7 @@ def test_behaviour_log_probs_are_the_scores_of_what_was_sampled(engine: Engine, 
     done = list(engine.generate(asked, Sampling(max_new_tokens=40, temperature=temperature), END))
     for completion, scores in zip(done, engine.score(to_score(asked, done)), strict=True):
         # Cached and padded attention against whole sequences, both fp32.
-        np.testing.assert_allclose(completion.log_probs, scores, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(completion.log_probs, scores.log_probs, rtol=0, atol=2e-5)
 
 
 def test_the_end_token_is_kept_and_nothing_after_it(engine: Engine) -> None:
@@ -252,8 +294,9 @@ def test_draws_are_a_stream_by_seed() -> None:
 
 def test_bf16_scores_are_near_those_in_fp32(model_dir: str, engine: Engine) -> None:
     asked = [ScoreRequest(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(9))]
-    exact = np.concatenate(list(engine.score(asked)))
-    rounded = np.concatenate(list(open_engine(EngineConfig(dtype="bf16"), model_dir).score(asked)))
+    exact = np.concatenate([score.log_probs for score in engine.score(asked)])
+    bf16 = open_engine(EngineConfig(dtype="bf16"), model_dir)
+    rounded = np.concatenate([score.log_probs for score in bf16.score(asked)])
     # Weights and activations carry 2^-9 each; log-probs here reach -20.
     assert np.abs(rounded - exact).mean() < 0.1
     assert not np.array_equal(rounded, exact)
@@ -263,8 +306,8 @@ def test_an_output_bias_and_untied_embeddings_are_scored(tmp_path: Path) -> None
     torch.manual_seed(1)
     Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)).save_pretrained(tmp_path)
     (request,) = [ScoreRequest("s", *prompts(2))]
-    (scores,) = open_engine(EngineConfig(), str(tmp_path)).score([request])
-    np.testing.assert_allclose(scores, oracle(str(tmp_path), request), rtol=0, atol=2e-5)
+    (score,) = open_engine(EngineConfig(), str(tmp_path)).score([request])
+    np.testing.assert_allclose(score.log_probs, oracle(str(tmp_path), request), rtol=0, atol=2e-5)
 
 
 def test_bad_requests_name_the_sample(engine: Engine) -> None:
@@ -293,7 +336,7 @@ def test_running_out_of_memory_says_what_to_lower(engine: Engine, monkeypatch: p
 
     monkeypatch.setattr(engine, "_hidden", fail)
     with pytest.raises(EngineError, match=r"out of memory .*batch_size=7\): lower engine\.batch_size$"):
-        engine.score([ScoreRequest("s", *prompts(2))])
+        list(engine.score([ScoreRequest("s", *prompts(2))]))
     with pytest.raises(EngineError, match=r"lower engine\.batch_size or sampling.max_new_tokens"):
         list(engine.generate(requests(1), Sampling(max_new_tokens=2), END))
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from gloo import RankError, run_ranks
 
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.errors import CheckpointError
 from tests.training_zoo import make_root, read_steps, train
 
 # Every step saves, so that most kills land in a save.
@@ -109,6 +111,39 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_whole(root: Path) ->
     assert list((root / "full" / "checkpoints").glob(".*")) == [], "what the failure left was swept away"
 
 
+def test_a_full_disk_of_one_rank_is_the_same_line_in_all(root: Path) -> None:
+    """Rank 1 alone has no room. It writes its part in a thread, while both go on."""
+    options = {"work": "full-1", "parallel": ParallelConfig(tensor=2, processes=2)}
+    first, second = run_ranks(2, _train_with_one_full_disk, root, options)
+    assert first == second
+    assert "CheckpointError" in first
+    assert "full-1/checkpoints/.tmp-step_00000002: the checkpoint cannot be written" in first
+    assert list((root / "full-1" / "checkpoints").glob("step_*")) == []
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_leave_no_trace_in_it(root: Path) -> None:
+    """Writing waits here until the step after it is done: a save in the step's way would never end."""
+    options = {"steps": 5, "checkpoint_every": 2, "keep_checkpoints": 9}
+    ((progress, steps, _),) = run_ranks(1, _train, root, {"work": "prompt", **options})
+    ((_, late_steps, _),) = run_ranks(1, _train_with_late_writes, root, {"work": "late", **options})
+    assert late_steps == steps
+    assert progress.step == 5
+    prompt, late = (files_of(root / work / "checkpoints") for work in ("prompt", "late"))
+    assert sorted({name.parts[0] for name in prompt}) == ["step_00000002", "step_00000004", "step_00000005"]
+    assert prompt == late, "the same bytes"
+
+
+def test_a_guard_that_stops_the_run_waits_for_the_checkpoint(root: Path) -> None:
+    options = {"work": "guarded", "steps": 5, "checkpoint_every": 2, "max_skipped_steps": 0}
+    with pytest.raises(RankError, match="NumericsError: step 3"):
+        run_ranks(1, _train_into_a_guard, root, options)
+    assert [path.name for path in (root / "guarded" / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def files_of(directory: Path) -> dict[Path, bytes]:
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def test_a_torn_metrics_line_is_dropped(root: Path, undisturbed: Any) -> None:
     work = root / "torn"
     shutil.copytree(root / "undisturbed", work)
@@ -131,4 +166,54 @@ def _train_and_listen(root: Path, options: dict[str, Any]) -> Any:
 def _train_on_a_full_disk(root: Path, options: dict[str, Any]) -> Any:
     """No file may grow past 64 KiB, which the metrics stay below and the checkpoints do not."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    return train(root, **options)
+
+
+def _train_with_one_full_disk(root: Path, options: dict[str, Any]) -> str:
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    try:
+        train(root, **options)
+    except CheckpointError as error:
+        return f"{type(error).__name__}: {error}"
+    return "finished"
+
+
+def _train_with_late_writes(root: Path, options: dict[str, Any]) -> Any:
+    """The checkpoint of a step is written once the next step is in the metrics; the last has none."""
+    from megatron_lopd.mcore.checkpoint import StagedState
+
+    write = StagedState.write
+    metrics = root / options["work"] / "metrics.jsonl"
+
+    def late(staged: StagedState) -> Any:
+        step = int(staged.directory.name[-8:])
+        deadline = time.monotonic() + 30
+        while len(metrics.read_text().splitlines()) < min(step + 1, options["steps"]):
+            assert time.monotonic() < deadline, f"step {step + 1} waits for the checkpoint of step {step}"
+            time.sleep(0.01)
+        return write(staged)
+
+    StagedState.write = late  # type: ignore[method-assign]
+    return train(root, **options)
+
+
+def _train_into_a_guard(root: Path, options: dict[str, Any]) -> Any:
+    """The third step's gradients are not finite, and the checkpoint of the second is slow to write."""
+    from megatron_lopd.mcore.checkpoint import StagedState
+    from megatron_lopd.training import loop
+
+    write = StagedState.write
+    step, done = loop.guarded_step, []
+
+    def slow(staged: StagedState) -> Any:
+        time.sleep(0.5)
+        return write(staged)
+
+    def failing(optimization: Any) -> tuple[float, bool]:
+        done.append(1)
+        norm, applied = step(optimization)
+        return (float("nan"), False) if len(done) == 3 else (norm, applied)
+
+    StagedState.write, loop.guarded_step = slow, failing  # type: ignore[method-assign]
     return train(root, **options)

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_lopd.data import shards
-from megatron_lopd.data.records import Rollout, Score
-from megatron_lopd.data.schemas import ROLLOUTS, SCORES
-from megatron_lopd.data.shards import ShardReader, write_shard
+from megatron_lopd.data.records import Rollout, Score, TopK
+from megatron_lopd.data.schemas import ROLLOUTS, SCORES, kind_of, scores_kind
+from megatron_lopd.data.shards import ShardKind, ShardReader, write_shard
 from megatron_lopd.errors import DataError
 
 RECORDS = [
@@ -30,23 +31,40 @@ RECORDS = [
 ]
 
 
-def contents(path: Path) -> list[tuple[str, str, bytes, bytes, bytes]]:
-    rows = []
-    for r in ShardReader(ROLLOUTS, [path]):
-        assert r.log_probs is not None
-        tokens = r.prompt_tokens.tobytes(), r.response_tokens.tobytes()
-        rows.append((r.sample_id, r.finish_reason, *tokens, r.log_probs.tobytes()))
-    return rows
+TOP_K = [
+    Score(
+        f"sample-{index}",
+        -np.arange(index + 2, dtype=np.float32),
+        TopK(
+            np.arange(3 * (index + 2), dtype=np.int32).reshape(-1, 3) << 13,
+            -np.arange(3 * (index + 2), dtype=np.float32).reshape(-1, 3) / 7,
+            -np.arange(index + 2, dtype=np.float32) / 3,
+        ),
+    )
+    for index in range(3)
+]
 
 
-@pytest.mark.parametrize("mask", [0x01, 0x02, 0x10, 0xFF])
+def contents(path: Path) -> list[str]:
+    """The records in full, as text."""
+    with np.printoptions(threshold=sys.maxsize, floatmode="unique"):
+        return [repr(record) for record in ShardReader(kind_of(path), [path])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "mask"),
+    [
+        *((ROLLOUTS, RECORDS, mask) for mask in (0x01, 0x02, 0x10, 0xFF)),
+        (scores_kind(3), TOP_K, 0x01),
+    ],
+)
 def test_no_flipped_byte_changes_what_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: ShardKind[Any], records: list[Any], mask: int
 ) -> None:
     """Every byte of a shard, one at a time: either the record comes back as it was, or an error does."""
     good, bad = tmp_path / "good.arrow", tmp_path / "bad.arrow"
-    monkeypatch.setattr(shards, "RECORDS_PER_BATCH", 2)  # three batches: one can go missing
-    write_shard(good, ROLLOUTS, RECORDS)
+    monkeypatch.setattr(shards, "RECORDS_PER_BATCH", 2)  # several batches: one can go missing
+    write_shard(good, kind, records)
     expected, original = contents(good), good.read_bytes()
     refused = 0
     for position in range(len(original)):
@@ -72,7 +90,7 @@ def test_a_flipped_log_prob_names_the_file_and_the_samples(tmp_path: Path) -> No
     damaged[damaged.index(marker.tobytes())] ^= 1
     path.write_bytes(damaged)
     reader = ShardReader(SCORES, [path])
-    with pytest.raises(DataError, match=r"s\.arrow: damaged: the checksum of samples a to b"):
+    with pytest.raises(DataError, match=r"s\.arrow: damaged: the checksum of sample a does"):
         reader.record(0)
 
 

@@ -78,7 +78,7 @@ def test_a_manifest_comes_back_and_its_id_stands_for_every_byte(tmp_path: Path) 
 
 
 @given(st.integers(0, 204), st.integers(1, 255))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_flipped_byte_is_found_and_its_file_named(position: int, flip: int) -> None:
     import tempfile
 

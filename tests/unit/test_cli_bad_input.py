@@ -94,7 +94,19 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
         2,
         ["pipeline", "4"],
     ),
+    "a micro-batch that holds nothing at this layout": (
+        lambda: None,
+        ["parallel.context=32", "parallel.processes=32", "sft.micro_batch_tokens=60"],
+        2,
+        ["sft.micro_batch_tokens=60", "at least 64"],
+    ),
     "a processes number that cannot be": (lambda: None, ["parallel.tensor=2"], 2, ["parallel.processes=2"]),
+    "FP8 without a GPU": (
+        lambda: None,
+        ["precision=bf16", "fp8.recipe=tensorwise"],
+        2,
+        ["fp8.recipe=tensorwise", "GPU", "drop the fp8 section"],
+    ),
     "another tokenizer": (
         lambda: edit_json("student/tokenizer.json", normalizer={"type": "NFC"})(),
         [],

@@ -55,7 +55,7 @@ def collect_errors(directories: list[Path]) -> list[str]:
         for directory in directories:
             arch = read_architecture(directory)
             try:
-                load_hf_weights(build_model(arch, parallel, "fp32"), arch, directory)
+                load_hf_weights(build_model(arch, parallel, "fp32")[0], arch, directory)
             except LopdError as error:
                 errors.append(f"{type(error).__name__}: {error}")
     return errors

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lopd.convert.mappings import (
-    RULES,
-    Layout,
-    canonical_name,
-    merge_parts,
-    split_parts,
-    tensor_maps,
-)
-from megatron_lopd.mcore.architecture import read_architecture
-from tests.model_zoo import FAMILIES, make_config
+from megatron_lopd.convert.mappings import RULES, Layout, merge_parts, split_parts
+from tests.model_zoo import FAMILIES
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     groups_per_rank=st.integers(1, 4),
     tp=st.integers(1, 4),
@@ -48,31 +38,5 @@ def test_qkv_order_is_per_group_its_queries_its_key_its_value() -> None:
     assert merge_parts(Layout.QKV, [query, key, value], groups=2).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
-def test_both_layer_specs_have_one_name(tmp_path: Path) -> None:
-    archs = {}
-    for family in FAMILIES:
-        make_config(family, tied=family == "qwen3").save_pretrained(tmp_path / family)
-        archs[family] = read_architecture(tmp_path / family)
-    cases = [
-        ("qwen3", "decoder.layers.0.input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-        ("qwen3", "decoder.layers.0.pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-        ("qwen3_moe", "decoder.layers.0.pre_mlp_layernorm.weight", "pre_mlp_layernorm.weight"),
-        (
-            "qwen3_moe",
-            "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight",
-            "mlp.experts.experts.3.linear_fc1.weight",
-        ),
-        (
-            "qwen3_moe",
-            "decoder.layers.0.mlp.experts.linear_fc2.weight3",
-            "mlp.experts.experts.3.linear_fc2.weight",
-        ),
-    ]
-    for family, native, expected in cases:
-        name = canonical_name(native, archs[family], first_layer=2)
-        assert name == f"decoder.layers.2.{expected}"
-        assert name in {item.megatron for item in tensor_maps(archs[family])}
-    tied_copy = canonical_name("output_layer.weight", archs["qwen3"], first_layer=2)
-    assert tied_copy == "embedding.word_embeddings.weight"
-    assert canonical_name("output_layer.weight", archs["llama"], first_layer=2) == "output_layer.weight"
+def test_every_family_has_a_table() -> None:
     assert set(RULES) == set(FAMILIES)

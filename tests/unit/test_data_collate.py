@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.data.collate import MicroBatch, collate
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
 from megatron_lopd.errors import DataError
 
@@ -30,7 +31,7 @@ def sample(index: int, prompt: int, response: int) -> Sample:
     return Sample(rollout, Score(rollout.sample_id, -2 * values, top_k))
 
 
-def check_against_oracle(batch: MicroBatch, samples: list[Sample], multiple: int) -> None:
+def check_against_oracle(batch: MicroBatch, samples: list[Sample], padding: Padding) -> None:
     """Walk the packed batch token by token and find each sample again."""
     start, row = 0, 0
     for index, one in enumerate(samples):
@@ -55,12 +56,14 @@ def check_against_oracle(batch: MicroBatch, samples: list[Sample], multiple: int
             assert batch.top_k_log_probs[row].tolist() == [-3 * token, -3 * token - 1, -3 * token - 2]
             assert batch.tail_log_probs[row] == -4 * float(token)
             row += 1
-        start += len(prompt) + len(response)
+        end = start + -(-(len(prompt) + len(response)) // padding.document) * padding.document
+        assert batch.position_ids[start:end].tolist() == list(range(end - start))
+        start = end
     assert row == len(batch.predict_index) == len(batch.response_tokens) == len(batch.loss_weights)
-    assert start == batch.num_tokens
+    assert batch.num_tokens == sum(len(one.rollout.prompt_tokens) for one in samples) + row
     assert len(batch.tokens) == len(batch.position_ids) == batch.cu_seqlens[-1]
-    assert len(batch.tokens) % multiple == 0
-    assert len(batch.tokens) - start < multiple
+    assert len(batch.tokens) % padding.total == 0
+    assert len(batch.tokens) - start < padding.total
     assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
     assert bool((batch.cu_seqlens.diff() > 0).all())
     assert torch.equal(batch.position_ids[start:], torch.arange(len(batch.tokens) - start))
@@ -69,10 +72,13 @@ def check_against_oracle(batch: MicroBatch, samples: list[Sample], multiple: int
 shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6)
 
 
-@given(shapes=shapes, multiple=st.integers(1, 16))
-def test_positions_tokens_and_log_probs_line_up(shapes: list[tuple[int, int]], multiple: int) -> None:
+@given(shapes=shapes, document=st.integers(1, 8), times=st.integers(1, 4))
+def test_positions_tokens_and_log_probs_line_up(
+    shapes: list[tuple[int, int]], document: int, times: int
+) -> None:
     samples = [sample(index, *shape) for index, shape in enumerate(shapes)]
-    check_against_oracle(collate(samples, "token_mean", multiple), samples, multiple)
+    padding = Padding(document, document * times)
+    check_against_oracle(collate(samples, "token_mean", padding), samples, padding)
 
 
 @given(shapes=shapes)
@@ -85,7 +91,8 @@ def test_loss_is_normalised_over_the_global_batch_however_it_is_split(shapes: li
     }
     for normalization, value in expected.items():
         for split in range(len(samples) + 1):
-            parts = [collate(part, normalization, 4) for part in (samples[:split], samples[split:])]
+            halves = (samples[:split], samples[split:])
+            parts = [collate(part, normalization, Padding(total=4)) for part in halves]
             total = sum(
                 float(part.loss_weights.double() @ part.response_tokens.double().cos()) for part in parts
             )
@@ -94,7 +101,7 @@ def test_loss_is_normalised_over_the_global_batch_however_it_is_split(shapes: li
 
 
 def test_an_empty_micro_batch_is_padding_alone() -> None:
-    batch = collate([], "sequence_mean", 8)
+    batch = collate([], "sequence_mean", Padding(total=8))
     assert batch.cu_seqlens.tolist() == [0, 8]
     assert batch.position_ids.tolist() == list(range(8))
     assert (batch.loss_count, batch.num_samples, batch.num_tokens, batch.max_seqlen) == (0, 0, 0, 8)
@@ -109,7 +116,7 @@ def test_an_empty_micro_batch_is_padding_alone() -> None:
 
 
 def test_dtypes() -> None:
-    batch = collate([sample(0, 2, 3)], "sequence_mean", 4)
+    batch = collate([sample(0, 2, 3)], "sequence_mean", Padding(total=4))
     int64 = (
         batch.tokens,
         batch.position_ids,
@@ -125,11 +132,11 @@ def test_dtypes() -> None:
 def test_unsampled_responses_have_no_log_probs_and_do_not_mix() -> None:
     sampled, other = sample(0, 2, 3), sample(1, 2, 3)
     text = Sample(replace(other.rollout, log_probs=None), score=None)
-    batch = collate([text], "sequence_mean", 1)
+    batch = collate([text], "sequence_mean", Padding())
     assert batch.behaviour_log_probs is None
     assert batch.teacher_log_probs is None
     with pytest.raises(DataError, match="sample-1 has no behaviour log-probs"):
-        collate([sampled, text], "sequence_mean", 1)
+        collate([sampled, text], "sequence_mean", Padding())
 
 
 def test_bad_samples_are_named() -> None:
@@ -138,10 +145,10 @@ def test_bad_samples_are_named() -> None:
     assert other.score is not None
     without_top_k = replace(other, score=replace(other.score, top_k=None))
     with pytest.raises(DataError, match="sample-1 does not have the 3 top-k scores"):
-        collate([good, without_top_k], "sequence_mean", 1)
+        collate([good, without_top_k], "sequence_mean", Padding())
     short = replace(good, score=Score(good.rollout.sample_id, np.zeros(2, dtype=np.float32)))
     with pytest.raises(DataError, match="sample-0 has 2 teacher log-probs for 3 response tokens"):
-        collate([short], "sequence_mean", 1)
+        collate([short], "sequence_mean", Padding())
     no_prompt = replace(good, rollout=replace(good.rollout, prompt_tokens=np.empty(0, dtype=np.int32)))
     with pytest.raises(DataError, match="sample-0: the prompt is empty"):
-        collate([no_prompt], "sequence_mean", 1)
+        collate([no_prompt], "sequence_mean", Padding())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_lopd.data.dataset import TrainingData, shard_name
+from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES
 from megatron_lopd.data.shards import write_shard
@@ -43,16 +44,19 @@ def test_scores_are_joined_by_id_and_not_by_position(tmp_path: Path) -> None:
     write_scores(tmp_path, "dbca")
     data = TrainingData(tmp_path, tmp_path)
     assert len(data) == 4
-    assert data.sample_ids == list("abcd")
+    assert list(data.sample_ids) == list("abcd")
     assert data.lengths.tolist() == [5, 3, 4, 7]
     for index, sample_id in enumerate("abcd"):
         sample = data.sample(index)
         assert sample.rollout.sample_id == sample_id
         assert sample.score is not None
         assert sample.score.log_probs.tolist() == [-ord(sample_id)] * LENGTHS[sample_id]
-    data.require_within(7)
+    data.require_within(7, Padding())
     with pytest.raises(DataError, match=r"rollouts-00001\.arrow: sample d has 7 tokens.*at least 7"):
-        data.require_within(6)
+        data.require_within(6, Padding())
+    data.require_within(12, Padding(4, 12))
+    with pytest.raises(DataError, match=r"sample d has 7 tokens, .* pads to 12, above .*=11: .* at least 12"):
+        data.require_within(11, Padding(4, 12))
 
 
 def test_without_scores(tmp_path: Path) -> None:
@@ -74,6 +78,14 @@ def test_scores_of_other_rollouts_are_refused(
     write_rollouts(tmp_path, ["ab", "c"])
     write_scores(tmp_path, scored, longer_by)
     with pytest.raises(DataError, match=message):
+        TrainingData(tmp_path, tmp_path)
+
+
+def test_rollouts_under_the_name_of_scores_are_refused(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, ["ab"])
+    (tmp_path / shard_name(ROLLOUTS, 0)).rename(tmp_path / shard_name(SCORES, 0))
+    write_rollouts(tmp_path, ["ab"])
+    with pytest.raises(DataError, match=r"scores-00000\.arrow: not a scores shard"):
         TrainingData(tmp_path, tmp_path)
 
 

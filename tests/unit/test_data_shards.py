@@ -4,12 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lopd.data.records import Rollout, Score
-from megatron_lopd.data.schemas import ROLLOUTS, SCORES
+from megatron_lopd.data import shards
+from megatron_lopd.data.columns import COMPAND_LIMIT, TOP_K_IDS, TOP_K_LOG_PROBS
+from megatron_lopd.data.records import Rollout, Score, TopK
+from megatron_lopd.data.schemas import ROLLOUTS, SCORES, kind_of, scores_kind
 from megatron_lopd.data.shards import RECORDS_PER_BATCH, ShardReader, write_shard
 from megatron_lopd.errors import DataError
 
@@ -18,11 +21,19 @@ def rollout(index: int, prompt: int = 3, response: int = 4, sampled: bool = True
     rng = np.random.default_rng(index)
     return Rollout(
         sample_id=f"prompt-é{index}/0",
-        prompt_tokens=rng.integers(0, 2**31 - 1, prompt, dtype=np.int32),
+        prompt_tokens=rng.integers(0, 2**24, prompt, dtype=np.int32),
         response_tokens=rng.integers(0, 200_000, response, dtype=np.int32),
         finish_reason="stop" if index % 2 else "length",
         log_probs=-rng.exponential(size=response).astype(np.float32) if sampled else None,
     )
+
+
+def score(index: int, response: int, top_k: int, vocabulary: int = 151_936) -> Score:
+    rng = np.random.default_rng(index)
+    log_probs = -rng.exponential(3, (response, top_k + 2)).astype(np.float32)
+    ids = rng.integers(0, vocabulary, (response, top_k), dtype=np.int32)
+    likeliest = TopK(ids, log_probs[:, 2:].copy(), log_probs[:, 1].copy()) if top_k else None
+    return Score(f"prompt-é{index}/0", log_probs[:, 0].copy(), likeliest)
 
 
 def assert_same(left: Rollout, right: Rollout) -> None:
@@ -37,25 +48,69 @@ def assert_same(left: Rollout, right: Rollout) -> None:
 
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.booleans()), min_size=1, max_size=30),
-    shards=st.integers(1, 3),
+    num_shards=st.integers(1, 3),
 )
 def test_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, int, bool]], shards: int
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, int, bool]], num_shards: int
 ) -> None:
     directory = tmp_path_factory.mktemp("shards")
     records = [rollout(index, *shape) for index, shape in enumerate(shapes)]
-    parts = [part for part in np.array_split(np.arange(len(records)), shards) if len(part)]
+    parts = [part for part in np.array_split(np.arange(len(records)), num_shards) if len(part)]
     paths = [directory / f"{number}.arrow" for number in range(len(parts))]
     for path, part in zip(paths, parts, strict=True):
         assert write_shard(path, ROLLOUTS, (records[index] for index in part)) == len(part)
     reader = ShardReader(ROLLOUTS, paths)
-    assert reader.sample_ids == [record.sample_id for record in records]
+    assert list(reader.sample_ids) == [record.sample_id for record in records]
     assert reader.lengths("prompt_tokens").tolist() == [len(record.prompt_tokens) for record in records]
     for index in reversed(range(len(records))):
         assert reader.position(records[index].sample_id) == index
         assert_same(reader.record(index), records[index])
     with pytest.raises(IndexError):
         reader.record(len(records))
+
+
+@given(
+    top_k=st.integers(1, 9),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    vocabulary=st.sampled_from([2, 1 << 16, 1 << 18, 1 << 20, 1 << 24]),
+)
+def test_top_k_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, top_k: int, lengths: list[int], vocabulary: int
+) -> None:
+    path = tmp_path_factory.mktemp("scores") / "s.arrow"
+    records = [score(index, length, top_k, vocabulary) for index, length in enumerate(lengths)]
+    records[0].top_k.ids[0, 0] = vocabulary - 1
+    write_shard(path, scores_kind(top_k), records)
+    # Two low bytes and as many bits as the largest id of a sample needs, and a byte to say how many.
+    high_bits = {1 << 18: 2, 1 << 20: 4, 1 << 24: 8}.get(vocabulary, 0)
+    count = lengths[0] * top_k
+    assert len(TOP_K_IDS.encode(records[0].top_k.ids)) == 2 * count + -(-count * high_bits // 8) + 1
+    reader = ShardReader(kind_of(path), [path])
+    assert reader.lengths("log_probs").tolist() == lengths
+    assert reader.max_token == max(int(record.top_k.ids.max()) for record in records)
+    for index, expected in enumerate(records):
+        read = reader.record(index)
+        assert read.sample_id == expected.sample_id
+        np.testing.assert_array_equal(read.log_probs, expected.log_probs)
+        np.testing.assert_array_equal(read.top_k.tail_log_probs, expected.top_k.tail_log_probs)
+        np.testing.assert_array_equal(read.top_k.ids, expected.top_k.ids)
+        assert (read.top_k.ids.dtype, read.top_k.log_probs.dtype) == (np.int32, np.float32)
+        error = np.abs(read.top_k.log_probs.astype(np.float64) - expected.top_k.log_probs)
+        assert (error <= 8.9e-5 * (0.1 - expected.top_k.log_probs)).all()  # what columns.py states
+
+
+def test_sixteen_bits_of_a_log_prob_are_within_the_stated_bound() -> None:
+    # From below the finest step to the limit, with both ends.
+    log_probs = -np.concatenate([[0.0], np.geomspace(1e-9, COMPAND_LIMIT, 500_000)]).astype(np.float32)
+    encoded = np.frombuffer(TOP_K_LOG_PROBS.encode(log_probs), dtype=np.uint8)
+    decoded = TOP_K_LOG_PROBS.decode(encoded)
+    assert decoded.max() <= 0
+    assert decoded[-1] == -COMPAND_LIMIT
+    error = np.abs(decoded.astype(np.float64) - log_probs)
+    assert (error <= 8.9e-5 * (0.1 - log_probs.astype(np.float64))).all()
+    weighted = error * np.exp(log_probs.astype(np.float64))
+    half = np.abs(log_probs.astype(np.float16).astype(np.float64) - log_probs)
+    assert weighted.max() <= 3.6e-5 < 1.7e-4 < (half * np.exp(log_probs.astype(np.float64))).max()
 
 
 def test_several_batches_in_a_shard_and_the_same_bytes_again(tmp_path: Path) -> None:
@@ -68,13 +123,26 @@ def test_several_batches_in_a_shard_and_the_same_bytes_again(tmp_path: Path) -> 
 
 
 def test_bytes_a_response_token(tmp_path: Path) -> None:
-    records = [rollout(index, prompt=50, response=400) for index in range(RECORDS_PER_BATCH)]
+    """All that is on disk, at half the length that a reasoning model's answers have."""
+    records = [rollout(index, prompt=150, response=800) for index in range(256)]
+    scores = [score(index, 800, 64) for index in range(256)]
     write_shard(tmp_path / "r.arrow", ROLLOUTS, records)
-    write_shard(tmp_path / "s.arrow", SCORES, (Score(r.sample_id, r.log_probs) for r in records))
-    total = sum((tmp_path / name).stat().st_size for name in ("r.arrow", "s.arrow"))
-    # 12 bytes for each response token and 4 for each prompt token; what a record costs beside them
-    # (ids, offsets, finish reason, twice) is bounded apart, for it does not grow with the response.
-    assert total - len(records) * (400 * 12 + 50 * 4) <= 128 * len(records)
+    write_shard(tmp_path / "s.arrow", SCORES, (replace(each, top_k=None) for each in scores))
+    write_shard(tmp_path / "k.arrow", scores_kind(64), scores[:32])
+    size = {name: (tmp_path / f"{name}.arrow").stat().st_size for name in "rsk"}
+    assert (size["r"] + size["s"]) / (256 * 800) <= 12
+    assert size["r"] / (256 * 800) + size["k"] / (32 * 800) <= 300
+
+
+def test_large_records_are_cut_into_batches_by_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "BYTES_PER_BATCH", 5000)
+    records = [rollout(index, response=400) for index in range(7)]  # 2.8 kB each
+    write_shard(tmp_path / "r.arrow", ROLLOUTS, records)
+    assert pa.ipc.open_file(tmp_path / "r.arrow").num_record_batches == 4
+    for record, expected in zip(ShardReader(ROLLOUTS, [tmp_path / "r.arrow"]), records, strict=True):
+        assert_same(record, expected)
 
 
 BAD = {
@@ -85,7 +153,11 @@ BAD = {
     "float64": ({"log_probs": np.zeros(4)}, "float64, not float32"),
     "empty response": ({"response_tokens": np.empty(0, dtype=np.int32)}, "the response is empty"),
     "empty prompt": ({"prompt_tokens": np.empty(0, dtype=np.int32)}, "the prompt is empty"),
-    "negative": ({"prompt_tokens": np.array([4, -1], dtype=np.int32)}, "prompt token 1 is -1"),
+    "beyond 24 bits": ({"response_tokens": np.full(4, 1 << 24, np.int32)}, "response token 0 is 16777216"),
+    "negative": (
+        {"prompt_tokens": np.array([4, -1], dtype=np.int32)},
+        "prompt token 1 is -1: ids must be from 0",
+    ),
     "int64": ({"response_tokens": np.arange(4)}, "int64, not int32"),
     "finish reason": ({"finish_reason": "eos"}, "finish_reason is 'eos'"),
 }
@@ -98,6 +170,53 @@ def test_a_bad_record_is_refused_on_write_and_leaves_no_file(tmp_path: Path, nam
     with pytest.raises(DataError, match=f"r.arrow: sample prompt-é1/0: .*{message}"):
         write_shard(tmp_path / "r.arrow", ROLLOUTS, records)
     assert list(tmp_path.iterdir()) == []
+
+
+def with_top_k(ids: object = None, log_probs: object = None, tail: object = None) -> Score:
+    good = score(1, 4, 3)
+    changes = {"ids": ids, "log_probs": log_probs, "tail_log_probs": tail}
+    return replace(good, top_k=replace(good.top_k, **{k: v for k, v in changes.items() if v is not None}))
+
+
+TOP_K = np.full((4, 3), -1, dtype=np.float32)
+BAD_SCORES = {
+    "no top k": (replace(score(1, 4, 3), top_k=None), "there is no top k, and the shard's is 3"),
+    "another k": (score(1, 4, 2), r"ids are \(4, 2\) .* = \(4, 3\)"),
+    "lengths": (replace(score(1, 4, 3), log_probs=TOP_K[:2, 0].copy()), r"ids are \(4, 3\) .* = \(2, 3\)"),
+    "tail length": (with_top_k(tail=TOP_K[:2, 0].copy()), "2 tail log-probs for 4 log-probs"),
+    "tail": (with_top_k(tail=np.float32([-1, -np.inf, -1, -1])), "tail log-prob 1 of 4 is -inf"),
+    "nan": (with_top_k(log_probs=TOP_K * np.nan), "top-k log-prob 0 of 12 is nan"),
+    "positive": (with_top_k(log_probs=-TOP_K), "top-k log-prob 0 of 12 is 1.0"),
+    "too low": (with_top_k(log_probs=TOP_K * 10001), "top-k log-prob 0 of 12 is -10001.0.*not below -10000"),
+    "int64": (with_top_k(ids=np.zeros((4, 3), dtype=np.int64)), "top-k ids are int64, not int32"),
+    "negative": (with_top_k(ids=np.full((4, 3), -1, dtype=np.int32)), "top-k id 0 is -1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCORES)
+def test_a_bad_score_is_refused_on_write(tmp_path: Path, name: str) -> None:
+    bad, message = BAD_SCORES[name]
+    with pytest.raises(DataError, match=f"s.arrow: sample prompt-é1/0: .*{message}"):
+        write_shard(tmp_path / "s.arrow", scores_kind(3), [score(0, 4, 3), bad])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_beyond_the_vocabulary_is_found_from_the_index(tmp_path: Path) -> None:
+    ids = [[5], [7, 100], [99]]
+    records = [
+        replace(rollout(i), prompt_tokens=np.int32([1]), response_tokens=np.int32(each), log_probs=None)
+        for i, each in enumerate(ids)
+    ]
+    write_shard(tmp_path / "r.arrow", ROLLOUTS, records)
+    reader = ShardReader(ROLLOUTS, [tmp_path / "r.arrow"])
+    reader.require_vocabulary(101)
+    with pytest.raises(DataError, match=r"r\.arrow: sample prompt-é1/0 has token 100, beyond .* of 100"):
+        reader.require_vocabulary(100)
+    write_shard(tmp_path / "s.arrow", scores_kind(2), [score(0, 4, 2, 50), score(1, 4, 2, 9)])
+    scores = ShardReader(scores_kind(2), [tmp_path / "s.arrow"])
+    scores.require_vocabulary(50)
+    with pytest.raises(DataError, match=r"s\.arrow: sample prompt-é0/0 has token \d+, beyond .* of 9"):
+        scores.require_vocabulary(9)
 
 
 def test_a_bad_record_that_got_into_a_file_is_refused_on_read(tmp_path: Path) -> None:
@@ -126,7 +245,13 @@ def test_repeated_and_absent_samples(tmp_path: Path) -> None:
 
 def test_another_kind_or_version_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.arrow", SCORES, [Score("a", np.zeros(1, dtype=np.float32))])
-    with pytest.raises(DataError, match=r"s\.arrow: not a rollouts shard of version 1"):
+    with pytest.raises(DataError, match=r"s\.arrow: not a rollouts shard of version 2"):
         ShardReader(ROLLOUTS, [tmp_path / "s.arrow"])
-    with pytest.raises(DataError, match=r"s\.arrow: not a scores shard of version 2"):
-        ShardReader(replace(SCORES, version=2), [tmp_path / "s.arrow"])
+    with pytest.raises(DataError, match=r"s\.arrow: not a scores shard of version 3 with top_k 0"):
+        ShardReader(replace(SCORES, version=3), [tmp_path / "s.arrow"])
+    write_shard(tmp_path / "k.arrow", scores_kind(4), [score(0, 3, 4)])
+    with pytest.raises(DataError, match=r"k\.arrow: not a scores shard of version 2 with top_k 0"):
+        ShardReader(SCORES, [tmp_path / "s.arrow", tmp_path / "k.arrow"])
+    (tmp_path / "other.arrow").write_bytes(b"text")
+    with pytest.raises(DataError, match=r"other\.arrow: not a shard"):
+        kind_of(tmp_path / "other.arrow")

@@ -23,6 +23,7 @@ QWEN3 = {
     "vocab_size": 101,
     "tie_word_embeddings": True,
 }
+QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 9}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -101,12 +102,35 @@ def test_refuses_a_file_that_is_no_config(tmp_path: Path, content: str | None) -
         ({}, ParallelConfig(tensor=4, processes=4), "num_key_value_heads=2: set parallel.tensor to 1 or 2"),
         ({}, ParallelConfig(tensor=3, processes=3), "num_attention_heads=8: set parallel.tensor to 1 or 2"),
         ({}, ParallelConfig(pipeline=4, processes=4), "=6: set parallel.pipeline to 1 or 2 or 3 or 6"),
+        (
+            {},
+            ParallelConfig(pipeline=3, virtual_pipeline=3, processes=3),
+            "2 layers of a pipeline rank (num_hidden_layers=6, parallel.pipeline=3): set "
+            "parallel.virtual_pipeline to 1 or 2",
+        ),
         ({"intermediate_size": 95}, ParallelConfig(tensor=2, processes=2), "intermediate_size=95"),
         ({"vocab_size": 1}, ParallelConfig(tensor=2, processes=2), "vocab_size=1: set parallel.tensor to 1"),
         (
             {"model_type": "qwen3_moe"},
             ParallelConfig(tensor=2, processes=2, sequence=False),
             "set parallel.sequence to true",
+        ),
+        ({}, ParallelConfig(expert=2, processes=2), "a qwen3 model has none: set parallel.expert to 1"),
+        ({}, ParallelConfig(expert_tensor=2, processes=2), "leave parallel.expert_tensor empty"),
+        (
+            QWEN3_MOE,
+            ParallelConfig(expert=4, processes=4),
+            "num_experts=6: set parallel.expert to 1 or 2 or 3 or 6",
+        ),
+        (
+            QWEN3_MOE,
+            ParallelConfig(expert_tensor=2, processes=2),
+            "moe_intermediate_size=9: set parallel.expert_tensor to 1 or 3 or 9",
+        ),
+        (
+            QWEN3_MOE,
+            ParallelConfig(tensor=2, processes=2),
+            "moe_intermediate_size=9: set parallel.expert_tensor to 1 or 3 or 9",
         ),
     ],
 )
@@ -118,12 +142,20 @@ def test_a_bad_layout_says_which_number_to_change_and_to_what(
     assert message in str(refusal.value)
 
 
-def test_too_few_processes_are_refused() -> None:
+def test_experts_alone_need_to_divide_by_their_own_tensor_size(tmp_path: Path) -> None:
+    arch = read_architecture(write(tmp_path, **QWEN3_MOE))
+    check_layout(arch, ParallelConfig(tensor=2, expert=3, expert_tensor=1, processes=6))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (ParallelConfig(tensor=2, pipeline=2, processes=4), "2 x 1 x 2 needs a multiple of 4 processes"),
+        (ParallelConfig(tensor=2, expert=3, processes=6), "= 2 x 3 x 1 needs a multiple of 6 processes"),
+    ],
+)
+def test_too_few_processes_are_refused(parallel: ParallelConfig, message: str) -> None:
     from megatron_lopd.mcore.parallel import model_parallel
 
-    parallel = ParallelConfig(tensor=2, pipeline=2, processes=4)
-    with (
-        pytest.raises(ConfigError, match="2 x 2 needs a multiple of 4 processes, not 1"),
-        model_parallel(parallel, 0),
-    ):
+    with pytest.raises(ConfigError, match=message), model_parallel(parallel, 0):
         pass

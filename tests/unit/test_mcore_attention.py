@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer import TransformerConfig
 
-from megatron_lopd.mcore.attention import bucketed_attention
+from megatron_lopd.mcore.attention import Spans, bucketed_attention, spans_of
 from megatron_lopd.mcore.norm import RMSNorm
 
 
@@ -22,7 +22,7 @@ def one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(any))
 def test_packed_equals_separate(lengths: list[int]) -> None:
     total, kv_heads, heads, dim = sum(lengths), 2, 4, 6
@@ -33,7 +33,8 @@ def test_packed_equals_separate(lengths: list[int]) -> None:
     )
     upstream = torch.randn(total, heads, dim, generator=generator, dtype=torch.float64)
     cu_seqlens = tuple(itertools.accumulate(lengths, initial=0))
-    packed = bucketed_attention(q, k, v, cu_seqlens, 0.3)
+    starts = torch.tensor(cu_seqlens, dtype=torch.int32)
+    packed = bucketed_attention(q, k, v, spans_of(starts, max(lengths), 1, 0), 0.3)
     spans = [slice(a, b) for a, b in itertools.pairwise(cu_seqlens)]
     separate = torch.cat([one_document(q[s], k[s], v[s], 0.3) for s in spans])
     # fp64 rounding.
@@ -44,6 +45,40 @@ def test_packed_equals_separate(lengths: list[int]) -> None:
         rtol=1e-9,
         atol=1e-10,
     )
+
+
+@settings(max_examples=40)
+@given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=6), size=st.integers(2, 4))
+def test_context_parallel_ranks_make_up_the_whole(chunks: list[int], size: int) -> None:
+    """Each rank's queries against the keys of all ranks, in the order that gathering them gives."""
+    lengths = torch.tensor(chunks) * 2 * size
+    total, kv_heads, heads, dim = int(lengths.sum()), 2, 4, 6
+    generator = torch.Generator().manual_seed(total)
+    q, k, v = (
+        torch.randn(total, n, dim, generator=generator, dtype=torch.float64)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    longest = int(lengths.max())
+    whole = bucketed_attention(q, k, v, Spans(cu_seqlens, cu_seqlens, longest, longest), 0.3)
+    owned = []  # positions of each rank, chunk by chunk
+    for rank in range(size):
+        places = [
+            torch.arange(start, start + length).chunk(2 * size)[number]
+            for start, length in zip(cu_seqlens.tolist(), lengths.tolist(), strict=False)
+            for number in (rank, 2 * size - 1 - rank)
+        ]
+        owned.append(torch.cat(places))
+    gathered = torch.cat(owned)
+    for rank, mine in enumerate(owned):
+        spans = spans_of(cu_seqlens, longest, size, rank)
+        assert spans.max_q == spans.cu_seqlens_q.diff().max()
+        assert spans.max_k == spans.cu_seqlens_k.diff().max()
+        assert {spans.cu_seqlens_q.dtype, spans.cu_seqlens_k.dtype} == {torch.int32}
+        assert spans.key_index is not None
+        here = gathered[spans.key_index]
+        out = bucketed_attention(q[mine], k[here], v[here], spans, 0.3)
+        torch.testing.assert_close(out, whole[mine], rtol=1e-10, atol=1e-10)  # fp64 rounding
 
 
 def test_rms_norm_normalises_in_fp32() -> None:

@@ -58,7 +58,7 @@ def gradients(result: ResponseLogProbs, hidden: Tensor, weight: Tensor) -> tuple
     return torch.autograd.grad(outputs, (hidden, weight), upstream(result))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(0, 9),
     beside_the_ids=st.integers(1, 8),
@@ -93,7 +93,7 @@ def test_equals_log_softmax_forward_and_backward(
     assert our_gradients[1][vocab:].count_nonzero() == 0
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     rows=st.integers(1, 3),
     k=st.integers(0, 3),

@@ -193,7 +193,7 @@ def test_every_string_is_escaped() -> None:
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # any text: more than one font holds
 @given(text=st.text(max_size=40), status=st.sampled_from(["proved", "declared", "overridden"]))
-@settings(max_examples=15, deadline=None)  # a figure takes 0.1 s
+@settings(max_examples=15)  # a figure takes 0.1 s
 def test_any_text_gives_a_well_formed_lineage(text: str, status: str) -> None:
     root = ET.fromstring(lineage_figure(graph(status, text)))
     assert "script" not in {element.tag for element in root.iter()}
@@ -252,7 +252,7 @@ def test_bad_graph_is_named(nodes: str, edges: list[str], message: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_layout_points_down_and_never_overlaps(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 8))
     pairs = [(p, c) for c in range(count) for p in range(c)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from gloo import RankError, run_ranks
 from megatron_lopd.config import OptimizerConfig, Sampling
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan
-from megatron_lopd.data.records import Rollout
-from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.data.records import Rollout, Score, TopK
+from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import write_shard
-from tests.training_zoo import hf_log_probs, make_root, train
+from megatron_lopd.objectives import TokenLogProbs
+from megatron_lopd.training.preflight import Agreement, Preflight
+from tests.training_zoo import VOCABULARY, hf_log_probs, make_root, train
 
 STEPS = 5
 OPTIMIZER = OptimizerConfig(lr=3e-3, schedule="linear", warmup_steps=2, weight_decay=0.3, clip_grad=0.7)
@@ -90,8 +93,6 @@ def test_metrics_of_a_first_step_on_rollouts_of_the_model_itself(tmp_path: Path)
 
 
 def test_preflight_passes_its_own_rollouts_and_refuses_shifted_ones(tmp_path: Path) -> None:
-    from megatron_lopd.training.preflight import Preflight
-
     def options(**sampling: Any) -> dict[str, Any]:
         # fp32 against fp32: anything above rounding is a mistake.
         return {"steps": 1, "preflight": Preflight(16, 1e-4, Sampling(**sampling))}
@@ -113,6 +114,24 @@ def test_preflight_passes_its_own_rollouts_and_refuses_shifted_ones(tmp_path: Pa
         run_ranks(1, _train, root, {"work": "shifted", **options(temperature=0.7)})
 
 
+def test_preflight_reports_percentiles_and_leaves_no_trace(tmp_path: Path) -> None:
+    """Forward alone: no gradients, except to let delayed FP8 scaling find its scales first."""
+    root = make_root(tmp_path)
+    ((_, plain),) = run_ranks(1, _watch_preflight, root, {"work": "none", "steps": 2})
+    for finds_scales in (False, True):
+        preflight = Preflight(16, 1e-4, Sampling(), finds_scales)
+        options = {"work": f"scales-{finds_scales}", "steps": 2, "preflight": preflight}
+        ((calls, weights),) = run_ranks(1, _watch_preflight, root, options)
+        assert calls == [(True, False)] * finds_scales + [(False, False)], "(gradients, training mode)"
+        assert weights == plain
+
+    difference = torch.cat([torch.zeros(990), torch.full((9,), 0.5), torch.tensor([2.0])])
+    for drop, expected in ((0, 0.0), (1, 0.5)):
+        tokens = TokenLogProbs(-difference[drop:], None, torch.zeros(1000 - drop))
+        agreement = Agreement()
+        assert agreement.metrics(tokens, agreement.token_loss(tokens)) == {"p99": expected, "max": 2.0}
+
+
 def test_bad_jobs_are_refused_before_a_step(tmp_path: Path) -> None:
     root = make_root(tmp_path, samples=4)
     with pytest.raises(RankError, match="micro_batch_tokens=8: raise it to at least"):
@@ -120,6 +139,55 @@ def test_bad_jobs_are_refused_before_a_step(tmp_path: Path) -> None:
     late = {"steps": None, "epochs": 0.1, "optimizer": OptimizerConfig(warmup_steps=6)}
     with pytest.raises(RankError, match=r"warmup_steps=6 is not below the run's"):
         run_ranks(1, _train, root, late)
+    scores = [sample.score for sample in map(TrainingData(root / "data", root / "data").sample, range(4))]
+    beyond = []
+    for score in scores:
+        likeliest = np.full((len(score.log_probs), 1), VOCABULARY, dtype=np.int32)
+        top_k = TopK(likeliest, score.log_probs[:, None], score.log_probs)
+        beyond.append(Score(score.sample_id, score.log_probs, top_k))
+    write_shard(root / "data" / "scores-00000.arrow", scores_kind(1), beyond)
+    with pytest.raises(RankError, match=r"scores-00000\.arrow: sample sample-0 has token 67, .* of 67"):
+        run_ranks(1, _train, root, {})
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _on_a_known_gpu, make_root(tmp_path))
+    assert len(found) == 2
+    for mfu, expected in found:
+        assert mfu == pytest.approx(expected, rel=1e-12)  # the same numbers, in fp64
+
+
+def _on_a_known_gpu(root: Path) -> list[tuple[float, float]]:
+    """(mfu of a step, and what it should be) as if this CPU had a peak of 1 GFLOP/s."""
+    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.mcore.flops import step_flops
+    from megatron_lopd.training import loop
+
+    loop.peak_flops = lambda gpu: 1e9
+    train(root, "known", steps=2)
+    arch, data = read_architecture(root / "model"), TrainingData(root / "data", root / "data")
+    lines = (root / "known" / "metrics.jsonl").read_text().splitlines()
+    found = []
+    for number, step in enumerate(map(json.loads, lines)):
+        lengths = data.lengths[BatchPlan(40, 16, 0).samples(number)].tolist()
+        flops = step_flops(arch, lengths, step["response_tokens"])
+        found.append((step["mfu"], flops / step["seconds"] / 1e9))
+    return found
+
+
+def _watch_preflight(root: Path, options: dict[str, Any]) -> Any:
+    """(whether gradients were on, whether the model was in training mode) of each pass, and the weights."""
+    from megatron_lopd.training import preflight
+
+    calls: list[tuple[bool, bool]] = []
+    forward = preflight.run_micro_batches
+
+    def watched(chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((torch.is_grad_enabled(), chunks[0].training))
+        return forward(chunks, *args, **kwargs)
+
+    preflight.run_micro_batches = watched
+    return calls, train(root, **options)[2]
 
 
 def _train(root: Path, options: dict[str, Any]) -> Any:

@@ -1,0 +1,74 @@
+"""Experts over the ranks: what Megatron-Core is told of them, and which part of them a rank holds.
+
+The ranks of a pipeline stage are cut twice: tensor x context x data for all other weights, and expert
+tensor x expert x expert data for the experts'. Every rank routes its own tokens, sends each to the ranks
+of its experts, and gets the results back. No token is dropped and no loss is put on the routing, so
+what a token becomes does not depend on the others, those of the padding included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.mcore import compat
+from megatron_lopd.mcore.architecture import Architecture
+
+
+def moe_options(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    """TransformerConfig's fields for the experts of `arch`; none for a dense model."""
+    if arch.experts is None:
+        return {}
+    return {
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+        "num_moe_experts": arch.experts.count,
+        "moe_router_topk": arch.experts.top_k,
+        "moe_ffn_hidden_size": arch.experts.ffn_size,
+        "moe_router_pre_softmax": not arch.experts.normalize_top_k,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": compat.has_transformer_engine(),
+    }
+
+
+def first_expert(arch: Architecture) -> int:
+    """The 0-based global index of this rank's expert 0; 0 for a dense model."""
+    count = arch.experts.count if arch.experts else 0
+    per_rank: int = count // parallel_state.get_expert_model_parallel_world_size()
+    rank: int = parallel_state.get_expert_model_parallel_rank()
+    return per_rank * rank
+
+
+def mark_expert_weights(model: GPTModel) -> None:
+    """Give the experts' weights the attributes that decide how they are split, reduced and counted.
+
+    `allreduce` False puts them on the expert data parallel ranks. Megatron-Core does so only at
+    expert parallel sizes above 1, where an expert tensor size other than the dense one needs it too; and
+    with it everywhere, optimizer checkpoints have one form at every layout. The partition attributes are
+    those of Megatron-Core's linear layers, which Transformer Engine's grouped ones do not have.
+    """
+    for name, weight in model.named_parameters():
+        if ".mlp.experts." in name:
+            is_input = ".linear_fc1." in name
+            weight.allreduce = False
+            weight.tensor_model_parallel = True
+            weight.partition_dim = 0 if is_input else 1
+            weight.partition_stride = 2 if is_input else 1  # [gate; up]
+
+
+def tensor_split(weight: Any) -> tuple[int, int]:
+    """(this rank's place, size) of the group that splits `weight`: experts have one of their own."""
+    if getattr(weight, "allreduce", True):
+        return (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+    return (
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )

@@ -1,0 +1,37 @@
+"""For all tests: hypothesis without a clock, and tests/gpu only when it is named (`make test-gpu`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A machine that others use as well may take any time.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where tests/gpu runs: cpu runs the part that needs no GPU, at small sizes, to find typos",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path == GPU_TESTS and not _named(config) else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not _named(config):
+        terminalreporter.write_line("tests/gpu not collected: it needs an NVIDIA GPU (make test-gpu)")
+
+
+def _named(config: pytest.Config) -> bool:
+    paths = (Path(argument.partition("::")[0]).resolve() for argument in config.args)
+    return any(path == GPU_TESTS or GPU_TESTS in path.parents for path in paths)

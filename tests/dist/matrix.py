@@ -1,0 +1,189 @@
+"""What the matrix of layouts trains: the table of layouts, tiny models, samples, and five steps in a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from steps import Trained, train_steps
+
+from megatron_lopd.config import OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_lopd.data.records import Rollout, Sample, Score, TopK
+from tests.model_zoo import make_model_dir
+from tests.training_zoo import VOCABULARY
+
+STEPS = 5
+CLIP = 0.1  # below every gradient norm here
+SAMPLES, BATCH, K = 20, 8, 3
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {"family": "qwen3", "tied": True},
+    "untied, with bias": {"family": "qwen2"},
+    "experts": {"family": "qwen3_moe"},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One column of the matrix; `tokens` is the token budget of a micro-batch, which decides the packing."""
+
+    parallel: ParallelConfig
+    models: tuple[str, ...] = ("tied",)
+    tokens: int = 64
+
+
+ALL = tuple(MODELS)
+DENSE = ("tied", "untied, with bias")
+EXPERTS = ("experts",)
+
+# Data parallelism always comes with the distributed optimizer, and with its communication overlapped.
+LAYOUTS: dict[str, Layout] = {
+    "one process": Layout(ParallelConfig(), ALL),
+    "micro-batches of 24 tokens": Layout(ParallelConfig(), tokens=24),
+    "micro-batches of 200 tokens": Layout(ParallelConfig(), ("tied", "experts"), tokens=200),
+    "recompute selective": Layout(ParallelConfig(recompute="selective")),
+    "recompute full": Layout(ParallelConfig(recompute="full"), ALL),
+    "TP2": Layout(ParallelConfig(tensor=2, sequence=False, processes=2), ("untied, with bias",)),
+    "TP2 + SP": Layout(ParallelConfig(tensor=2, processes=2), ALL),
+    "TP2 + SP, recompute full": Layout(ParallelConfig(tensor=2, recompute="full", processes=2)),
+    "PP2": Layout(ParallelConfig(pipeline=2, processes=2), DENSE),
+    "PP2 + VPP2": Layout(
+        ParallelConfig(pipeline=2, virtual_pipeline=2, processes=2), ("tied", "experts"), tokens=32
+    ),
+    "CP2": Layout(ParallelConfig(context=2, processes=2), ("tied", "experts")),
+    "CP2, recompute selective": Layout(ParallelConfig(context=2, recompute="selective", processes=2)),
+    "DP2, distributed optimizer": Layout(ParallelConfig(processes=2), ALL),
+    "EP2": Layout(ParallelConfig(expert=2, processes=2), EXPERTS),
+    "ETP2": Layout(ParallelConfig(expert_tensor=2, processes=2), EXPERTS),
+    "TP2, ETP1": Layout(ParallelConfig(tensor=2, expert_tensor=1, processes=2), EXPERTS),
+    "CP2 x EP2": Layout(ParallelConfig(context=2, expert=2, processes=2), EXPERTS),
+    "DP4": Layout(ParallelConfig(processes=4)),
+    "TP2 x DP2": Layout(ParallelConfig(tensor=2, processes=4)),
+    "TP2 x PP2": Layout(ParallelConfig(tensor=2, pipeline=2, processes=4), ("untied, with bias",)),
+    "TP2 x CP2": Layout(ParallelConfig(tensor=2, context=2, processes=4), ("untied, with bias",)),
+    "CP4": Layout(ParallelConfig(context=4, processes=4)),
+    "PP2 x CP2": Layout(ParallelConfig(pipeline=2, context=2, processes=4)),
+    "PP2 + VPP2 x DP2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, processes=4)),
+    "PP4": Layout(ParallelConfig(pipeline=4, processes=4)),
+    "TP2 x PP2 + VPP2": Layout(ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, processes=4)),
+    "EP2 x DP2": Layout(ParallelConfig(expert=2, processes=4), EXPERTS),
+    "TP2 x EP2, ETP1": Layout(
+        ParallelConfig(tensor=2, expert=2, expert_tensor=1, processes=4), EXPERTS
+    ),
+    "EP4": Layout(ParallelConfig(expert=4, processes=4), EXPERTS),
+    "TP2 x EP2, ETP2": Layout(ParallelConfig(tensor=2, expert=2, processes=4), EXPERTS),
+    "PP2 x EP2": Layout(ParallelConfig(pipeline=2, expert=2, processes=4), EXPERTS),
+}
+
+Runs = dict[tuple[str, str, str], Trained]  # layout, model, objective
+
+
+def make_models(root: Path) -> Path:
+    """A directory for each of MODELS, below `root`; four layers, so that two stages of two chunks go in."""
+    for name, options in MODELS.items():
+        make_model_dir(root / name, vocab_size=VOCABULARY, num_hidden_layers=4, **options)
+    return root
+
+
+class Samples:
+    """In TrainingData's place: random rollouts, scored by a teacher of random distributions."""
+
+    def __init__(self) -> None:
+        self.samples = [_sample(number) for number in range(SAMPLES)]
+        self.lengths = np.array(
+            [len(s.rollout.prompt_tokens) + len(s.rollout.response_tokens) for s in self.samples]
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+def _sample(number: int) -> Sample:
+    rng = np.random.default_rng(number)
+    prompt = rng.integers(1, VOCABULARY, rng.integers(1, 9), dtype=np.int32)
+    response = rng.integers(1, VOCABULARY, rng.integers(1, 14), dtype=np.int32)
+    behaviour = -rng.uniform(1, 4, len(response)).astype(np.float32)
+    teacher = torch.from_numpy(rng.normal(size=(len(response), VOCABULARY))).log_softmax(-1)
+    chosen = torch.from_numpy(response.astype(np.int64))[:, None]
+    likeliest = teacher.topk(K)
+    others = teacher.scatter(1, likeliest.indices, -torch.inf).scatter(1, chosen, -torch.inf)
+    top_k = TopK(
+        likeliest.indices.numpy().astype(np.int32),
+        likeliest.values.numpy().astype(np.float32),
+        others.logsumexp(-1).numpy().astype(np.float32),
+    )
+    score = Score(str(number), teacher.gather(1, chosen)[:, 0].numpy().astype(np.float32), top_k)
+    return Sample(Rollout(str(number), prompt, response, "stop", behaviour), score)
+
+
+# ---- in the ranks
+
+
+def train_layouts(root: Path, names: list[str]) -> Runs:
+    """Every layout of `names` one after another, each with its models and all objectives."""
+    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.objectives import OBJECTIVES
+
+    runs = {}
+    for name in names:
+        layout = LAYOUTS[name]
+        with model_parallel(layout.parallel, seed=0) as ranks:
+            for model in layout.models:
+                for objective in OBJECTIVES:
+                    runs[name, model, objective] = _train(root / model, layout, ranks, objective)
+    return runs
+
+
+def train_in_small_buckets(root: Path, names: list[str]) -> Runs:
+    """`train_layouts` with a bucket for every weight: as many reductions and gathers at once as there can be."""
+    from functools import partial
+
+    from megatron_lopd.mcore import optimizer
+
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=1)
+    return train_layouts(root, names)
+
+
+def train_with_scores_of_other_tokens(root: Path, name: str) -> Runs:
+    """`train_layouts` of `name`, a context parallel layout, with the first of the scores in place of its own."""
+    from dataclasses import replace
+
+    from megatron_lopd.training import step
+
+    slice_rightly = step.slice_micro_batch
+
+    def slice_wrongly(batch: Any, size: int, rank: int) -> Any:
+        part = slice_rightly(batch, size, rank)
+        return replace(part, teacher_log_probs=batch.teacher_log_probs[: len(part.teacher_log_probs)])
+
+    step.slice_micro_batch = slice_wrongly
+    return train_layouts(root, [name])
+
+
+def _train(model_dir: Path, layout: Layout, ranks: Any, objective: str) -> Trained:
+    """Weights as they are drawn for sft, and as they are read for the rest: both are laid out alike."""
+    from megatron_lopd.convert.load import load_hf_weights
+    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.mcore.model import build_model
+    from megatron_lopd.training.step import BatchLoader
+
+    config = TrainConfig(
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=CLIP),
+        steps=STEPS,
+        global_batch_size=BATCH,
+        micro_batch_tokens=layout.tokens,
+    )
+    arch = read_architecture(model_dir)
+    model = build_model(arch, layout.parallel, "fp32", seed=0)
+    if objective != "sft":
+        for chunk in model:
+            load_hf_weights(chunk, arch, model_dir)
+    data: Any = Samples()
+    loader = BatchLoader.of(data, config, layout.parallel, ranks)
+    return train_steps(model, arch, loader, objective, ranks, STEPS)

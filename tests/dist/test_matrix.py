@@ -1,0 +1,94 @@
+"""Losses, the whole gradient and five steps are the same at every layout (DESIGN section 6)."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from gloo import run_ranks
+from matrix import (
+    CLIP,
+    LAYOUTS,
+    Runs,
+    make_models,
+    train_in_small_buckets,
+    train_layouts,
+    train_with_scores_of_other_tokens,
+)
+from steps import Trained, whole_gradients
+
+from tests.training_zoo import VOCABULARY
+
+
+class Matrix:
+    """The layouts of one number of processes run together, when the first of them is asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.runs = cache(self._run)
+
+    def _run(self, processes: int) -> list[Runs]:
+        names = [name for name, layout in LAYOUTS.items() if layout.parallel.processes == processes]
+        return run_ranks(processes, train_layouts, self.root, names, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(make_models(tmp_path_factory.mktemp("matrix")))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
+def test_a_layout_trains_as_one_process_does(matrix: Matrix, name: str) -> None:
+    from megatron_lopd.objectives import OBJECTIVES
+
+    layout = LAYOUTS[name]
+    ranks = matrix.runs(layout.parallel.processes)
+    for model in layout.models:
+        for objective in OBJECTIVES:
+            expected = matrix.runs(1)[0]["one process", model, objective]
+            check(f"{model}, {objective}", [rank[name, model, objective] for rank in ranks], expected)
+
+
+@pytest.mark.parametrize("name", ["DP2, distributed optimizer", "PP2 + VPP2 x DP2"])
+def test_gradients_and_weights_may_travel_one_by_one(matrix: Matrix, name: str) -> None:
+    layout = LAYOUTS[name]
+    ranks = run_ranks(layout.parallel.processes, train_in_small_buckets, matrix.root, [name], timeout=300)
+    for run in ranks[0]:
+        expected = matrix.runs(1)[0]["one process", run[1], run[2]]
+        check(f"{run[1]}, {run[2]}", [rank[run] for rank in ranks], expected)
+
+
+def test_the_matrix_sees_scores_that_are_not_of_the_tokens(matrix: Matrix) -> None:
+    name = "CP2, recompute selective"
+    ranks = run_ranks(2, train_with_scores_of_other_tokens, matrix.root, name)
+    for objective in ("sampled_reverse_kl", "topk_reverse_kl"):
+        expected = matrix.runs(1)[0]["one process", "tied", objective]
+        with pytest.raises(AssertionError):
+            check(objective, [rank[name, "tied", objective] for rank in ranks], expected)
+    check(
+        "sft",
+        [rank[name, "tied", "sft"] for rank in ranks],
+        matrix.runs(1)[0]["one process", "tied", "sft"],
+    )
+
+
+def check(what: str, trained: list[Trained], expected: Trained) -> None:
+    """Raise AssertionError unless all ranks saw what one process did. All is in fp32."""
+    for rank in trained:
+        # Nats. Sums in another order: some 1e-6 seen, through five steps of Adam 1e-5.
+        assert rank.losses[0] == pytest.approx(expected.losses[0], rel=0, abs=1e-5), what
+        assert rank.losses == pytest.approx(expected.losses, rel=0, abs=1e-4), what
+        assert rank.norms == pytest.approx(expected.norms, rel=1e-4), what
+        assert rank.clipped == pytest.approx(CLIP, rel=1e-4), what
+    gradients, reference = (
+        whole_gradients(ranks, VOCABULARY) for ranks in (trained, [expected])
+    )
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    assert expected.norms[0] == pytest.approx(norm, rel=1e-4), f"{what}: every weight, counted once"
+    assert gradients.keys() == reference.keys()
+    for name, gradient in gradients.items():
+        # Tensor by tensor, relative to its norm: entries near 0 are differences of large terms.
+        error = ((gradient - reference[name]).norm() / reference[name].norm()).item()
+        assert error < 1e-4, f"{what}: {name}: {error}"

@@ -1,0 +1,41 @@
+"""Fakes: what `capabilities()` would say on machines that are not here, from the code it asks there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_lopd.mcore.capabilities import FP8_RECIPES, Capabilities
+
+CPU = Capabilities(
+    gpu=None,
+    compute_capability=None,
+    transformer_engine=None,
+    fp8=dict.fromkeys(FP8_RECIPES, "there is no NVIDIA GPU here"),
+    adam="torch",
+    gradient_accumulation_fusion=False,
+    activation_fusion=False,
+    rope_fusion=False,
+    variable_length_attention=False,
+)
+GPU_ALONE = replace(
+    CPU,
+    gpu="NVIDIA H100",
+    compute_capability=(9, 0),
+    fp8=dict.fromkeys(FP8_RECIPES, "Transformer Engine cannot be imported"),
+    activation_fusion=True,
+    variable_length_attention=True,
+)
+H100 = replace(
+    GPU_ALONE,
+    transformer_engine="2.11.0",
+    fp8={
+        "delayed": "",
+        "tensorwise": "",
+        "blockwise": "",
+        "mxfp8": "Device compute capability 10.0 or higher required for MXFP8 execution",
+    },
+    adam="Transformer Engine",
+    gradient_accumulation_fusion=True,
+    rope_fusion=True,
+)
+BLACKWELL = replace(H100, gpu="NVIDIA B200", compute_capability=(10, 0), fp8=dict.fromkeys(FP8_RECIPES, ""))

@@ -1,0 +1,82 @@
+"""The optimizer with an Adam that keeps its state as TE and Apex do: a fake, without their kernels."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gloo import run_ranks
+
+from tests.training_zoo import make_root, train
+
+STEPS = 4
+
+
+class GroupStepAdam(torch.optim.Optimizer):
+    """AdamW with one integer `step` a parameter group, absent before the first; moments beside parameters."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        adam_w_mode: bool,
+        capturable: bool = False,  # megatron-core 0.19 says: not within a CUDA graph
+    ) -> None:
+        assert adam_w_mode
+        assert not capturable
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for param in group["params"]:
+                assert set(self.state[param]) == {"exp_avg", "exp_avg_sq"}
+                self._update(param, group)
+
+    def _update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        (beta1, beta2), step, state = group["betas"], group["step"], self.state[param]
+        state["exp_avg"].lerp_(param.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+        scale = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.addcdiv_(state["exp_avg"] / (1 - beta1**step), scale, value=-group["lr"])
+
+
+def test_an_adam_with_one_step_a_group_trains_saves_and_resumes(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    options = {"steps": STEPS, "checkpoint_every": 2}
+    ((_, expected, _),) = run_ranks(1, _train, root, options | {"work": "torch"})
+    ((_, steps, weights),) = run_ranks(1, _train_fused, root, options | {"work": "fused"})
+    for step, reference in zip(steps, expected, strict=True):
+        # The same formula in another order of operations, in fp32.
+        assert step["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+
+    shutil.copytree(root / "fused", root / "resumed")
+    shutil.rmtree(root / "resumed" / "checkpoints" / f"step_{STEPS:08d}")
+    ((_, resumed, same_weights),) = run_ranks(1, _train_fused, root, options | {"work": "resumed"})
+    assert resumed == steps
+    assert same_weights == weights
+
+
+def _train(root: Path, options: dict[str, Any]) -> Any:
+    return train(root, **options)
+
+
+def _train_fused(root: Path, options: dict[str, Any]) -> Any:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+    return train(root, **options)

@@ -1,0 +1,77 @@
+"""Which checkpoints stay, and which one is found, whatever gets damaged on the way."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from megatron_lopd.artifacts.files import sha256_file
+from megatron_lopd.artifacts.manifest import FileEntry, load_manifest, verify_files
+from megatron_lopd.errors import DataError
+from megatron_lopd.mcore.architecture import Architecture, read_architecture
+from megatron_lopd.training.checkpoints import Checkpoints, Progress
+from tests.model_zoo import make_config
+
+
+@pytest.fixture
+def architecture(tmp_path: Path) -> Architecture:
+    make_config("qwen3").save_pretrained(tmp_path / "model")
+    return read_architecture(tmp_path / "model")
+
+
+def save(checkpoints: Checkpoints, step: int) -> Path:
+    temporary = checkpoints.begin(step)
+    weights = temporary / "weights"
+    weights.write_bytes(bytes([step]) * 100)
+    entries = {"weights": FileEntry(100, sha256_file(weights))}
+    checkpoints.commit(temporary, entries, Progress(step=step), {"world_size": 1})
+    return checkpoints.directory / f"step_{step:08d}"
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        verify_files(path, load_manifest(path))
+    except DataError:
+        return False
+    return True
+
+
+def found_step(checkpoints: Checkpoints) -> int:
+    found = checkpoints.newest_whole(lambda text: None)
+    return 0 if found is None else found.progress.step
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_whole_one_is_never_removed(tmp_path: Path, architecture: Architecture, keep: int) -> None:
+    """A random life: saves, damage, and starting again from what is found."""
+    rng = random.Random(keep)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a job", architecture, "proved", keep)
+    step = 0
+    for _ in range(50):
+        event = rng.choice(["save", "save", "damage", "start again"])
+        present = sorted((tmp_path / "checkpoints").glob("step_*"))
+        if event == "save":
+            step += rng.randint(1, 2)
+            saved = save(checkpoints, step)
+            assert is_whole(saved)
+            assert found_step(checkpoints) == step
+            kept = [path for path in checkpoints.directory.glob("step_*") if path.name <= saved.name]
+            assert len(kept) <= keep
+        elif event == "damage" and present:
+            (rng.choice(present) / "weights").write_bytes(b"torn")
+        else:
+            whole = [int(path.name[5:]) for path in present if is_whole(path)]
+            step = found_step(checkpoints)
+            assert step == max(whole, default=0)
+
+
+def test_a_damaged_newer_one_does_not_cost_the_one_just_saved(
+    tmp_path: Path, architecture: Architecture
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a job", architecture, "proved", keep=1)
+    (save(checkpoints, 4) / "weights").unlink()
+    assert found_step(checkpoints) == 0
+    save(checkpoints, 2)
+    assert found_step(checkpoints) == 2
