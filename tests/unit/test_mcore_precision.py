@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,31 +12,13 @@ from hypothesis import strategies as st
 from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, Experts
+from megatron_lopd.mcore.architecture import Experts, read_architecture
 from megatron_lopd.mcore.capabilities import FP8_RECIPES
 from megatron_lopd.mcore.model import transformer_config
 from megatron_lopd.mcore.precision import check_fp8, require_fp8, token_alignment
 from tests.machines import BLACKWELL, CPU, GPU_ALONE, H100
 
-QWEN3_06B = Architecture(
-    family="qwen3",
-    num_layers=28,
-    hidden_size=1024,
-    ffn_size=3072,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    max_positions=40960,
-    norm_eps=1e-6,
-    init_std=0.02,
-    tied=True,
-    qkv_bias=False,
-    qk_norm=True,
-    rope_theta=1e6,
-    rope_scaling=None,
-    experts=None,
-)
+QWEN3_06B = read_architecture(Path(__file__).parents[2] / "tools" / "bench" / "qwen3_0.6b")
 
 
 @pytest.mark.parametrize("recipe", FP8_RECIPES)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.packing import pack
 from megatron_lopd.data.records import Rollout, Sample, Score
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.capabilities import FP8_RECIPES, capabilities
 from megatron_lopd.mcore.flops import peak_flops, step_flops
 from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
@@ -41,25 +42,7 @@ from megatron_lopd.objectives import get_objective
 from megatron_lopd.training.step import run_micro_batches
 
 ALONE = ParallelConfig()
-QWEN3_06B = Architecture(
-    family="qwen3",
-    num_layers=28,
-    hidden_size=1024,
-    ffn_size=3072,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    max_positions=40960,
-    norm_eps=1e-6,
-    init_std=0.02,
-    tied=True,
-    qkv_bias=False,
-    qk_norm=True,
-    rope_theta=1e6,
-    rope_scaling=None,
-    experts=None,
-)
+QWEN3_06B = read_architecture(Path(__file__).parent / "qwen3_0.6b")
 MODELS = {"qwen3-0.6b": QWEN3_06B, "qwen3-1.7b": replace(QWEN3_06B, hidden_size=2048, ffn_size=6144)}
 
 

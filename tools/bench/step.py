@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.model import build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.parallel import model_parallel
@@ -86,25 +87,10 @@ def main() -> None:
 
 def architecture(divisor: int) -> Architecture:
     """Qwen3-0.6B, its widths and vocabulary divided by `divisor`."""
-    return Architecture(
-        family="qwen3",
-        num_layers=28,
-        hidden_size=1024 // divisor,
-        ffn_size=3072 // divisor,
-        num_heads=16 // divisor,
-        num_kv_heads=8 // divisor,
-        head_dim=128,
-        vocab_size=151_936 // divisor,
-        max_positions=4096,
-        norm_eps=1e-6,
-        init_std=0.02,
-        tied=True,
-        qkv_bias=False,
-        qk_norm=True,
-        rope_theta=1e6,
-        rope_scaling=None,
-        experts=None,
-    )
+    whole = read_architecture(Path(__file__).parent / "qwen3_0.6b")
+    sizes = ("hidden_size", "ffn_size", "num_heads", "num_kv_heads", "vocab_size")
+    divided: dict[str, Any] = {name: getattr(whole, name) // divisor for name in sizes}
+    return replace(whole, **divided)
 
 
 def make_batch(arch: Architecture, documents: int) -> MicroBatch:
