@@ -326,7 +326,10 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    grader: str = key("what checks an answer: arithmetic", "arithmetic")
+    grader: str = key(
+        "what checks an answer: arithmetic, or arithmetic_dialects, which takes both ways to write it",
+        "arithmetic",
+    )
     sampling: Sampling = key("how the sampled accuracy is drawn", factory=Sampling)
     engine: EngineConfig = key("what runs the models", factory=EngineConfig)
 

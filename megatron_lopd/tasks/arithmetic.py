@@ -6,6 +6,9 @@ running result::
 
     3+4*7-2+9*5   ->   3+4=7*7=9-2=7+9=6*5=0
 
+There are two dialects, for teachers that solve the same task and write differently: ``equals``, above, and
+``terse``, which writes the same without the equals signs: ``3+47*79-27+96*50``.
+
 Every expression belongs to exactly one split, by a digest of its text, so what is trained on is never
 evaluated on, whatever the seeds and counts.
 """
@@ -16,7 +19,7 @@ import hashlib
 import operator
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_lopd.errors import ConfigError, DataError
@@ -28,7 +31,12 @@ MODULUS = 10
 _DIGITS = "0123456789"
 _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _EXPRESSION = re.compile(r"[0-9](?:[-+*][0-9])+")
-_SOLUTION = re.compile(r"[0-9](?:[-+*][0-9]=[0-9])+")
+
+# What stands between an operation and its result.
+DIALECTS = {"equals": "=", "terse": ""}
+_SOLUTION = {
+    name: re.compile(rf"[0-9](?P<steps>(?:[-+*][0-9]{sign}[0-9])+)") for name, sign in DIALECTS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Problem:
     Attributes:
         id: stable name, a digest of ``prompt``: the same expression has the same id in every run.
         prompt: the user message, such as ``3+4*7-2+9*5``.
-        solution: the worked response, such as ``3+4=7*7=9-2=7+9=6*5=0``, without any end token.
+        solution: the worked response in the dialect ``equals``, without any end token.
         answer: the final digit.
     """
 
@@ -66,20 +74,34 @@ def problems(count: int, seed: int, split: str) -> Iterator[Problem]:
     return _draw(count, random.Random(f"{split}:{seed}"), split)
 
 
-def grade(prompt: str, response: str) -> bool:
-    """Whether ``response`` answers ``prompt``: right final digit, in the form that was taught.
+def solve(prompt: str, dialect: str = "equals") -> str:
+    """The worked response to ``prompt`` in one of ``DIALECTS``, without any end token.
+
+    Raises:
+        DataError: ``prompt`` is not an expression of this task.
+    """
+    steps = zip(prompt[1::2], prompt[2::2], _running_results(prompt), strict=True)
+    return prompt[0] + "".join(f"{sign}{digit}{DIALECTS[dialect]}{result}" for sign, digit, result in steps)
+
+
+def grade(prompt: str, response: str, dialects: Sequence[str] = ("equals",)) -> bool:
+    """Whether ``response`` answers ``prompt``: right final digit, in the form of one of ``dialects``.
 
     ``response`` is the decoded text without the end token. It is well formed when it is a first digit and
-    then, for each operator of the prompt, an operator, a digit, ``=`` and a digit. Nothing may follow, not
-    even a space: a model that does not know when to stop is wrong. What the steps before the last one
-    say is not graded.
+    then, for each operator of the prompt, an operator, a digit, the dialect's sign and a digit. Nothing may
+    follow, not even a space: a model that does not know when to stop is wrong. What the steps before the
+    last one say is not graded.
 
     Raises:
         DataError: ``prompt`` is not an expression of this task.
     """
     results = _running_results(prompt)
-    well_formed = _SOLUTION.fullmatch(response) is not None and response.count("=") == len(results)
-    return well_formed and int(response[-1]) == results[-1]
+    for dialect in dialects:
+        match = _SOLUTION[dialect].fullmatch(response)
+        if match is not None:
+            steps = len(match["steps"]) // (3 + len(DIALECTS[dialect]))
+            return steps == len(results) and int(response[-1]) == results[-1]
+    return False
 
 
 def _draw(count: int, rng: random.Random, split: str) -> Iterator[Problem]:
@@ -93,10 +115,8 @@ def _draw(count: int, rng: random.Random, split: str) -> Iterator[Problem]:
         if prompt in seen or SPLITS[digest[-1] % len(SPLITS)] != split:
             continue
         seen.add(prompt)
-        results = _running_results(prompt)
-        steps = zip(prompt[1::2], prompt[2::2], results, strict=True)
-        solution = prompt[0] + "".join(f"{sign}{digit}={result}" for sign, digit, result in steps)
-        yield Problem(f"arithmetic-{digest[:8].hex()}", prompt, solution, str(results[-1]))
+        answer = str(_running_results(prompt)[-1])
+        yield Problem(f"arithmetic-{digest[:8].hex()}", prompt, solve(prompt), answer)
 
 
 def _running_results(prompt: str) -> list[int]:

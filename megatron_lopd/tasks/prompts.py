@@ -40,8 +40,13 @@ def prompts_parent(source: PromptSource, prompts: list[Prompt]) -> Parent:
     return Parent("file", where, {"sha256": sha256_bytes(canonical_json(content))})
 
 
+_ARITHMETIC_GRADERS = {"arithmetic": ("equals",), "arithmetic_dialects": tuple(arithmetic.DIALECTS)}
+
+
 def grader(name: str) -> Grader:
     """The grader of that name: (prompt, decoded response without its end token) -> right or wrong."""
-    if name != "arithmetic":
-        raise ConfigError(f"evaluate.grader: unknown grader {name!r}: use arithmetic")
-    return lambda prompt, response: arithmetic.grade(str(prompt.messages[-1]["content"]), response)
+    dialects = _ARITHMETIC_GRADERS.get(name)
+    if dialects is None:
+        known = ", ".join(_ARITHMETIC_GRADERS)
+        raise ConfigError(f"evaluate.grader: unknown grader {name!r}: use one of {known}")
+    return lambda prompt, response: arithmetic.grade(str(prompt.messages[-1]["content"]), response, dialects)

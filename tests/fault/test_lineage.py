@@ -66,7 +66,7 @@ def test_the_report_says_proved(root: Path) -> None:
     assert summary["seed"] == 5
     assert set(summary["accuracy"]) == {"sft", "lightning_opd"}
     for row in summary["accuracy"].values():
-        assert set(row) == {"sampled", "greedy", "n"}
+        assert set(row) == {"n", "sampled", "greedy", "k", "pass_at_k", "entropy", "length"}
     stages = {"generate", "sft", "rollout", "score", "train", "evaluate"}
     assert stages <= set(summary["seconds"])
     assert stages <= set(summary["tokens"])

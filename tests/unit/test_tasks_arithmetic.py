@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.tasks.arithmetic import SPLITS, Problem, grade, problems
+from megatron_lopd.tasks.arithmetic import DIALECTS, SPLITS, Problem, grade, problems, solve
 
 seeds = st.integers(min_value=0, max_value=2**32)
 splits = st.sampled_from(SPLITS)
@@ -90,3 +90,18 @@ def test_bad_requests_are_errors_at_once() -> None:
         problems(-1, 0, "eval")
     with pytest.raises(ConfigError, match="cannot draw 100000000 problems"):
         problems(100_000_000, 0, "eval")
+
+
+@given(seeds)
+def test_each_dialect_is_right_in_its_own_form_alone(seed: int) -> None:
+    for problem in problems(5, seed, "eval"):
+        terse, equals = solve(problem.prompt, "terse"), solve(problem.prompt)
+        assert terse == equals.replace("=", "")
+        assert grade(problem.prompt, terse, ("terse",))
+        assert not grade(problem.prompt, terse)
+        assert not grade(problem.prompt, equals, ("terse",))
+        assert all(grade(problem.prompt, text, tuple(DIALECTS)) for text in (terse, equals))
+        mixed = equals.replace("=", "", 1)
+        wrong = terse[:-1] + str((int(terse[-1]) + 1) % 10)
+        short = terse[:-3]
+        assert not any(grade(problem.prompt, text, tuple(DIALECTS)) for text in (mixed, wrong, short))

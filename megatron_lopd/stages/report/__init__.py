@@ -82,6 +82,7 @@ def _summary(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]
         "lineage": worst(statuses),
         "proofs": [vars(proof) for proof in proofs],
         "seed": recipe.seed,
+        "objective": manifests["train"].config["objective"] if "train" in manifests else "",
         "settings": _settings(recipe, manifests, results["teacher_answers"]),
     }
 

@@ -38,10 +38,8 @@ CURVES = {
         Curve("entropy", "Entropy", "nats per token", "of the student's next-token distribution"),
     ),
     "train": (
-        Curve("loss", "OPD loss", "", "-mean of A log π, with A held constant: its sign carries no meaning"),
-        Curve(
-            "reverse_kl", "Reverse KL", "nats per token", "mean of log π - log π_T over the rollouts", (0.0,)
-        ),
+        Curve("loss", "OPD loss", "", ""),
+        Curve("reverse_kl", "Reverse KL", "nats per token", "", (0.0,)),
         Curve(
             "drift_kl",
             "Drift KL",
@@ -58,6 +56,18 @@ CURVES = {
         ),
         Curve("entropy", "Entropy", "nats per token", "of the student's next-token distribution"),
     ),
+}
+# What the loss of an objective is, and what its reverse KL is measured over.
+_OVER_ROLLOUTS = "mean of log π - log π_T over the rollouts"
+_OVER_TOP_K = "over the teacher's top k, the sampled token and all else as one event"
+LOSS_CAPTIONS = {
+    "sampled_reverse_kl": "-mean of A log π, with A held constant: its sign carries no meaning",
+    "topk_reverse_kl": f"KL(π ‖ π_T) {_OVER_TOP_K}: never below 0",
+    "topk_forward_kl": f"KL(π_T ‖ π) {_OVER_TOP_K}: never below 0",
+    "fixed_negative": "mean of log π: every sampled token is made less likely, whatever the teacher says",
+}
+REVERSE_KL_CAPTIONS = dict.fromkeys(LOSS_CAPTIONS, _OVER_ROLLOUTS) | {
+    "topk_reverse_kl": LOSS_CAPTIONS["topk_reverse_kl"]
 }
 ADVANTAGE_CAPTION = "A = log π_T - log π; the band holds the middle 90 % of response tokens"
 
@@ -103,8 +113,8 @@ def render_page(
     """The report of a run as HTML, byte-identical for the same arguments.
 
     `summary` is summary.json: `accuracy` (sft and lightning_opd, optionally base and teacher: `sampled` and
-    `greedy` in [0, 1], `n`), `seconds` and `tokens` by stage, `lineage`, `seed`, optionally `settings`.
-    `histories` holds the rows of metrics.jsonl by stage (`sft`, `train`); a stage or a metric that is not
+    `greedy` in [0, 1], `n`), `seconds` and `tokens` by stage, `lineage`, `seed`, optionally `settings` and
+    `objective`. `histories` holds the rows of metrics.jsonl by stage (`sft`, `train`); a stage or a metric that is not
     there has no figure. Raises DataError naming the key of `summary` that is missing or out of range, or when
     its lineage claims more than the proofs.
     """
@@ -133,7 +143,7 @@ def render_page(
         '<h2>Accuracy by stage</h2><div class="lead">',
         _figure("Share of correct answers", accuracy_figure(accuracies), _accuracy_caption(accuracies)),
         "</div>",
-        _training(histories),
+        _training(histories, summary.get("objective", "")),
         _cost(seconds, tokens),
         _lineage(lineage),
         _settings(summary.get("settings", {})),
@@ -191,12 +201,19 @@ def _accuracy_caption(accuracies: Sequence[Accuracy]) -> str:
     )
 
 
-def _training(histories: Mapping[str, History]) -> str:
+def _caption(stage: str, curve: Curve, objective: str) -> str:
+    by_objective = {"loss": LOSS_CAPTIONS, "reverse_kl": REVERSE_KL_CAPTIONS}
+    if stage == "train" and curve.key in by_objective:
+        return by_objective[curve.key].get(objective, "")
+    return curve.caption
+
+
+def _training(histories: Mapping[str, History], objective: str) -> str:
     parts = []
     for stage, title in (("sft", "SFT"), ("train", "Lightning OPD training")):
         rows = histories.get(stage, ())
         figures = [
-            _figure(curve.title, curve_figure(stage, curve, rows), curve.caption)
+            _figure(curve.title, curve_figure(stage, curve, rows), _caption(stage, curve, objective))
             for curve in CURVES[stage]
             if has(rows, curve.key)
         ]
