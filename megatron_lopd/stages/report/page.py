@@ -114,9 +114,9 @@ def render_page(
 
     `summary` is summary.json: `accuracy` (sft and lightning_opd, optionally base and teacher: `sampled` and
     `greedy` in [0, 1], `n`), `seconds` and `tokens` by stage, `lineage`, `seed`, optionally `settings` and
-    `objective`. `histories` holds the rows of metrics.jsonl by stage (`sft`, `train`); a stage or a metric that is not
-    there has no figure. Raises DataError naming the key of `summary` that is missing or out of range, or when
-    its lineage claims more than the proofs.
+    `objective`. `histories` holds the rows of metrics.jsonl by stage (`sft`, `train`); a stage or a metric
+    that is not there has no figure. Raises DataError naming the key of `summary` that is missing or out of
+    range, or when its lineage claims more than the proofs.
     """
     accuracies = _accuracies(summary)
     status = _need(summary, "lineage")
