@@ -76,7 +76,7 @@ def test_data_without_top_k_is_refused(tmp_path: Path) -> None:
     sample, _ = samples(root)[0]
     assert sample.score is not None
     batch = collate([replace(sample, score=replace(sample.score, top_k=None))], "sequence_mean", Padding())
-    with pytest.raises(AssertionError, match=r"DataError: topk_reverse_kl needs .* score\.top_k above 0"):
+    with pytest.raises(AssertionError, match=r"DataError: the top-k objectives need .* score\.top_k above 0"):
         run_ranks(1, one_step, root / "model", [batch])
 
 
