@@ -6,13 +6,15 @@ a whole global batch into the step's metrics. R = response tokens; a tensor is f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_lopd.config import TrainConfig, TrainingConfig, WeightsConfig
 from megatron_lopd.errors import ConfigError, DataError
 
 KeptLogProbs = Literal["teacher", "behaviour", "top_k"]
@@ -49,11 +51,23 @@ class TokenLogProbs:
     top_k: TopKLogProbs | None = None
 
 
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where in its response each token stands, [R] each; constants of the data.
+
+    `position` int64, from 0. `discrepancy` float in [0, 1]: the share of the response's disagreement between
+    pi_T and pi_ref that lies before the token (MicroBatch.prefix_discrepancy), None where not known.
+    """
+
+    position: Tensor
+    discrepancy: Tensor | None
+
+
 class Objective(Protocol):
     """A loss and the metrics that belong to it. `needs`: the log-probs the data must hold for it."""
 
-    needs: tuple[KeptLogProbs, ...]
-    metric_names: tuple[str, ...]
+    needs: ClassVar[tuple[KeptLogProbs, ...]]
+    metric_names: ClassVar[tuple[str, ...]]
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         """The loss of each response token, [R], differentiable in the student's log-probs.
@@ -61,6 +75,13 @@ class Objective(Protocol):
         Raises DataError when it needs a log-prob that the data does not hold.
         """
         ...
+
+    def token_weights(self, places: TokenPlaces) -> Tensor:
+        """What the step multiplies each token's loss by, [R], beside the normalisation; constants.
+
+        Apart from `token_loss`, so that `metrics` are of the unweighted loss. Raises DataError as it does.
+        """
+        return torch.ones_like(places.position, dtype=torch.float32)
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
         """`metric_names` over all response tokens of a global batch (R >= 1).
@@ -70,11 +91,11 @@ class Objective(Protocol):
         ...
 
 
-class Sft:
+class Sft(Objective):
     """`-log pi_theta(a_t | s_t)`: maximum likelihood of the teacher's answers."""
 
-    needs: tuple[KeptLogProbs, ...] = ()
-    metric_names: tuple[str, ...] = ()
+    needs: ClassVar[tuple[KeptLogProbs, ...]] = ()
+    metric_names: ClassVar[tuple[str, ...]] = ()
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         return -tokens.current
@@ -84,22 +105,43 @@ class Sft:
 
 
 ADVANTAGE_METRICS = ("advantage_mean", "advantage_std", "advantage_p05", "advantage_p50", "advantage_p95")
-DRIFT_METRICS = ("drift_kl", "effective_sample_size")
+DRIFT_METRICS = ("drift_kl", "effective_sample_size", "mean_ratio")
 
 
-class SampledReverseKl:
-    """`-A_t log pi_theta(a_t | s_t)` with `A_t = log pi_T - stopgrad(log pi_theta)`.
+@dataclass(frozen=True)
+class Distillation(Objective):
+    """What the distillation objectives share: how tokens are weighted, and the metrics.
 
-    Lightning OPD's loss (arXiv 2604.13010; DESIGN section 1). The advantage is taken from the very
-    log-probs that are differentiated, so it is always the current student's. With p the softmax of
-    the logits, the gradient with respect to logit v is `A_t (p_v - 1[v = a_t])`.
+    A token's weight is the product of two, of which each is 1 unless its key is set. Both are functions of
+    one response's cached data, so they are the same at every layout; neither is renormalised, as a mean over
+    the batch would tie samples to each other. sequence_mean still divides by the whole response's length.
+
+    train.weights.position = w: `w - (w - 1) F_t`, `F_t = sum_{s<t} d_s / sum_s d_s`,
+    `d_s = |log pi_T(a_s|s_s) - log pi_ref(a_s|s_s)|`; IW-OPD (arXiv 2606.22600), as in its authors' code,
+    where w is 1.5. There the student is the one being trained, which has just sampled; here it is pi_ref,
+    which sampled once, so a weight does not follow the student as it learns.
+    train.weights.horizon = h: 1 for the first h response tokens, 0 for the rest; TOPD of arXiv 2605.31490,
+    which also samples no further and so divides by the truncated length. To save the sampling too, set
+    rollout.sampling.max_new_tokens. Its POPD, a horizon that grows as training goes on, is not here.
     """
 
-    needs: tuple[KeptLogProbs, ...] = ("teacher", "behaviour")
-    metric_names: tuple[str, ...] = ("reverse_kl", *ADVANTAGE_METRICS, *DRIFT_METRICS)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
-    def token_loss(self, tokens: TokenLogProbs) -> Tensor:
-        return -advantages(tokens) * tokens.current
+    needs: ClassVar[tuple[KeptLogProbs, ...]] = ("teacher", "behaviour")
+    metric_names: ClassVar[tuple[str, ...]] = ("reverse_kl", *ADVANTAGE_METRICS, *DRIFT_METRICS)
+
+    def token_weights(self, places: TokenPlaces) -> Tensor:
+        weight = super().token_weights(places)
+        if self.weights.position != 1:
+            if places.discrepancy is None:
+                raise DataError(
+                    "train.weights.position needs the teacher's and the behaviour log-probs of every rollout "
+                    "and the data lacks some: run the rollout and score stages, or set it to 1"
+                )
+            weight = weight + (self.weights.position - 1) * (1 - places.discrepancy)
+        if self.weights.horizon is not None:
+            weight = weight * (places.position < self.weights.horizon)
+        return weight
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
         """reverse_kl: mean of `log pi_theta - log pi_T`, over tokens that pi_ref drew."""
@@ -107,7 +149,47 @@ class SampledReverseKl:
         return {"reverse_kl": -spread["advantage_mean"], **spread, **drift(tokens)}
 
 
-class TopKReverseKl:
+@dataclass(frozen=True)
+class SampledReverseKl(Distillation):
+    """`-A_t log pi_theta(a_t | s_t)` with `A_t = log pi_T - stopgrad(log pi_theta)`.
+
+    Lightning OPD's loss (arXiv 2604.13010; DESIGN section 1). The advantage is taken from the very
+    log-probs that are differentiated, so it is always the current student's. With p the softmax of
+    the logits, the gradient with respect to logit v is `A_t (p_v - 1[v = a_t])`.
+
+    train.weights.extrapolation = l: `A_t = l (log pi_T - log pi_ref) - (log pi_theta - log pi_ref)`, which 1
+    leaves as it is; ExOPD (arXiv 2602.12125), with pi_ref, the student that sampled, for its reference.
+    `importance_clip` = c (train.importance=clipped): the token's loss times
+    `stopgrad(min(c, pi_theta(a_t|s_t) / pi_ref(a_t|s_t)))`, which makes a token that pi_ref drew count as
+    often as pi_theta would draw it after the same prefix; c bounds its variance (truncated importance
+    sampling, E. Ionides, 2008). Metrics are of the plain advantage either way.
+    """
+
+    importance_clip: float | None = None
+
+    def token_loss(self, tokens: TokenLogProbs) -> Tensor:
+        advantage, beyond = advantages(tokens), self.weights.extrapolation - 1
+        if beyond:
+            advantage = advantage + beyond * (_teacher(tokens) - _behaviour(tokens))
+        if self.importance_clip is not None:
+            log_ratio = tokens.current.detach() - _behaviour(tokens)
+            advantage = advantage * log_ratio.clamp(max=math.log(self.importance_clip)).exp()
+        return -advantage * tokens.current
+
+
+class FixedNegative(Distillation):
+    """`log pi_theta(a_t | s_t)`: the sampled loss with the advantage -1 for every token.
+
+    The control that a distillation objective must beat (arXiv 2608.31046): it knows nothing of the teacher
+    and makes all that was sampled less likely. Unbounded below. The gradient with respect to logit v is
+    `1[v = a_t] - p_v`. The kept log-probs serve its metrics alone.
+    """
+
+    def token_loss(self, tokens: TokenLogProbs) -> Tensor:
+        return tokens.current
+
+
+class TopKReverseKl(Distillation):
     """`sum_{v in K} p_v (log p_v - log p_T,v) + p_tail (log p_tail - log p_T,tail)` after each prefix.
 
     K is the teacher's top k and a_t; p the student's and p_T the teacher's probabilities; the tail is all
@@ -117,27 +199,89 @@ class TopKReverseKl:
     to logit v is `p_v (c_v - D)`.
     """
 
-    needs: tuple[KeptLogProbs, ...] = ("teacher", "behaviour", "top_k")
-    metric_names: tuple[str, ...] = SampledReverseKl.metric_names
+    needs: ClassVar[tuple[KeptLogProbs, ...]] = ("teacher", "behaviour", "top_k")
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
-        top_k, teacher = tokens.top_k, _teacher(tokens)
-        if top_k is None:
-            raise DataError(
-                "topk_reverse_kl needs the teacher's top-k scores and the data has none: "
-                "run the score stage again with score.top_k above 0 (64, say)"
-            )
-        of_top_k = _weighted_log_ratio(top_k.current, top_k.teacher).masked_fill(~top_k.counted, 0.0)
-        of_tail = _weighted_log_ratio(top_k.current_tail, top_k.teacher_tail)
-        return of_top_k.sum(-1) + _weighted_log_ratio(tokens.current, teacher) + of_tail
+        student, teacher = _over_events(tokens)
+        return _divergence(student, teacher)
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
         """reverse_kl: the loss's mean over tokens, exact over K and the tail; the rest is of a_t alone."""
-        return {"reverse_kl": loss.double().mean().item(), **advantage_metrics(tokens), **drift(tokens)}
+        return super().metrics(tokens, loss) | {"reverse_kl": loss.double().mean().item()}
 
 
-def _weighted_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return log_p.exp() * (log_p - log_q)
+class EntropyAwareKl(Distillation):
+    """TopKReverseKl plus, where the teacher's entropy is above a threshold, TopKForwardKl.
+
+    EA-OPD (arXiv 2603.07079), by train.weights.entropy, nats: where the teacher is undecided, the reverse
+    KL alone settles on one of its choices. Its entropy is taken over K and the tail as one event, which is
+    at most that over the vocabulary: a token that is given the second term here would be there, too.
+    """
+
+    needs: ClassVar[tuple[KeptLogProbs, ...]] = TopKReverseKl.needs
+
+    def token_loss(self, tokens: TokenLogProbs) -> Tensor:
+        student, teacher = _over_events(tokens)
+        assert self.weights.entropy is not None  # get_objective makes no other
+        undecided = _entropy(teacher) > self.weights.entropy
+        return _divergence(student, teacher) + undecided * _divergence(teacher, student)
+
+
+class TopKForwardKl(Distillation):
+    """`sum_{v in K} p_T,v (log p_T,v - log p_v) + p_T,tail (log p_T,tail - log p_tail)` after each prefix.
+
+    TopKReverseKl with the roles swapped, on the same K and tail (DESIGN section 1), and so never below 0 and
+    at most the whole KL(pi_T || pi_theta). The gradient with respect to logit v is `p_v - p_T,v` in K and
+    `p_v (1 - p_T,tail / p_tail)` outside it. Metrics are of a_t, but forward_kl, the loss's mean.
+    """
+
+    needs: ClassVar[tuple[KeptLogProbs, ...]] = TopKReverseKl.needs
+    metric_names: ClassVar[tuple[str, ...]] = ("forward_kl", *Distillation.metric_names)
+
+    def token_loss(self, tokens: TokenLogProbs) -> Tensor:
+        student, teacher = _over_events(tokens)
+        return _divergence(teacher, student)
+
+    def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
+        return super().metrics(tokens, loss) | {"forward_kl": loss.double().mean().item()}
+
+
+@dataclass(frozen=True)
+class _Events:
+    """Log-probs [R, k + 2] of the top k, a_t and the tail; `counted` is False where one of the k is a_t."""
+
+    log_probs: Tensor
+    counted: Tensor
+
+
+def _over_events(tokens: TokenLogProbs) -> tuple[_Events, _Events]:
+    """(the student's, the teacher's). Raises DataError when no top k was kept."""
+    top_k, teacher = tokens.top_k, _teacher(tokens)
+    if top_k is None:
+        raise DataError(
+            "the top-k objectives need the teacher's top-k scores and the data has none: "
+            "run the score stage again with score.top_k above 0 (64, say)"
+        )
+    counted = torch.nn.functional.pad(top_k.counted, (0, 2), value=True)
+
+    def events(of_top_k: Tensor, of_token: Tensor, of_tail: Tensor) -> _Events:
+        return _Events(torch.cat([of_top_k, of_token[:, None], of_tail[:, None]], dim=1), counted)
+
+    return (
+        events(top_k.current, tokens.current, top_k.current_tail),
+        events(top_k.teacher, teacher, top_k.teacher_tail),
+    )
+
+
+def _divergence(p: _Events, q: _Events) -> Tensor:
+    """KL(p || q), [R], nats."""
+    terms = p.log_probs.exp() * (p.log_probs - q.log_probs)
+    return terms.masked_fill(~p.counted, 0.0).sum(1)
+
+
+def _entropy(p: _Events) -> Tensor:
+    """[R], nats. A mass too small for its type counts as none, and its log-prob is finite."""
+    return -(p.log_probs.exp() * p.log_probs).masked_fill(~p.counted, 0.0).sum(1)
 
 
 def advantages(tokens: TokenLogProbs) -> Tensor:
@@ -152,6 +296,15 @@ def _teacher(tokens: TokenLogProbs) -> Tensor:
             "run the score stage and train from its scores"
         )
     return tokens.teacher
+
+
+def _behaviour(tokens: TokenLogProbs) -> Tensor:
+    if tokens.behaviour is None:
+        raise DataError(
+            "the rollouts hold no behaviour log-probs, so nothing can be compared with pi_ref: "
+            "train on responses that the rollout stage sampled"
+        )
+    return tokens.behaviour
 
 
 def advantage_metrics(tokens: TokenLogProbs) -> dict[str, float]:
@@ -169,19 +322,20 @@ def drift(tokens: TokenLogProbs) -> dict[str, float]:
     (the k3 estimator of J. Schulman, "Approximating KL divergence", 2020).
     effective_sample_size: `(sum r)^2 / (R sum r^2)`, in (0, 1]; 1 when nothing has moved. Taken over
     tokens: over whole responses the product of ratios collapses to one sample at any useful length.
+    mean_ratio: `mean r`. Its expectation over pi_ref's draws is the mass that pi_theta keeps on what pi_ref
+    can sample: 1 while that is everything. Well below 1, the student's mass has moved to tokens that the
+    cache says nothing of, however steady the loss looks.
     """
-    if tokens.behaviour is None:
-        raise DataError(
-            "the rollouts hold no behaviour log-probs, so drift from pi_ref cannot be measured: "
-            "train on responses that the rollout stage sampled"
-        )
-    log_ratio = tokens.current.detach().double() - tokens.behaviour.double()
+    log_ratio = tokens.current.detach().double() - _behaviour(tokens).double()
     k3 = torch.expm1(log_ratio) - log_ratio
     # In logs, because a ratio may overflow long before the fraction does.
-    log_fraction = 2 * torch.logsumexp(log_ratio, 0) - torch.logsumexp(2 * log_ratio, 0)
+    log_sum = torch.logsumexp(log_ratio, 0)
+    log_fraction = 2 * log_sum - torch.logsumexp(2 * log_ratio, 0)
+    count = log_ratio.numel()
     return {
         "drift_kl": k3.mean().item(),
-        "effective_sample_size": log_fraction.exp().item() / log_ratio.numel(),
+        "effective_sample_size": log_fraction.exp().item() / count,
+        "mean_ratio": log_sum.exp().item() / count,
     }
 
 
@@ -195,15 +349,30 @@ def _quantiles(values: Tensor, probabilities: tuple[float, ...]) -> list[float]:
     return result
 
 
-OBJECTIVES: Mapping[str, Objective] = {
-    "sft": Sft(),
-    "sampled_reverse_kl": SampledReverseKl(),
-    "topk_reverse_kl": TopKReverseKl(),
+def _topk_reverse_kl(weights: WeightsConfig) -> Objective:
+    return TopKReverseKl(weights) if weights.entropy is None else EntropyAwareKl(weights)
+
+
+# By the name in train.objective, made from its weights.
+OBJECTIVES: dict[str, Callable[[WeightsConfig], Objective]] = {
+    "sft": lambda weights: Sft(),
+    "sampled_reverse_kl": SampledReverseKl,
+    "topk_reverse_kl": _topk_reverse_kl,
+    "topk_forward_kl": TopKForwardKl,
+    "fixed_negative": FixedNegative,
 }
 
 
-def get_objective(name: str) -> Objective:
-    """The objective of that name; ConfigError naming the known ones otherwise."""
+def get_objective(name: str, config: TrainingConfig | None = None) -> Objective:
+    """The objective of that name, with `config`'s importance and weights where it is a TrainConfig.
+
+    Raises ConfigError naming the known ones otherwise.
+    """
     if name not in OBJECTIVES:
         raise ConfigError(f"objective {name!r} is unknown: choose one of {', '.join(sorted(OBJECTIVES))}")
-    return OBJECTIVES[name]
+    if not isinstance(config, TrainConfig):
+        return OBJECTIVES[name](WeightsConfig())
+    objective = OBJECTIVES[name](config.weights)
+    if config.importance == "clipped" and isinstance(objective, SampledReverseKl):
+        return replace(objective, importance_clip=config.importance_clip)
+    return objective

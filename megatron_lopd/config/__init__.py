@@ -21,6 +21,7 @@ from megatron_lopd.config.recipe import (
     TrainConfig,
     TrainingConfig,
 )
+from megatron_lopd.config.weights import WeightsConfig
 
 __all__ = [
     "EngineConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "TrainingConfig",
+    "WeightsConfig",
     "deciding",
     "describe_keys",
     "load_recipe",

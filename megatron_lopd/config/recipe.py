@@ -8,30 +8,11 @@ raise ConfigError with the dotted key.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from megatron_lopd.errors import ConfigError
-
-
-def key(help: str, default: Any = ..., factory: Any = None, *, operational: bool = False) -> Any:
-    """A dataclass field carrying its help text (with the unit) for `--help`.
-
-    An `operational` key says how the work is done, not what comes out but for rounding: it may
-    change between an interrupted run and its resumption.
-    """
-    metadata = {"help": help, "operational": operational}
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    if default is ...:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
+from megatron_lopd.config.keys import key, require
+from megatron_lopd.config.weights import WeightsConfig
 
 
 @dataclass(frozen=True)
@@ -117,7 +98,7 @@ class RolloutConfig:
 class ScoreConfig:
     engine: EngineConfig = key("what runs the teacher", factory=EngineConfig)
     top_k: int = key(
-        "most likely teacher tokens kept at each response position, for topk_reverse_kl; 0 keeps none", 0
+        "most likely teacher tokens kept at each response position, for the topk objectives; 0 keeps none", 0
     )
 
     def __post_init__(self) -> None:
@@ -294,9 +275,19 @@ class SftConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class TrainConfig(TrainingConfig):
-    objective: Literal["sampled_reverse_kl", "topk_reverse_kl"] = key(
-        "the loss; see objectives.py; topk_reverse_kl needs score.top_k", "sampled_reverse_kl"
+    objective: Literal["sampled_reverse_kl", "topk_reverse_kl", "topk_forward_kl", "fixed_negative"] = key(
+        "the loss; see objectives.py; topk_reverse_kl and topk_forward_kl need score.top_k",
+        "sampled_reverse_kl",
     )
+    importance: Literal["none", "clipped"] = key(
+        "clipped: weigh each token by how much likelier it is to the student than to its sampler, at most "
+        "importance_clip; sampled_reverse_kl only",
+        "none",
+    )
+    importance_clip: float = key(
+        "largest importance weight: a token twice as likely as when it was sampled counts in full", 2.0
+    )
+    weights: WeightsConfig = key("weights on the loss's tokens and terms", factory=WeightsConfig)
     checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
     preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
     preflight_tolerance: float | None = key(
@@ -313,6 +304,29 @@ class TrainConfig(TrainingConfig):
         require(
             self.preflight_tolerance is None or self.preflight_tolerance > 0,
             "train.preflight_tolerance must be above 0",
+        )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Options that the objective has no place for: the log-probs they need are of other tokens."""
+        sampled = self.objective == "sampled_reverse_kl"
+        require(self.importance_clip > 0, f"train.importance_clip={self.importance_clip:g} must be above 0")
+        require(
+            self.importance == "none" or sampled,
+            f"train.importance={self.importance} weighs the sampled token's loss, and "
+            f"train.objective={self.objective} has another: set train.importance=none, or "
+            "train.objective=sampled_reverse_kl",
+        )
+        require(
+            self.weights.extrapolation == 1 or sampled,
+            f"train.weights.extrapolation={self.weights.extrapolation:g} needs pi_ref's log-probs, which are "
+            f"kept of sampled tokens alone: set it to 1 with train.objective={self.objective}, or "
+            "train.objective=sampled_reverse_kl",
+        )
+        require(
+            self.weights.entropy is None or self.objective == "topk_reverse_kl",
+            f"train.weights.entropy={self.weights.entropy} adds the forward KL to topk_reverse_kl alone: "
+            f"leave it empty with train.objective={self.objective}, or set train.objective=topk_reverse_kl",
         )
 
 
@@ -365,7 +379,33 @@ class Recipe:
             self.fp8 is None or self.precision == "bf16",
             "fp8 layers stand among bf16 ones: set precision=bf16, or drop the fp8 section",
         )
-        require(
-            self.train is None or self.train.objective != "topk_reverse_kl" or self.score.top_k > 0,
-            "train.objective=topk_reverse_kl needs the teacher's top k: set score.top_k (to 64, say)",
-        )
+        if self.train is not None:
+            _check_cache(self.train, self.score, self.rollout.sampling)
+
+
+def _check_cache(train: TrainConfig, score: ScoreConfig, sampling: Sampling) -> None:
+    """Raise ConfigError unless rollout and score will keep what the objective reads."""
+    require(
+        not train.objective.startswith("topk_") or score.top_k > 0,
+        f"train.objective={train.objective} needs the teacher's top k: set score.top_k (to 64, say) and run "
+        "the score stage with it",
+    )
+    most = math.log(score.top_k + 2)  # the k, the sampled token, and the rest as one event
+    entropy = train.weights.entropy
+    require(
+        entropy is None or entropy < most,
+        f"train.weights.entropy={entropy} is never exceeded: score.top_k={score.top_k} kept tokens show an "
+        f"entropy of at most {most:.3g} nats: lower it, or raise score.top_k",
+    )
+    require(
+        train.importance == "none" or sampling.temperature > 0,
+        "train.importance=clipped needs tokens that were drawn at random, and rollout.sampling.temperature=0 "
+        "draws none: set train.importance=none, or the temperature above 0",
+    )
+    plain = sampling.temperature in (0, 1) and sampling.top_p == 1 and sampling.top_k == 0
+    require(
+        train.weights.extrapolation == 1 or plain,
+        f"train.weights.extrapolation={train.weights.extrapolation:g} needs pi_ref's own log-probs, and the "
+        "rollouts keep those of another temperature, top-p or top-k: set rollout.sampling to temperature=1, "
+        "top_p=1, top_k=0, or train.weights.extrapolation=1",
+    )

@@ -29,13 +29,16 @@ class MicroBatch:
     where each document begins, its own padding counted in, and what pads the whole being a document at
     the end; `max_seqlen` tokens of the longest one. `predict_index` int64 [R]: the position whose hidden
     state predicts the response token, one before the token itself (a prompt's last position predicts the
-    response's first token). `response_tokens` int64 [R]; `sequence_index` int64 [R], which sample, from 0.
+    response's first token). `response_tokens` int64 [R]; `sequence_index` int64 [R], which sample, from 0;
+    `response_position` int64 [R], which token of its response, from 0.
     The loss of a step is `sum(loss_weights * loss) / sum(loss_count)`, both sums over the global batch:
     with sequence_mean the weights are one over the response's length and the count is samples, with
     token_mean 1 and response tokens. `loss_weights` float32 [R]. `behaviour_log_probs`,
     `teacher_log_probs` float32 [R], nats, or None where the samples have none; so too the teacher's k
     likeliest tokens (records.TopK): `top_k_ids` int64 [R, k], `top_k_log_probs` float32 [R, k],
-    `tail_log_probs` float32 [R]. `num_tokens` leaves padding out.
+    `tail_log_probs` float32 [R]. `prefix_discrepancy` float32 [R]: how much of a response's disagreement
+    between teacher and sampler lies before the token (_prefix_discrepancy), None without both their
+    log-probs. `num_tokens` leaves padding out.
     """
 
     tokens: Tensor
@@ -45,10 +48,12 @@ class MicroBatch:
     predict_index: Tensor
     response_tokens: Tensor
     sequence_index: Tensor
+    response_position: Tensor
     loss_weights: Tensor
     loss_count: int
     behaviour_log_probs: Tensor | None
     teacher_log_probs: Tensor | None
+    prefix_discrepancy: Tensor | None
     top_k_ids: Tensor | None
     top_k_log_probs: Tensor | None
     tail_log_probs: Tensor | None
@@ -96,10 +101,12 @@ def collate(samples: Sequence[Sample], loss_normalization: LossNormalization, pa
         predict_index=predict_index,
         response_tokens=response_tokens,
         sequence_index=torch.from_numpy(np.repeat(np.arange(len(rollouts)), response)),
+        response_position=_ramps(np.zeros_like(response), response),
         loss_weights=torch.from_numpy(np.repeat(weights, response).astype(np.float32)),
         loss_count=count,
         behaviour_log_probs=_log_probs(rollouts, [rollout.log_probs for rollout in rollouts], "behaviour"),
         teacher_log_probs=_log_probs(rollouts, teacher, "teacher"),
+        prefix_discrepancy=_prefix_discrepancies(samples),
         **_top_k(samples),
         num_samples=len(rollouts),
         num_tokens=int((prompt + response).sum()),
@@ -136,6 +143,26 @@ def _log_probs(
             )
         present.append(log_probs)
     return _joined(present, np.float32)
+
+
+def _prefix_discrepancies(samples: Sequence[Sample]) -> Tensor | None:
+    """float32 [R]; None when a sample lacks the teacher's or the behaviour log-probs."""
+    parts = []
+    for sample in samples:
+        if sample.score is None or sample.rollout.log_probs is None:
+            return None
+        parts.append(_prefix_discrepancy(sample.score.log_probs, sample.rollout.log_probs))
+    return _joined(parts, np.float32)
+
+
+def _prefix_discrepancy(teacher: NDArray[np.float32], behaviour: NDArray[np.float32]) -> NDArray[np.float64]:
+    """`sum_{s<t} d_s / sum_s d_s` with `d_s = |log pi_T - log pi_ref|` of a response's token s; float64 [T].
+
+    From 0 at the first token, never falling, at most 1; 0 throughout where the two agree everywhere. Of one
+    response alone, and made before context parallelism cuts it: the same however it is packed and split.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(np.abs(teacher.astype(np.float64) - behaviour))])
+    return sums[:-1] / sums[-1] if sums[-1] > 0 else sums[:-1]
 
 
 def _top_k(samples: Sequence[Sample]) -> dict[str, Tensor | None]:

@@ -110,7 +110,7 @@ class _Run:
         config = job.config
         self.job, self.ranks, self.reporter, self.stop = job, ranks, reporter, stop
         self.device: torch.device = compat.device()
-        self.objective = get_objective(job.objective)
+        self.objective = get_objective(job.objective, config)
         self.plan = BatchPlan(len(job.data), config.global_batch_size, job.seed)
         self.total_steps = _total_steps(config, self.plan)
         self.loader = BatchLoader.of(job.data, config, job.parallel, ranks, job.fp8)

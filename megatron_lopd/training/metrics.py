@@ -44,8 +44,9 @@ class Counts:
 class TokenValues:
     """Per-token values of a micro-batch or a batch: float32 [R] each, constants.
 
-    `loss` is the objective's, `loss_weights` the MicroBatch's, `entropy` in nats; kept log-probs as the
-    objective needs, without `top_k`: a gather of k floats a token would be the step's largest.
+    `loss` is the objective's, `loss_weights` the MicroBatch's times its token weights, `entropy` in nats;
+    kept log-probs as the objective needs, without `top_k`: a gather of k floats a token would be the step's
+    largest.
     """
 
     loss: Tensor

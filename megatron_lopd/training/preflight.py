@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from megatron_lopd.config import Sampling
 from megatron_lopd.errors import DataError, NumericsError
 from megatron_lopd.mcore.parallel import Ranks
-from megatron_lopd.objectives import KeptLogProbs, TokenLogProbs
+from megatron_lopd.objectives import KeptLogProbs, Objective, TokenLogProbs
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.step import BatchLoader, run_micro_batches
 
@@ -37,11 +38,11 @@ class Preflight:
     finds_scales: bool = False
 
 
-class Agreement:
+class Agreement(Objective):
     """An objective whose loss is `|log pi_theta - log pi_behaviour|` of each token."""
 
-    needs: tuple[KeptLogProbs, ...] = ("behaviour",)
-    metric_names: tuple[str, ...] = ("p99", "max")
+    needs: ClassVar[tuple[KeptLogProbs, ...]] = ("behaviour",)
+    metric_names: ClassVar[tuple[str, ...]] = ("p99", "max")
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         if tokens.behaviour is None:

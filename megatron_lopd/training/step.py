@@ -20,7 +20,7 @@ from megatron_lopd.mcore.log_probs import ResponseLogProbs
 from megatron_lopd.mcore.model import PackedGPTModel, response_log_probs
 from megatron_lopd.mcore.parallel import Ranks
 from megatron_lopd.mcore.precision import packed_padding
-from megatron_lopd.objectives import Objective, TokenLogProbs, TopKLogProbs
+from megatron_lopd.objectives import Objective, TokenLogProbs, TokenPlaces, TopKLogProbs
 from megatron_lopd.training.metrics import TokenValues
 
 
@@ -74,8 +74,9 @@ def run_micro_batches(
     """Forward each micro-batch, and backward unless `forward_only`; then finalize the gradients.
 
     `chunks` are this rank's wrapped PackedGPTModels. The gradients end up those of
-    `sum(loss_weights * token_loss) / sum(loss_count)` over the global batch. `temperature` divides the
-    logits. Returns the values of each micro-batch on the last pipeline stage, nothing on the others.
+    `sum(loss_weights * token_weights * token_loss) / sum(loss_count)` over the global batch. `temperature`
+    divides the logits. Returns the values of each micro-batch on the last pipeline stage, nothing on the
+    others.
     """
 
     def forward_step(
@@ -112,10 +113,12 @@ def _loss(
         _top_k(batch, scored) if "top_k" in objective.needs else None,
     )
     loss = objective.token_loss(tokens)  # [R]
+    places = TokenPlaces(batch.response_position, batch.prefix_discrepancy)
+    weights = batch.loss_weights * objective.token_weights(places)
     constants = replace(tokens, current=scored.log_probs.detach(), top_k=None)
-    values = TokenValues(loss.detach(), batch.loss_weights, scored.entropy, constants)
+    values = TokenValues(loss.detach(), weights, scored.entropy, constants)
     count = torch.tensor(batch.loss_count, dtype=torch.int, device=hidden.device)
-    return (batch.loss_weights * loss).sum(), count, values
+    return (weights * loss).sum(), count, values
 
 
 def _top_k(batch: MicroBatch, scored: ResponseLogProbs) -> TopKLogProbs | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from steps import Trained, train_steps
 
-from megatron_lopd.config import OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_lopd.config import OptimizerConfig, ParallelConfig, TrainConfig, WeightsConfig
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
 from tests.model_zoo import make_model_dir
 from tests.training_zoo import VOCABULARY
@@ -78,7 +78,34 @@ LAYOUTS: dict[str, Layout] = {
     "PP2 x EP2": Layout(ParallelConfig(pipeline=2, expert=2, processes=4), EXPERTS),
 }
 
-Runs = dict[tuple[str, str, str], Trained]  # layout, model, objective
+# What is trained in every cell: the objective's name, and its options.
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {}) for name in ("sft", "sampled_reverse_kl", "topk_reverse_kl")
+}
+# They differ from those in what is done to a token alone. So they go where that can go wrong: a split
+# vocabulary, responses cut between ranks, responses packed otherwise; with the first of the layout's models.
+# With this data clip, horizon and threshold each fall on some tokens and spare others.
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "topk_forward_kl, horizon": ("topk_forward_kl", {"weights": WeightsConfig(horizon=6)}),
+    "sampled_reverse_kl, clipped, extrapolation": (
+        "sampled_reverse_kl",
+        {"importance": "clipped", "importance_clip": 0.2, "weights": WeightsConfig(extrapolation=1.25)},
+    ),
+    "topk_reverse_kl, entropy, position": (
+        "topk_reverse_kl",
+        {"weights": WeightsConfig(entropy=0.85, position=2.0)},
+    ),
+    "fixed_negative": ("fixed_negative", {}),
+}
+WITH_OPTIONS = ("one process", "micro-batches of 24 tokens", "TP2 + SP", "CP2, recompute selective")
+
+Runs = dict[tuple[str, str, str], Trained]  # layout, model, loss
+
+
+def losses_of(layout: str, model: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What is trained in a cell of the matrix."""
+    extra = layout in WITH_OPTIONS and model == LAYOUTS[layout].models[0]
+    return LOSSES | OPTIONS if extra else LOSSES
 
 
 def make_models(root: Path) -> Path:
@@ -126,17 +153,16 @@ def _sample(number: int) -> Sample:
 
 
 def train_layouts(root: Path, names: list[str]) -> Runs:
-    """Every layout of `names` one after another, each with its models and all objectives."""
+    """Every layout of `names` one after another, each with its models and their losses."""
     from megatron_lopd.mcore.parallel import model_parallel
-    from megatron_lopd.objectives import OBJECTIVES
 
     runs = {}
     for name in names:
         layout = LAYOUTS[name]
         with model_parallel(layout.parallel, seed=0) as ranks:
             for model in layout.models:
-                for objective in OBJECTIVES:
-                    runs[name, model, objective] = _train(root / model, layout, ranks, objective)
+                for loss, (objective, options) in losses_of(name, model).items():
+                    runs[name, model, loss] = _train(root / model, layout, ranks, objective, options)
     return runs
 
 
@@ -150,8 +176,8 @@ def train_in_small_buckets(root: Path, names: list[str]) -> Runs:
     return train_layouts(root, names)
 
 
-def train_with_scores_of_other_tokens(root: Path, name: str) -> Runs:
-    """`train_layouts` of `name`, a context parallel layout, with the first of the scores in place of its own."""
+def train_with_rows_of_other_tokens(root: Path, name: str, field: str) -> Runs:
+    """`train_layouts` of `name`, a context parallel one, with the first rows of `field` in place of its own."""
     from dataclasses import replace
 
     from megatron_lopd.training import step
@@ -160,13 +186,15 @@ def train_with_scores_of_other_tokens(root: Path, name: str) -> Runs:
 
     def slice_wrongly(batch: Any, size: int, rank: int) -> Any:
         part = slice_rightly(batch, size, rank)
-        return replace(part, teacher_log_probs=batch.teacher_log_probs[: len(part.teacher_log_probs)])
+        return replace(part, **{field: getattr(batch, field)[: len(getattr(part, field))]})
 
     step.slice_micro_batch = slice_wrongly
     return train_layouts(root, [name])
 
 
-def _train(model_dir: Path, layout: Layout, ranks: Any, objective: str) -> Trained:
+def _train(
+    model_dir: Path, layout: Layout, ranks: Any, objective: str, options: dict[str, Any]
+) -> Trained:
     """Weights as they are drawn for sft, and as they are read for the rest: both are laid out alike."""
     from megatron_lopd.convert.load import load_hf_weights
     from megatron_lopd.mcore.architecture import read_architecture
@@ -178,6 +206,7 @@ def _train(model_dir: Path, layout: Layout, ranks: Any, objective: str) -> Train
         steps=STEPS,
         global_batch_size=BATCH,
         micro_batch_tokens=layout.tokens,
+        **({} if objective == "sft" else {"objective": objective} | options),
     )
     arch = read_architecture(model_dir)
     model = build_model(arch, layout.parallel, "fp32", seed=0)

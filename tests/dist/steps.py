@@ -55,7 +55,7 @@ def train_steps(model: Any, arch: Any, loader: Any, objective_name: str, ranks: 
     config = loader.config
     optimization = build_optimization(model, config.optimizer, "fp32", steps)
     plan = BatchPlan(len(loader.data), config.global_batch_size, seed=0)
-    objective, device = get_objective(objective_name), compat.device()
+    objective, device = get_objective(objective_name, config), compat.device()
     losses, norms, clipped, gradients = [], [], 0.0, {}
     for step in range(steps):
         batches = loader.micro_batches(plan.samples(step).tolist())

@@ -11,11 +11,14 @@ from gloo import run_ranks
 from matrix import (
     CLIP,
     LAYOUTS,
+    LOSSES,
+    OPTIONS,
     Runs,
+    losses_of,
     make_models,
     train_in_small_buckets,
     train_layouts,
-    train_with_scores_of_other_tokens,
+    train_with_rows_of_other_tokens,
 )
 from steps import Trained, whole_gradients
 
@@ -41,14 +44,12 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
 def test_a_layout_trains_as_one_process_does(matrix: Matrix, name: str) -> None:
-    from megatron_lopd.objectives import OBJECTIVES
-
     layout = LAYOUTS[name]
     ranks = matrix.runs(layout.parallel.processes)
     for model in layout.models:
-        for objective in OBJECTIVES:
-            expected = matrix.runs(1)[0]["one process", model, objective]
-            check(f"{model}, {objective}", [rank[name, model, objective] for rank in ranks], expected)
+        for loss in losses_of(name, model):
+            expected = matrix.runs(1)[0]["one process", model, loss]
+            check(f"{model}, {loss}", [rank[name, model, loss] for rank in ranks], expected)
 
 
 @pytest.mark.parametrize("name", ["DP2, distributed optimizer", "PP2 + VPP2 x DP2"])
@@ -60,18 +61,27 @@ def test_gradients_and_weights_may_travel_one_by_one(matrix: Matrix, name: str) 
         check(f"{run[1]}, {run[2]}", [rank[run] for rank in ranks], expected)
 
 
-def test_the_matrix_sees_scores_that_are_not_of_the_tokens(matrix: Matrix) -> None:
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("teacher_log_probs", (LOSSES.keys() | OPTIONS.keys()) - {"sft", "fixed_negative"}),
+        ("response_position", {"topk_forward_kl, horizon"}),
+        ("prefix_discrepancy", {"topk_reverse_kl, entropy, position"}),
+    ],
+)
+def test_the_matrix_sees_rows_that_are_not_of_the_tokens(
+    matrix: Matrix, field: str, wrong: set[str]
+) -> None:
     name = "CP2, recompute selective"
-    ranks = run_ranks(2, train_with_scores_of_other_tokens, matrix.root, name)
-    for objective in ("sampled_reverse_kl", "topk_reverse_kl"):
-        expected = matrix.runs(1)[0]["one process", "tied", objective]
-        with pytest.raises(AssertionError):
-            check(objective, [rank[name, "tied", objective] for rank in ranks], expected)
-    check(
-        "sft",
-        [rank[name, "tied", "sft"] for rank in ranks],
-        matrix.runs(1)[0]["one process", "tied", "sft"],
-    )
+    ranks = run_ranks(2, train_with_rows_of_other_tokens, matrix.root, name, field)
+    for loss in losses_of(name, "tied"):
+        trained = [rank[name, "tied", loss] for rank in ranks]
+        expected = matrix.runs(1)[0]["one process", "tied", loss]
+        if loss in wrong:
+            with pytest.raises(AssertionError):
+                check(loss, trained, expected)
+        else:
+            check(loss, trained, expected)
 
 
 def check(what: str, trained: list[Trained], expected: Trained) -> None:

@@ -65,7 +65,7 @@ def _poisoned(root: Path, options: dict[str, Any]) -> Any:
             loss = super().token_loss(tokens)
             return loss * float("nan") if os.environ["RANK"] == "1" and len(done) == 1 else loss
 
-    objectives.OBJECTIVES["poisoned"] = Poisoned()  # type: ignore[index]
+    objectives.OBJECTIVES["poisoned"] = Poisoned
     return train(root, **options)
 
 
@@ -81,7 +81,7 @@ def _stopped(root: Path, options: dict[str, Any]) -> str:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return super().token_loss(tokens)
 
-    objectives.OBJECTIVES["sampled_reverse_kl"] = Stopping()  # type: ignore[index]
+    objectives.OBJECTIVES["sampled_reverse_kl"] = Stopping
     try:
         train(root, **options)
     except StopRequested as stop:

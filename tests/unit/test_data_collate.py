@@ -34,14 +34,19 @@ def sample(index: int, prompt: int, response: int) -> Sample:
 def check_against_oracle(batch: MicroBatch, samples: list[Sample], padding: Padding) -> None:
     """Walk the packed batch token by token and find each sample again."""
     start, row = 0, 0
+    assert batch.prefix_discrepancy is not None
     for index, one in enumerate(samples):
         prompt, response = one.rollout.prompt_tokens, one.rollout.response_tokens
         assert batch.cu_seqlens[index] == start
         for position, token in enumerate([*prompt, *response]):
             assert batch.tokens[start + position] == token
             assert batch.position_ids[start + position] == position
-        for token in response:
+        for position, token in enumerate(response):
             assert batch.response_tokens[row] == token
+            assert batch.response_position[row] == position
+            # |teacher - behaviour| is the token itself here; float32 keeps 6e-8.
+            expected = response[:position].sum() / response.sum()
+            assert batch.prefix_discrepancy[row].item() == pytest.approx(expected, abs=1e-7)
             # The hidden state just before the token predicts it: the token itself comes next.
             assert batch.tokens[batch.predict_index[row] + 1] == token
             assert batch.sequence_index[row] == index

@@ -59,7 +59,7 @@ def check_rows(part: MicroBatch, whole: MicroBatch, rows: list[int]) -> None:
         if isinstance(expected, torch.Tensor):
             assert torch.equal(value, expected[rows]), field.name
             checked += 1
-    assert checked == 8
+    assert checked == 10
 
 
 def test_what_is_not_there_stays_so() -> None:

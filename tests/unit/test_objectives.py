@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from megatron_lopd.config import TrainConfig, WeightsConfig
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
 from megatron_lopd.objectives import (
+    EntropyAwareKl,
+    FixedNegative,
+    Objective,
     SampledReverseKl,
     Sft,
     TokenLogProbs,
+    TokenPlaces,
+    TopKForwardKl,
     TopKLogProbs,
     TopKReverseKl,
     _quantiles,
@@ -130,6 +137,179 @@ def test_topk_reverse_kl_is_the_whole_divergence_when_the_tail_is_one_token() ->
     torch.testing.assert_close(loss, (log_p.exp() * (log_p - teacher)).sum(-1), **FP64)
 
 
+@dataclass(frozen=True)
+class Case:
+    """Student and teacher over a whole small vocabulary, fp64; the events are K, a_t, and all else as one."""
+
+    logits: torch.Tensor
+    teacher: torch.Tensor  # log-probs [R, V]
+    tokens: torch.Tensor
+    k: int
+
+    def given(self) -> TokenLogProbs:
+        return top_k_tokens(self.logits, self.teacher, self.tokens, self.k)
+
+    def events(self) -> list[list[list[int]]]:
+        """Of each row, the tokens of each event; found without the code under test."""
+        vocabulary, rows = self.logits.shape[1], []
+        for log_probs, token in zip(self.teacher.tolist(), self.tokens.tolist(), strict=True):
+            likeliest = sorted(range(vocabulary), key=lambda v: -log_probs[v])[: self.k]
+            alone = sorted({*likeliest, token})
+            rows.append([[v] for v in alone] + [[v for v in range(vocabulary) if v not in alone]])
+        return rows
+
+    def merged(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each row, the events' log-probs: (student's, differentiable; teacher's)."""
+        student, pairs = self.logits.log_softmax(-1), []
+        for row, events in enumerate(self.events()):
+            p, q = (
+                torch.stack([x[row, event].logsumexp(0) for event in events]) for x in (student, self.teacher)
+            )
+            pairs.append((p, q))
+        return pairs
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Flat to peaked (log-probs down to some -150 nats), every k that leaves a tail."""
+    rows, vocabulary = draw(st.integers(1, 6)), draw(st.integers(3, 13))
+    logits, tokens = logits_and_tokens(draw(st.integers(0, 10_000)), rows, vocabulary)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    teacher = torch.randn(rows, vocabulary, dtype=torch.float64, generator=generator)
+    logits = (logits.detach() * draw(st.floats(0.01, 25))).requires_grad_()
+    teacher = (teacher * draw(st.floats(0.01, 25))).log_softmax(-1)
+    return Case(logits, teacher, tokens, draw(st.integers(0, vocabulary - 2)))
+
+
+def check(objective: Objective, case: Case, expected: torch.Tensor) -> torch.Tensor:
+    """Loss and the gradient of the logits are `expected`'s by autograd; the gradient is returned."""
+    loss = objective.token_loss(case.given())
+    (gradient,) = torch.autograd.grad(loss.sum(), case.logits)
+    (by_autograd,) = torch.autograd.grad(expected.sum(), case.logits, retain_graph=True)
+    # fp64 with log-probs of up to some 150 nats and 13 terms.
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, by_autograd, rtol=1e-10, atol=1e-10)
+    return gradient
+
+
+@given(cases())
+def test_topk_divergences_are_those_of_the_merged_distributions(case: Case) -> None:
+    pairs = case.merged()
+    reverse, forward = (torch.stack([kl(*pair[::step]) for pair in pairs]) for step in (1, -1))
+    check(TopKReverseKl(), case, reverse)
+    gradient = check(TopKForwardKl(), case, forward)
+
+    p, q = case.logits.softmax(-1).detach(), case.teacher.exp()
+    closed = p - q
+    for row, events in enumerate(case.events()):
+        tail = events[-1]
+        closed[row, tail] = p[row, tail] * (1 - q[row, tail].sum() / p[row, tail].sum())
+    # The tail's two sums cancel where the student's tail is tiny: relative to 1, as all terms are at most 1.
+    torch.testing.assert_close(gradient, closed, rtol=1e-9, atol=1e-9)
+    log_p = case.logits.log_softmax(-1)
+    for loss, whole in ((reverse, kl(log_p, case.teacher)), (forward, kl(case.teacher, log_p))):
+        assert (loss > -1e-12).all()
+        assert (loss <= whole + 1e-10).all(), "merging outcomes cannot raise a divergence"
+
+
+@given(cases(), st.floats(0, 2.5))
+def test_forward_kl_is_added_where_the_teachers_entropy_is_high(case: Case, threshold: float) -> None:
+    pairs = case.merged()
+    entropies = [-(q.exp() * q).sum().item() for _, q in pairs]
+    assume(all(abs(entropy - threshold) > 1e-9 for entropy in entropies))
+    expected = [
+        kl(p, q) + (kl(q, p) if entropy > threshold else 0)
+        for (p, q), entropy in zip(pairs, entropies, strict=True)
+    ]
+    check(EntropyAwareKl(WeightsConfig(entropy=threshold)), case, torch.stack(expected))
+    whole = -(case.teacher.exp() * case.teacher).sum(-1)
+    assert (torch.tensor(entropies, dtype=torch.float64) <= whole + 1e-10).all(), "a lower bound"
+
+
+@given(cases(), st.floats(0.05, 20), st.floats(0.1, 3))
+def test_sampled_loss_with_importance_and_extrapolation(case: Case, clip: float, factor: float) -> None:
+    """w A (p_v - 1[v = a_t]) with both of the student's factors held constant."""
+    generator = torch.Generator().manual_seed(len(case.tokens))
+    behaviour = -torch.rand(len(case.tokens), dtype=torch.float64, generator=generator) * 6
+    current = case.logits.log_softmax(-1).gather(1, case.tokens[:, None])[:, 0]
+    teacher = case.teacher.gather(1, case.tokens[:, None])[:, 0]
+    config = TrainConfig(
+        steps=1,
+        importance="clipped",
+        importance_clip=clip,
+        weights=WeightsConfig(extrapolation=factor),
+    )
+    loss = get_objective("sampled_reverse_kl", config).token_loss(TokenLogProbs(current, teacher, behaviour))
+    (gradient,) = torch.autograd.grad(loss.sum(), case.logits, retain_graph=True)
+
+    student = current.detach()
+    advantage = factor * (teacher - behaviour) - (student - behaviour)
+    advantage = advantage * (student - behaviour).exp().clamp(max=clip)
+    one_hot = torch.nn.functional.one_hot(case.tokens, case.logits.shape[1]).double()
+    # fp64, with weights up to 20 and advantages up to some 500 nats.
+    slack = {"rtol": 1e-10, "atol": 1e-9}
+    torch.testing.assert_close(loss.detach(), -advantage * student, **slack)
+    closed = advantage[:, None] * (case.logits.softmax(-1).detach() - one_hot)
+    torch.testing.assert_close(gradient, closed, **slack)
+
+
+def test_options_left_alone_are_the_plain_objective_to_the_bit() -> None:
+    logits, tokens = logits_and_tokens(seed=8)
+    current = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].float()
+    given_tokens = TokenLogProbs(current, current.detach() * 0.7, current.detach() * 1.3)
+    plain = -(given_tokens.teacher - current.detach()) * current
+    loss = get_objective("sampled_reverse_kl", TrainConfig(steps=1)).token_loss(given_tokens)
+    assert torch.equal(loss, plain)
+
+
+@given(cases())
+def test_fixed_negative_knows_nothing_of_the_teacher(case: Case) -> None:
+    current = case.logits.log_softmax(-1).gather(1, case.tokens[:, None])[:, 0]
+    loss = FixedNegative().token_loss(TokenLogProbs(current, case.teacher[:, 0], current.detach()))
+    (gradient,) = torch.autograd.grad(loss.sum(), case.logits, retain_graph=True)
+    one_hot = torch.nn.functional.one_hot(case.tokens, case.logits.shape[1]).double()
+    torch.testing.assert_close(gradient, one_hot - case.logits.softmax(-1).detach(), **FP64)
+
+
+def test_topk_forward_kl_is_the_whole_divergence_when_the_tail_is_one_token() -> None:
+    logits, _ = logits_and_tokens(seed=6)
+    teacher = torch.randn(7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).log_softmax(
+        -1
+    )
+    loss = TopKForwardKl().token_loss(top_k_tokens(logits, teacher, teacher.argmax(-1), 10))
+    torch.testing.assert_close(loss, kl(teacher, logits.log_softmax(-1)), **FP64)
+
+
+@pytest.mark.parametrize("tail", [-80.0, -200.0, -1e30])
+def test_a_teacher_tail_too_small_for_fp32_adds_nothing(tail: float) -> None:
+    """exp(-200) is 0 in fp32: its term is 0, not NaN, and so is what it sends back."""
+    student = torch.tensor([[1.0, 0.5, -1.0]]).log_softmax(-1).requires_grad_()
+    teacher = torch.tensor([[0.25, 0.75]]).log()
+    tokens = TokenLogProbs(
+        student[:, 0],
+        teacher[:, 0],
+        student[:, 0].detach(),
+        TopKLogProbs(
+            student[:, 1:2],
+            student[:, 2],
+            teacher[:, 1:],
+            torch.tensor([tail]),
+            counted=torch.tensor([[True]]),
+        ),
+    )
+    loss = TopKForwardKl().token_loss(tokens)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    expected = kl(teacher, student[:, :2].detach())
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.25, -0.75, 0.0]]), rtol=1e-6, atol=1e-30)
+    undecided = EntropyAwareKl(WeightsConfig(entropy=0.0)).token_loss(tokens)
+    assert undecided.isfinite().all() or tail == -1e30  # where the reverse KL is 1e30 by itself
+
+
 def test_topk_metrics_take_the_kl_from_the_loss_and_the_rest_from_the_token() -> None:
     tokens = TokenLogProbs(torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -2.5]), torch.tensor([-1.0, -2.0]))
     loss = torch.tensor([0.25, 0.5])
@@ -150,6 +330,22 @@ def test_metrics_of_known_numbers() -> None:
     assert values["advantage_p50"] == pytest.approx(0.25)
     assert values["drift_kl"] == 0.0
     assert values["effective_sample_size"] == pytest.approx(1.0, abs=1e-12)  # one exp of a log sum
+    assert values["mean_ratio"] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_every_distillation_objective_has_the_same_metrics() -> None:
+    tokens = TokenLogProbs(torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -2.5]), torch.tensor([-1.5, -2.0]))
+    loss = torch.tensor([0.25, 0.5])
+    sampled = SampledReverseKl().metrics(tokens, loss)
+    assert sampled["mean_ratio"] == pytest.approx((math.exp(0.5) + 1) / 2)
+    others = {
+        FixedNegative(): {},
+        TopKForwardKl(): {"forward_kl": 0.375},
+        EntropyAwareKl(WeightsConfig(entropy=1.0)): {},
+    }
+    for objective, own in others.items():
+        assert objective.metrics(tokens, loss) == sampled | own
+        assert set(objective.metric_names) == set(sampled | own)
 
 
 def test_drift_kl_estimates_the_true_divergence() -> None:
@@ -164,6 +360,18 @@ def test_drift_kl_estimates_the_true_divergence() -> None:
     assert values["drift_kl"] == pytest.approx(true_kl, abs=0.01)
     true_fraction = 1 / (moved**2 / reference).sum().item()
     assert values["effective_sample_size"] == pytest.approx(true_fraction, abs=0.01)
+    assert values["mean_ratio"] == pytest.approx(1, abs=0.01)  # moved is nowhere that reference is not
+
+
+def test_mean_ratio_is_the_mass_left_on_what_was_sampled() -> None:
+    """A quarter of the student's mass is on a token that pi_ref never draws; 0.005 is 5 standard errors."""
+    reference = torch.tensor([0.6, 0.4, 0.0])
+    moved = torch.tensor([0.4, 0.35, 0.25])
+    drawn = torch.multinomial(
+        reference, 200_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
+    values = drift(TokenLogProbs(moved.log()[drawn], None, reference.log()[drawn]))
+    assert values["mean_ratio"] == pytest.approx(0.75, abs=0.005)
 
 
 def test_drift_survives_ratios_that_overflow() -> None:
@@ -186,7 +394,12 @@ def test_missing_log_probs_and_unknown_names_are_refused() -> None:
         SampledReverseKl().token_loss(TokenLogProbs(current, None, current))
     with pytest.raises(DataError, match="no behaviour log-probs"):
         SampledReverseKl().metrics(TokenLogProbs(current, current, None), current)
-    with pytest.raises(DataError, match=r"score\.top_k above 0"):
-        TopKReverseKl().token_loss(TokenLogProbs(current, current, current))
-    with pytest.raises(ConfigError, match="sampled_reverse_kl, sft, topk_reverse_kl"):
+    for objective in (TopKReverseKl(), TopKForwardKl(), EntropyAwareKl(WeightsConfig(entropy=1.0))):
+        with pytest.raises(DataError, match=r"score\.top_k above 0"):
+            objective.token_loss(TokenLogProbs(current, current, current))
+    with pytest.raises(DataError, match="no behaviour log-probs"):
+        SampledReverseKl(importance_clip=2.0).token_loss(TokenLogProbs(current, current, None))
+    with pytest.raises(DataError, match=r"train\.weights\.position needs"):
+        SampledReverseKl(WeightsConfig(position=2.0)).token_weights(TokenPlaces(torch.arange(2), None))
+    with pytest.raises(ConfigError, match="fixed_negative, sampled_reverse_kl, sft, topk_forward_kl"):
         get_objective("reverse_kl")

@@ -1,4 +1,4 @@
-"""topk_reverse_kl through the trainer, against transformers with the whole logits."""
+"""topk_reverse_kl and weighted losses through the trainer, against transformers with the whole logits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from gloo import run_ranks
 
-from megatron_lopd.config import OptimizerConfig, ParallelConfig
+from megatron_lopd.config import OptimizerConfig, ParallelConfig, TrainConfig, WeightsConfig
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Sample, Score, TopK
-from tests.training_zoo import VOCABULARY, make_root
+from tests.training_zoo import VOCABULARY, hf_log_probs, make_root
 
 K = 5
 
@@ -62,7 +62,8 @@ def test_topk_loss_metrics_and_gradient_are_those_of_whole_logits(tmp_path: Path
 
     plain = [sample for sample, _ in scored]
     batches = [collate(part, "sequence_mean", Padding(total=8)) for part in (plain[:4], [], plain[4:])]
-    ((measured, gradient),) = run_ranks(1, one_step, root / "model", batches)
+    config = TrainConfig(steps=1, objective="topk_reverse_kl")
+    ((measured, gradient),) = run_ranks(1, one_step, root / "model", batches, config)
     # fp32 in another order.
     assert measured["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     reference = model.get_input_embeddings().weight.grad
@@ -76,11 +77,51 @@ def test_data_without_top_k_is_refused(tmp_path: Path) -> None:
     sample, _ = samples(root)[0]
     assert sample.score is not None
     batch = collate([replace(sample, score=replace(sample.score, top_k=None))], "sequence_mean", Padding())
-    with pytest.raises(AssertionError, match=r"DataError: topk_reverse_kl needs .* score\.top_k above 0"):
-        run_ranks(1, one_step, root / "model", [batch])
+    with pytest.raises(AssertionError, match=r"DataError: the top-k objectives need .* score\.top_k above 0"):
+        run_ranks(1, one_step, root / "model", [batch], TrainConfig(steps=1, objective="topk_reverse_kl"))
 
 
-def one_step(model_dir: Path, batches: list[MicroBatch]) -> tuple[dict[str, float], torch.Tensor]:
+def test_weights_reach_the_loss_and_the_gradient_and_not_the_metrics(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    root = make_root(tmp_path)
+    plain = [sample for sample, _ in samples(root)]
+    config = TrainConfig(
+        steps=1,
+        importance="clipped",
+        importance_clip=0.9,
+        weights=WeightsConfig(position=3.0, horizon=4, extrapolation=1.5),
+    )
+    model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
+    each, reverse_kl = [], []
+    for sample in plain:
+        rollout, score = sample.rollout, sample.score
+        current = hf_log_probs(model, rollout.prompt_tokens, rollout.response_tokens)
+        assert rollout.log_probs is not None
+        assert score is not None
+        teacher, behaviour = torch.tensor(score.log_probs), torch.tensor(rollout.log_probs)
+        distances, student = (teacher - behaviour).abs(), current.detach()
+        advantage = 1.5 * (teacher - behaviour) - (student - behaviour)
+        weight = 3 - 2 * (distances.cumsum(0) - distances) / distances.sum()
+        weight *= (student - behaviour).exp().clamp(max=0.9)
+        each.append((-advantage * weight * current)[:4].sum() / len(current))
+        reverse_kl.append(student - teacher)
+    loss = torch.stack(each).mean()
+    loss.backward()
+
+    batches = [collate(part, "sequence_mean", Padding(total=8)) for part in (plain[:4], plain[4:])]
+    ((measured, gradient),) = run_ranks(1, one_step, root / "model", batches, config)
+    # fp32 in another order.
+    assert measured["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    reference = model.get_input_embeddings().weight.grad
+    error = (gradient[:VOCABULARY] - reference).norm() / reference.norm()
+    assert error < 1e-5  # of the whole: entries near 0 are differences of large terms
+    assert measured["reverse_kl"] == pytest.approx(torch.cat(reverse_kl).mean().item(), rel=1e-5)
+
+
+def one_step(
+    model_dir: Path, batches: list[MicroBatch], config: TrainConfig
+) -> tuple[dict[str, float], torch.Tensor]:
     """In a rank: the step's metrics, and the gradient of the (tied) embedding."""
     from megatron_lopd.convert.load import load_hf_weights
     from megatron_lopd.mcore import compat
@@ -92,7 +133,7 @@ def one_step(model_dir: Path, batches: list[MicroBatch]) -> tuple[dict[str, floa
     from megatron_lopd.training.metrics import Counts, summarize
     from megatron_lopd.training.step import run_micro_batches
 
-    parallel, objective = ParallelConfig(), get_objective("topk_reverse_kl")
+    parallel, objective = ParallelConfig(), get_objective(config.objective, config)
     with model_parallel(parallel, seed=0) as ranks:
         arch = read_architecture(model_dir)
         (model,) = build_model(arch, parallel, "fp32")
