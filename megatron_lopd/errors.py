@@ -6,6 +6,8 @@ Exit codes: 0 done; 1 failed; 2 bad usage or configuration; 3 refused (lineage o
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class LopdError(Exception):
     """Base of every error raised on purpose. The message is one line: what, where, what to do."""
@@ -41,6 +43,17 @@ class NumericsError(LopdError):
     """A guard stopped the run: numbers that must agree do not, or are not finite."""
 
     exit_code = 3
+
+
+class DriftError(NumericsError):
+    """The student has moved away from what the cached scores can judge.
+
+    `last_good` is the newest checkpoint from before, or the starting model where none was saved.
+    """
+
+    def __init__(self, message: str, last_good: Path) -> None:
+        super().__init__(message)
+        self.last_good = last_good
 
 
 class StopRequested(LopdError):  # noqa: N818 - a wish, not an error

@@ -1,5 +1,6 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
+from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.load import deciding, describe_keys, load_recipe, to_plain
 from megatron_lopd.config.recipe import (
     EngineConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "ExportConfig",
     "Fp8Config",
     "GenerateConfig",
+    "GuardConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PromptSource",

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.keys import key, require
 from megatron_lopd.config.weights import WeightsConfig
 
@@ -288,6 +289,9 @@ class TrainConfig(TrainingConfig):
         "largest importance weight: a token twice as likely as when it was sampled counts in full", 2.0
     )
     weights: WeightsConfig = key("weights on the loss's tokens and terms", factory=WeightsConfig)
+    guard: GuardConfig = key(
+        "what stops a run that has drifted from its rollouts (exit 3)", factory=GuardConfig, operational=True
+    )
     checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
     preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
     preflight_tolerance: float | None = key(

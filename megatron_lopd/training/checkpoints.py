@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ KIND = "checkpoint"
 @dataclass(frozen=True)
 class Progress:
     """How far a run is: steps done and what they consumed; `loss` is the last step's, None when it was
-    not finite or none was run. No clock is in it: the same run gives the same checkpoint, byte for byte."""
+    not finite or none was run; `recent_drift` is what the guard judges next (guards.recent_drift). No clock
+    is in it: the same run gives the same checkpoint, byte for byte."""
 
     step: int = 0
     samples: int = 0
@@ -41,6 +42,7 @@ class Progress:
     response_tokens: int = 0
     skipped_steps: int = 0
     loss: float | None = None
+    recent_drift: Sequence[Mapping[str, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Checkpoints:
 
     def begin(self, step: int) -> Path:
         """An empty directory, under a temporary name, to write the checkpoint at `step` into."""
-        temporary = self.directory / f"{TEMPORARY_PREFIX}{_name(step)}"
+        temporary = self.directory / f"{TEMPORARY_PREFIX}{checkpoint_name(step)}"
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
@@ -105,7 +107,7 @@ class Checkpoints:
         }
         counts = {"step": progress.step}
         write_manifest(temporary, Manifest(KIND, files, config, counts, {}, {}, self.lineage))
-        target = self.directory / _name(progress.step)
+        target = self.directory / checkpoint_name(progress.step)
         if target.exists():  # a damaged one that resuming passed over
             _remove(target)
         os.rename(temporary, target)
@@ -138,7 +140,7 @@ class Checkpoints:
             )
 
 
-def _name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 

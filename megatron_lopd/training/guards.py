@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from megatron_lopd.errors import NumericsError
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_lopd.config import GuardConfig
+from megatron_lopd.errors import DriftError, NumericsError
+
+# A step's values of the metrics that limits stand on, by name.
+Drift = Mapping[str, float]
+_AT_LEAST = {
+    "kept_mass": "min_kept_mass",
+    "effective_sample_size": "min_effective_sample_size",
+}
+_AT_MOST = {"drift_kl": "max_drift_kl"}
 
 
 def check_skipped(skipped_steps: int, max_skipped_steps: int, step: int, grad_norm: float) -> None:
@@ -13,3 +26,38 @@ def check_skipped(skipped_steps: int, max_skipped_steps: int, step: int, grad_no
             f"above max_skipped_steps={max_skipped_steps}: lower optimizer.lr, raise optimizer.warmup_steps "
             "or train in fp32; if it was so from the first step on, check the starting model's weights"
         )
+
+
+def recent_drift(
+    before: Sequence[Drift], measured: Mapping[str, float], window: int
+) -> list[dict[str, float]]:
+    """The last `window` steps' values of the guarded metrics, `measured` (this step's) the last of them."""
+    own = {name: measured[name] for name in (*_AT_LEAST, *_AT_MOST) if name in measured}
+    return [dict(each) for each in before[max(0, len(before) - window + 1) :]] + [own]
+
+
+def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_good: Path) -> None:
+    """Raise DriftError when the median over `guard.window` steps of a metric is past its limit.
+
+    A median, for a single token that the student now finds a thousand times likelier moves one step's
+    values past any limit and means nothing. Fewer steps than the window are not judged. `last_good` is the
+    checkpoint, or starting model, to go back to. `recent` is what `recent_drift` gave; the metrics are
+    objectives.drift's.
+    """
+    if len(recent) < guard.window:
+        return
+    for name in (*_AT_LEAST, *_AT_MOST):
+        key = _AT_LEAST.get(name) or _AT_MOST[name]
+        limit: float | None = getattr(guard, key)
+        if limit is None or name not in recent[-1]:
+            continue
+        value = statistics.median(each[name] for each in recent)
+        if value < limit if name in _AT_LEAST else value > limit:
+            raise DriftError(
+                f"step {step}: the student has drifted from the one that made the rollouts: {name} is "
+                f"{value:.3g} over {guard.window} steps, past train.guard.{key}={limit:g}: the last good "
+                f"weights are {last_good}; set train.objective=topk_reverse_kl (with score.top_k), "
+                "train.refresh_every or a lower train.optimizer.lr, or, to go on from those weights all the "
+                f"same, another train.guard.{key}",
+                last_good,
+            )

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from megatron_lopd.artifacts.manifest import LineageStatus
-from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
+from megatron_lopd.config import Fp8Config, ParallelConfig, TrainConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
@@ -27,8 +27,8 @@ from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.objectives import get_objective
 from megatron_lopd.training.agreement import any_rank, on_rank_zero
-from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
-from megatron_lopd.training.guards import check_skipped
+from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
+from megatron_lopd.training.guards import check_drift, check_skipped, recent_drift
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
 from megatron_lopd.training.prefetch import Prefetcher, pinned
@@ -118,6 +118,8 @@ class _Run:
             model, config.optimizer, job.precision, self.total_steps
         )
         self.saver = Saver(checkpoints, ranks, self.device)
+        self.saved_step: int | None = None  # of the newest checkpoint
+        self.guard = config.guard if isinstance(config, TrainConfig) else None
         self.architecture = model[0].arch
         self.peak_flops = peak_flops(capabilities().gpu)
 
@@ -126,6 +128,7 @@ class _Run:
         progress = Progress()
         if newest is not None:
             progress = load_checkpoint(newest, self.optimization, self.ranks)
+            self.saved_step = progress.step
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
         elif self.job.preflight is not None:
             check_rollouts(
@@ -157,6 +160,7 @@ class _Run:
             if due or stopping:
                 self.reporter.sync()
                 self.saver.start(self.optimization, progress)
+                self.saved_step = progress.step
             if stopping:
                 self.saver.finish()
                 raise StopRequested(
@@ -189,6 +193,7 @@ class _Run:
             response_tokens=before.response_tokens + counts.response_tokens,
             skipped_steps=before.skipped_steps + (not applied),
             loss=measured["loss"] if math.isfinite(measured["loss"]) else None,
+            recent_drift=recent_drift(before.recent_drift, measured, self.guard.window) if self.guard else (),
         )
         self.reporter.step(
             {
@@ -208,7 +213,15 @@ class _Run:
             }
         )
         check_skipped(progress.skipped_steps, config.max_skipped_steps, progress.step, grad_norm)
+        if self.guard is not None:
+            check_drift(progress.recent_drift, self.guard, progress.step, self._last_good())
         return progress
+
+    def _last_good(self) -> Path:
+        """Where to go back to when the guard stops the run: `to_the_end` sees to it that it is committed."""
+        if self.saved_step is None:
+            return self.job.model_dir
+        return self.job.work_dir / "checkpoints" / checkpoint_name(self.saved_step)
 
     def _utilisation(self, step: int, response_tokens: int, seconds: float) -> dict[str, float]:
         """`mfu`, model FLOPs by the bf16 peak of all ranks' GPUs; nothing where that is not known."""

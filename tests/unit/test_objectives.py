@@ -330,14 +330,14 @@ def test_metrics_of_known_numbers() -> None:
     assert values["advantage_p50"] == pytest.approx(0.25)
     assert values["drift_kl"] == 0.0
     assert values["effective_sample_size"] == pytest.approx(1.0, abs=1e-12)  # one exp of a log sum
-    assert values["mean_ratio"] == pytest.approx(1.0, abs=1e-12)
+    assert values["kept_mass"] == pytest.approx(1.0, abs=1e-12)
 
 
 def test_every_distillation_objective_has_the_same_metrics() -> None:
     tokens = TokenLogProbs(torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -2.5]), torch.tensor([-1.5, -2.0]))
     loss = torch.tensor([0.25, 0.5])
     sampled = SampledReverseKl().metrics(tokens, loss)
-    assert sampled["mean_ratio"] == pytest.approx((math.exp(0.5) + 1) / 2)
+    assert sampled["kept_mass"] == pytest.approx((math.exp(0.5) + 1) / 2)
     others = {
         FixedNegative(): {},
         TopKForwardKl(): {"forward_kl": 0.375},
@@ -360,10 +360,10 @@ def test_drift_kl_estimates_the_true_divergence() -> None:
     assert values["drift_kl"] == pytest.approx(true_kl, abs=0.01)
     true_fraction = 1 / (moved**2 / reference).sum().item()
     assert values["effective_sample_size"] == pytest.approx(true_fraction, abs=0.01)
-    assert values["mean_ratio"] == pytest.approx(1, abs=0.01)  # moved is nowhere that reference is not
+    assert values["kept_mass"] == pytest.approx(1, abs=0.01)  # moved is nowhere that reference is not
 
 
-def test_mean_ratio_is_the_mass_left_on_what_was_sampled() -> None:
+def test_kept_mass_is_the_mass_left_on_what_was_sampled() -> None:
     """A quarter of the student's mass is on a token that pi_ref never draws; 0.005 is 5 standard errors."""
     reference = torch.tensor([0.6, 0.4, 0.0])
     moved = torch.tensor([0.4, 0.35, 0.25])
@@ -371,13 +371,14 @@ def test_mean_ratio_is_the_mass_left_on_what_was_sampled() -> None:
         reference, 200_000, replacement=True, generator=torch.Generator().manual_seed(0)
     )
     values = drift(TokenLogProbs(moved.log()[drawn], None, reference.log()[drawn]))
-    assert values["mean_ratio"] == pytest.approx(0.75, abs=0.005)
+    assert values["kept_mass"] == pytest.approx(0.75, abs=0.005)
 
 
 def test_drift_survives_ratios_that_overflow() -> None:
     values = drift(TokenLogProbs(torch.zeros(4), None, torch.full((4,), -500.0)))
     assert values["effective_sample_size"] == pytest.approx(1.0, abs=1e-9)
     assert math.isfinite(values["drift_kl"])
+    assert values["kept_mass"] == 10.0  # one such token in a thousand must not stand for the others
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=40), st.floats(0, 1))
