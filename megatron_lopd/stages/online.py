@@ -19,6 +19,7 @@ from megatron_lopd.stages.students import (
     check_trainable,
     identity_of,
     lineage_of,
+    preflight_of,
     train_to_checkpoint,
     training_settings,
     write_student,
@@ -90,6 +91,7 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         model_dir=reference,
         data=_live_data(recipe, reference),
         work_dir=directory,
+        preflight=preflight_of(recipe, config),
     )
     checkpoint, counts = train_to_checkpoint(job)
     counts["teacher_tokens"] = counts["tokens"]  # it reads every sample whole, once

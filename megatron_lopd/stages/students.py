@@ -18,7 +18,7 @@ from megatron_lopd.mcore.architecture import check_layout, read_architecture
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.stages.base import Plan
 from megatron_lopd.training.loop import TrainingJob, run_training
-from megatron_lopd.training.preflight import TOLERANCES
+from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
 
 def check_trainable(model_dir: Path, recipe: Recipe) -> None:
@@ -44,12 +44,20 @@ def training_settings(recipe: Recipe, config: Any) -> dict[str, Any]:
     return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8}
 
 
-def preflight_tolerance(recipe: Recipe, config: TrainConfig) -> float:
-    """Nats; the recipe's, or that of the coarsest numbers among the trainer's and the sampler's."""
-    if config.preflight_tolerance is not None:
-        return config.preflight_tolerance
-    precisions = {recipe.precision, recipe.rollout.engine.dtype}
-    return max(TOLERANCES[name] for name in (*precisions, *(["fp8"] if recipe.fp8 else [])))
+def preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
+    """What train and online check before the first step; None for nothing."""
+    if not config.preflight_samples:
+        return None
+    tolerance = config.preflight_tolerance
+    if tolerance is None:  # that of the coarsest numbers among the trainer's and the sampler's
+        precisions = {recipe.precision, recipe.rollout.engine.dtype}
+        tolerance = max(TOLERANCES[name] for name in (*precisions, *(["fp8"] if recipe.fp8 else [])))
+    return Preflight(
+        config.preflight_samples,
+        tolerance,
+        recipe.rollout.sampling,
+        finds_scales=recipe.fp8 is not None and recipe.fp8.recipe == "delayed",
+    )
 
 
 def identity_of(plan: Plan) -> str:

@@ -15,12 +15,11 @@ from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
     identity_of,
-    preflight_tolerance,
+    preflight_of,
     train_to_checkpoint,
     training_settings,
 )
 from megatron_lopd.training.loop import TrainingJob
-from megatron_lopd.training.preflight import Preflight
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -50,12 +49,6 @@ def plan(recipe: Recipe) -> Plan:
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     config = inputs.train_config(recipe)
-    preflight = Preflight(
-        config.preflight_samples,
-        preflight_tolerance(recipe, config),
-        recipe.rollout.sampling,
-        finds_scales=recipe.fp8 is not None and recipe.fp8.recipe == "delayed",
-    )
     job = TrainingJob(
         name="train",
         identity=identity_of(plan),
@@ -69,7 +62,7 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         model_dir=_start(recipe),
         data=TrainingData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
         work_dir=directory,
-        preflight=preflight if config.preflight_samples else None,
+        preflight=preflight_of(recipe, config),
     )
     checkpoint, counts = train_to_checkpoint(job)
     files = sorted(str(path.relative_to(directory)) for path in checkpoint.rglob("*") if path.is_file())

@@ -46,7 +46,8 @@ class LiveData:
     """What takes the place of cached rollouts and scores.
 
     `seed_of(step, sample_id, repeat)` is a sample's own seed; `repeat` counts earlier samples of the same
-    position in the same global batch. `student_dir` gives the sampler its shape and settings; its weights are replaced before the first token is drawn.
+    position in the same global batch. `student_dir` gives the sampler its shape and settings; its weights
+    are replaced before the first token is drawn.
     """
 
     questions: Sequence[Question]

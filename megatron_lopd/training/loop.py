@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from megatron_lopd.artifacts.manifest import LineageStatus
 from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.convert.load import load_hf_weights
+from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.errors import EngineDied, EngineError, NumericsError, StopRequested
@@ -34,7 +35,7 @@ from megatron_lopd.training.guards import check_skipped
 from megatron_lopd.training.live import LiveBatches, LiveData, StepSamples
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
-from megatron_lopd.training.preflight import Preflight, check_rollouts
+from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, check_agreement, check_rollouts
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint
 from megatron_lopd.training.step import BatchLoader, run_micro_batches
@@ -48,7 +49,7 @@ class TrainingJob:
     recipe): a checkpoint that carries another is refused. `model_dir` is the Hugging Face directory to
     start from, its weights left unread when `init` is "random". LiveData is sampled and scored as the run
     goes, by the student as it then is. `work_dir` gets checkpoints/,
-    metrics.jsonl and tensorboard/. `preflight` None checks nothing.
+    metrics.jsonl and tensorboard/. `preflight` None checks nothing; of LiveData it checks the first step's.
     """
 
     name: str
@@ -132,7 +133,7 @@ class _Run:
         if newest is not None:
             progress = load_checkpoint(newest, self.optimization, self.ranks)
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
-        elif self.job.preflight is not None:
+        elif self.job.preflight is not None and not isinstance(self.job.data, LiveData):
             check_rollouts(
                 self.job.preflight,
                 self.optimization.chunks,
@@ -184,6 +185,20 @@ class _Run:
         self.saver.finish()
         return progress
 
+    def _check_sampler(self, micro_batches: list[MicroBatch]) -> None:
+        """Raise NumericsError unless trainer and live sampler give the first step the same log-probs."""
+        if self.job.preflight is not None:
+            check_agreement(
+                self.job.preflight,
+                self.optimization.chunks,
+                micro_batches,
+                self.loader,
+                self.ranks,
+                self.device,
+                self.reporter.note,
+                LIVE_CAUSES,
+            )
+
     def _save_after_engine(self, error: EngineError, progress: Progress) -> None:
         """Save what was done. Raises StopRequested when the same command may well go through."""
         if progress.step % self.job.config.checkpoint_every and progress.step:  # or it is saved already
@@ -201,6 +216,8 @@ class _Run:
         config = self.job.config
         micro_batches = batches.get(before.step)
         data_wait = max(0.0, time.perf_counter() - began - sum(batches.seconds.values()))
+        if before.step == 0 and isinstance(self.job.data, LiveData):
+            self._check_sampler(micro_batches)
         zero_gradients(self.optimization)
         parts = run_micro_batches(
             self.optimization.chunks, self.objective, micro_batches, config.micro_batch_tokens, self.device
