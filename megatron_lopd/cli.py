@@ -32,6 +32,7 @@ STAGE_HELP = {
     "export": "6. write the trained student as a Hugging Face checkpoint",
     "evaluate": "7. accuracy of the students on prompts with answers",
     "report": "8. summary.json and a page with figures",
+    "online": "the baseline: standard OPD from the sft stage's model, with a live teacher",
 }
 _SECTIONS = {
     "generate": ("teacher", "prompts.sft", "generate"),
@@ -43,6 +44,7 @@ _SECTIONS = {
     "export": ("export",),
     "evaluate": ("prompts.eval", "evaluate"),
     "report": (),
+    "online": ("teacher", "prompts.opd", "rollout", "score", "train", "precision", "parallel", "export"),
 }
 
 
@@ -140,7 +142,7 @@ def _run_stages(options: argparse.Namespace) -> None:
     elif options.command == "run":
         run.run_all(recipe, options.recipe, options.overrides)
     else:
-        run.run_one(options.command, recipe)
+        run.run_one(options.command, recipe, options.recipe, options.overrides)
 
 
 def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:

@@ -39,6 +39,10 @@ class EngineError(LopdError):
     """A generation or scoring engine cannot run the model it was given."""
 
 
+class EngineDied(EngineError):  # noqa: N818 - what happened, as StopRequested
+    """An engine's process was killed from outside; another start may well go through."""
+
+
 class NumericsError(LopdError):
     """A guard stopped the run: numbers that must agree do not, or are not finite."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ class TransformersEngine:
         with self._memory_advice("engine.dtype=bf16 halves what the weights need"):
             model = _load_model(config, model_dir).to(self._device).eval()
         head = model.get_output_embeddings()
+        self._head = head
         self._decoder = model.base_model
+        self._weights = _checkpoint_weights(model)
         self._head_weight = head.weight.detach().float()  # [V, h]; fp32 weights are shared, not copied
         self._head_bias = None if head.bias is None else head.bias.detach().float()
         self._model_config = model.config
@@ -86,6 +88,30 @@ class TransformersEngine:
             self._check_request(request.sample_id, tokens, 0)
         windows = _windows(requests, top_k, self._config.batch_size)
         return (score for window in windows for score in self._score_window(window, top_k))
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See `Engine.load_weights`."""
+        missing = set(self._weights)
+        for name, values in weights:
+            weight = self._weights.get(name)
+            if weight is None:
+                raise EngineError(f"{self._model_dir}: weight {name} is given, and the model has none such")
+            if weight.shape != values.shape:
+                raise EngineError(
+                    f"{self._model_dir}: weight {name} is given as {tuple(values.shape)}, and the model's is "
+                    f"{tuple(weight.shape)}"
+                )
+            weight.copy_(values)
+            missing.discard(name)
+        if missing:
+            raise EngineError(
+                f"{self._model_dir}: {len(missing)} weights are not given, the first is {min(missing)}"
+            )
+        if self._head_weight.dtype != self._head.weight.dtype:  # then it is a copy
+            self._head_weight.copy_(self._head.weight)
+            if self._head_bias is not None:
+                self._head_bias.copy_(self._head.bias)
 
     def _score_window(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
         lengths = [len(request.prompt_tokens) + len(request.response_tokens) for request in requests]
@@ -345,3 +371,18 @@ def _load_model(config: EngineConfig, model_dir: str) -> Any:
             what = problem.removesuffix("_keys")
             raise EngineError(f"{model_dir}: {len(found)} weights are {what}, the first is {found[0]}")
     return model
+
+
+def _checkpoint_weights(model: Any) -> dict[str, Tensor]:
+    """The model's weights by their names in a checkpoint, where each expert has tensors of its own."""
+    weights: dict[str, Tensor] = {}
+    for name, weight in model.named_parameters():
+        prefix, _, kind = name.rpartition(".mlp.experts.")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ())
+        if not prefix or not parts:
+            weights[name] = weight.detach()
+            continue
+        for expert, stacked in enumerate(weight.detach()):
+            for part, values in zip(parts, stacked.chunk(len(parts)), strict=True):
+                weights[f"{prefix}.mlp.experts.{expert}.{part}.weight"] = values
+    return weights

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_lopd.config import Sampling
 from megatron_lopd.data.records import FinishReason, Score
@@ -55,5 +56,13 @@ class Engine(Protocol):
 
         With `top_k` > 0 also the likeliest tokens at each position, and the mass of those that are neither
         among them nor a_t (records.TopK). Raises EngineError when that leaves no token over.
+        """
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Put `weights`, by their names in a Hugging Face checkpoint, in the place of the model's own.
+
+        Cast to the engine's dtype and copied. Raises EngineError for a name that is missing, unknown or of
+        another shape; the model is then of no use until another call succeeds.
         """
         ...

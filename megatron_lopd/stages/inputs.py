@@ -66,6 +66,16 @@ def teacher_parent(recipe: Recipe, stage: str) -> Parent:
     return parent_of_model(teacher_directory(recipe))
 
 
+def check_top_k(recipe: Recipe) -> None:
+    """Raise ConfigError when the teacher's vocabulary does not hold as many tokens as are to be kept."""
+    top_k, vocabulary = recipe.score.top_k, read_architecture(teacher_directory(recipe)).vocab_size
+    if top_k > vocabulary - 2:
+        raise ConfigError(
+            f"score.top_k={top_k} leaves none of the teacher's vocab_size={vocabulary} tokens over "
+            f"beside the response token: lower it to at most {vocabulary - 2}"
+        )
+
+
 def base_student(recipe: Recipe) -> StudentConfig:
     """The student before SFT. ConfigError when the recipe names none."""
     if recipe.student is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,18 @@ from pathlib import Path
 from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Recipe
 from megatron_lopd.errors import ConfigError, LopdError, NumericsError, StopRequested
-from megatron_lopd.stages import evaluate, export, generate, report, rollout, score, sft, tokenize, train
+from megatron_lopd.stages import (
+    evaluate,
+    export,
+    generate,
+    online,
+    report,
+    rollout,
+    score,
+    sft,
+    tokenize,
+    train,
+)
 from megatron_lopd.stages.base import Stage, check_unchanged, directory_of, execute, is_main_rank
 from megatron_lopd.stages.launch import launch
 
@@ -24,12 +36,13 @@ STAGES: tuple[Stage, ...] = (
     evaluate.STAGE,
     report.STAGE,
 )
+ALONE = (online.STAGE,)  # run by their own command, and by it alone
 
 
 def describe(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """Check the recipe for the named stages and say what each would do, a line each."""
     lines = []
-    for stage in STAGES:
+    for stage in (*STAGES, *ALONE):
         if stage.name in names and stage.needed(recipe):
             state = "committed" if is_committed(directory_of(recipe, stage.name)) else "to do"
             lines += [f"{stage.name:9} [{state}] {line}" for line in stage.check(recipe)]
@@ -62,12 +75,20 @@ def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
         _say(f"nothing to do: all {len(needed)} stages in {recipe.run_dir} are committed and unchanged")
 
 
-def run_one(name: str, recipe: Recipe) -> None:
-    """One stage, after checking that what it stands on is still what the recipe says."""
-    stage = next(stage for stage in STAGES if stage.name == name)
+def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
+    """One stage, after checking that what it stands on is still what the recipe says.
+
+    One of ALONE starts its ranks itself, unless it is one of them already.
+    """
+    stage = next(stage for stage in (*STAGES, *ALONE) if stage.name == name)
     if is_main_rank():
         check_run_dir(recipe)
         stage.check(recipe)
+    if stage in ALONE and recipe.parallel.processes > 1 and "RANK" not in os.environ:
+        stage.plan(recipe)
+        _launch(stage, recipe, recipe_path, overrides)
+        return
+    if is_main_rank():
         for earlier in _before(stage, recipe):
             check_unchanged(earlier, recipe)
     started = time.monotonic()
@@ -87,7 +108,7 @@ def check_run_dir(recipe: Recipe) -> None:
 
 def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
     """The committed stages in front of `stage`."""
-    for earlier in STAGES[: STAGES.index(stage)]:
+    for earlier in STAGES[: STAGES.index(sft.STAGE) + 1 if stage in ALONE else STAGES.index(stage)]:
         if earlier.needed(recipe) and is_committed(directory_of(recipe, earlier.name)):
             yield earlier
 

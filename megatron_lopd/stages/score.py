@@ -7,8 +7,6 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import read_architecture
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
 from megatron_lopd.stages.sampling import write_scores
@@ -16,13 +14,8 @@ from megatron_lopd.stages.sampling import write_scores
 
 def check(recipe: Recipe) -> list[str]:
     teacher, top_k = inputs.teacher_directory(recipe), recipe.score.top_k
-    if top_k and teacher.exists():  # once it has scored, it may be gone
-        vocabulary = read_architecture(teacher).vocab_size
-        if top_k > vocabulary - 2:
-            raise ConfigError(
-                f"score.top_k={top_k} leaves none of the teacher's vocab_size={vocabulary} tokens over "
-                f"beside the response token: lower it to at most {vocabulary - 2}"
-            )
+    if teacher.exists():  # once it has scored, it may be gone
+        inputs.check_top_k(recipe)
     kept = f", and its {top_k} likeliest tokens at each are kept" if top_k else ""
     return [f"{teacher} scores every rollout token, once{kept}"]
 

@@ -11,13 +11,14 @@ from megatron_lopd.artifacts.files import canonical_json, sha256_bytes
 from megatron_lopd.artifacts.fingerprint import CACHE_NAME, fingerprint_model
 from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
-from megatron_lopd.config import ExportConfig, Recipe, TrainingConfig, deciding
+from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig, deciding
 from megatron_lopd.convert.offline import megatron_to_hf
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore.architecture import check_layout, read_architecture
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.stages.base import Plan
 from megatron_lopd.training.loop import TrainingJob, run_training
+from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
 
 def check_trainable(model_dir: Path, recipe: Recipe) -> None:
@@ -41,6 +42,22 @@ def training_settings(recipe: Recipe, config: Any) -> dict[str, Any]:
     """What decides the numbers of sft and train, for their plans."""
     fp8 = None if recipe.fp8 is None else deciding(recipe.fp8)
     return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8}
+
+
+def preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
+    """What train and online check before the first step; None for nothing."""
+    if not config.preflight_samples:
+        return None
+    tolerance = config.preflight_tolerance
+    if tolerance is None:  # that of the coarsest numbers among the trainer's and the sampler's
+        precisions = {recipe.precision, recipe.rollout.engine.dtype}
+        tolerance = max(TOLERANCES[name] for name in (*precisions, *(["fp8"] if recipe.fp8 else [])))
+    return Preflight(
+        config.preflight_samples,
+        tolerance,
+        recipe.rollout.sampling,
+        finds_scales=recipe.fp8 is not None and recipe.fp8.recipe == "delayed",
+    )
 
 
 def identity_of(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent
-from megatron_lopd.config import Recipe, TrainConfig
+from megatron_lopd.config import Recipe
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
@@ -15,11 +15,11 @@ from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
     identity_of,
+    preflight_of,
     train_to_checkpoint,
     training_settings,
 )
 from megatron_lopd.training.loop import TrainingJob
-from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -49,12 +49,6 @@ def plan(recipe: Recipe) -> Plan:
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     config = inputs.train_config(recipe)
-    preflight = Preflight(
-        config.preflight_samples,
-        _tolerance(recipe, config),
-        recipe.rollout.sampling,
-        finds_scales=recipe.fp8 is not None and recipe.fp8.recipe == "delayed",
-    )
     job = TrainingJob(
         name="train",
         identity=identity_of(plan),
@@ -68,19 +62,11 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         model_dir=_start(recipe),
         data=TrainingData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
         work_dir=directory,
-        preflight=preflight if config.preflight_samples else None,
+        preflight=preflight_of(recipe, config),
     )
     checkpoint, counts = train_to_checkpoint(job)
     files = sorted(str(path.relative_to(directory)) for path in checkpoint.rglob("*") if path.is_file())
     return Output(files, counts)
-
-
-def _tolerance(recipe: Recipe, config: TrainConfig) -> float:
-    """The recipe's, or that of the coarsest numbers among the trainer's and the sampler's."""
-    if config.preflight_tolerance is not None:
-        return config.preflight_tolerance
-    precisions = {recipe.precision, recipe.rollout.engine.dtype}
-    return max(TOLERANCES[name] for name in (*precisions, *(["fp8"] if recipe.fp8 else [])))
 
 
 def _start(recipe: Recipe) -> Path:

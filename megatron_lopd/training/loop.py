@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_lopd.artifacts.manifest import LineageStatus
 from megatron_lopd.config import Fp8Config, ParallelConfig, TrainConfig, TrainingConfig
@@ -16,7 +18,7 @@ from megatron_lopd.convert.load import load_hf_weights
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan
-from megatron_lopd.errors import NumericsError, StopRequested
+from megatron_lopd.errors import EngineDied, EngineError, NumericsError, StopRequested
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
@@ -27,12 +29,13 @@ from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.objectives import get_objective
 from megatron_lopd.training.agreement import any_rank, on_rank_zero
+from megatron_lopd.training.batches import Batches, CachedBatches
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
 from megatron_lopd.training.guards import check_drift, check_skipped, recent_drift
+from megatron_lopd.training.live import LiveBatches, LiveData, StepSamples
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
-from megatron_lopd.training.prefetch import Prefetcher, pinned
-from megatron_lopd.training.preflight import Preflight, check_rollouts
+from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, check_agreement, check_rollouts
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint
 from megatron_lopd.training.step import BatchLoader, run_micro_batches
@@ -44,8 +47,9 @@ class TrainingJob:
 
     `name` labels its progress. `identity` is a digest of all that decides its numbers (model, data,
     recipe): a checkpoint that carries another is refused. `model_dir` is the Hugging Face directory to
-    start from, its weights left unread when `init` is "random". `work_dir` gets checkpoints/,
-    metrics.jsonl and tensorboard/. `preflight` None checks nothing.
+    start from, its weights left unread when `init` is "random". LiveData is sampled and scored as the run
+    goes, by the student as it then is. `work_dir` gets checkpoints/,
+    metrics.jsonl and tensorboard/. `preflight` None checks nothing; of LiveData it checks the first step's.
     """
 
     name: str
@@ -57,7 +61,7 @@ class TrainingJob:
     precision: Literal["fp32", "bf16"]
     seed: int
     model_dir: Path
-    data: TrainingData
+    data: TrainingData | LiveData
     work_dir: Path
     init: Literal["pretrained", "random"] = "pretrained"
     preflight: Preflight | None = None
@@ -71,7 +75,8 @@ def run_training(job: TrainingJob) -> Progress:
 
     Raises ConfigError and DataError for input that cannot be trained on and CheckpointError for another
     job's checkpoints, before anything is allocated; CheckpointError for a full disk, NumericsError when a
-    guard stops the run, and StopRequested after SIGTERM or SIGUSR1, with the checkpoint saved.
+    guard stops the run, and with the checkpoint saved EngineError from a live sampler or teacher, and
+    StopRequested after SIGTERM or SIGUSR1 or when a live teacher's process was killed.
     """
     compat.prepare()
     job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
@@ -113,7 +118,8 @@ class _Run:
         self.objective = get_objective(job.objective, config)
         self.plan = BatchPlan(len(job.data), config.global_batch_size, job.seed)
         self.total_steps = _total_steps(config, self.plan)
-        self.loader = BatchLoader.of(job.data, config, job.parallel, ranks, job.fp8)
+        samples = StepSamples() if isinstance(job.data, LiveData) else job.data
+        self.loader = BatchLoader.of(samples, config, job.parallel, ranks, job.fp8)
         self.optimization: Optimization = build_optimization(
             model, config.optimizer, job.precision, self.total_steps
         )
@@ -130,7 +136,7 @@ class _Run:
             progress = load_checkpoint(newest, self.optimization, self.ranks)
             self.saved_step = progress.step
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
-        elif self.job.preflight is not None:
+        elif self.job.preflight is not None and not isinstance(self.job.data, LiveData):
             check_rollouts(
                 self.job.preflight,
                 self.optimization.chunks,
@@ -141,19 +147,32 @@ class _Run:
             )
         self.reporter.begin(progress.step, self.total_steps)
         try:
-            with Prefetcher(self._load, progress.step, self.total_steps) as batches:
+            with self._batches(progress.step) as batches:
                 return self._train(progress, batches)
         except NumericsError:  # raised by every rank alike: the checkpoint on its way is worth its while
             self.saver.finish()
             raise
 
-    def _load(self, step: int) -> list[MicroBatch]:
-        micro_batches = self.loader.micro_batches(self.plan.samples(step).tolist())
-        return [pinned(each) for each in micro_batches] if self.device.type == "cuda" else micro_batches
+    def _batches(self, first_step: int) -> Batches:
+        if isinstance(self.job.data, LiveData):
+            return LiveBatches(
+                self.job.data,
+                self.loader,
+                self.plan,
+                self.optimization,
+                self.architecture,
+                self.ranks,
+                self.device,
+            )
+        return CachedBatches(self.loader, self.plan, self.device, first_step, self.total_steps)
 
-    def _train(self, progress: Progress, batches: Prefetcher[list[MicroBatch]]) -> Progress:
+    def _train(self, progress: Progress, batches: Batches) -> Progress:
         while progress.step < self.total_steps:
-            progress = self._step(progress, batches)
+            try:
+                progress = self._step(progress, batches)
+            except EngineError as error:  # raised by every rank alike, before the step changed anything
+                self._save_after_engine(error, progress)
+                raise
             self.saver.poll()
             stopping = any_rank(self.stop.requested, self.device) and progress.step < self.total_steps
             due = progress.step % self.job.config.checkpoint_every == 0 or progress.step == self.total_steps
@@ -170,11 +189,39 @@ class _Run:
         self.saver.finish()
         return progress
 
-    def _step(self, before: Progress, batches: Prefetcher[list[MicroBatch]]) -> Progress:
+    def _check_sampler(self, micro_batches: list[MicroBatch]) -> None:
+        """Raise NumericsError unless trainer and live sampler give the first step the same log-probs."""
+        if self.job.preflight is not None:
+            check_agreement(
+                self.job.preflight,
+                self.optimization.chunks,
+                micro_batches,
+                self.loader,
+                self.ranks,
+                self.device,
+                self.reporter.note,
+                LIVE_CAUSES,
+            )
+
+    def _save_after_engine(self, error: EngineError, progress: Progress) -> None:
+        """Save what was done. Raises StopRequested when the same command may well go through."""
+        if progress.step and progress.step != self.saved_step:
+            self.reporter.sync()
+            self.saver.start(self.optimization, progress)
+        self.saver.finish()
+        if isinstance(error, EngineDied):
+            raise StopRequested(
+                f"{self.job.name}: {error}: stopped after step {progress.step} of {self.total_steps}, "
+                "with the checkpoint saved: run the same command to go on"
+            ) from error
+
+    def _step(self, before: Progress, batches: Batches) -> Progress:
         began = time.perf_counter()
         config = self.job.config
         micro_batches = batches.get(before.step)
-        data_wait = time.perf_counter() - began
+        data_wait = max(0.0, time.perf_counter() - began - sum(batches.seconds.values()))
+        if before.step == 0 and isinstance(self.job.data, LiveData):
+            self._check_sampler(micro_batches)
         zero_gradients(self.optimization)
         parts = run_micro_batches(
             self.optimization.chunks, self.objective, micro_batches, config.micro_batch_tokens, self.device
@@ -208,8 +255,9 @@ class _Run:
                 "packing_fill": counts.tokens / capacity,
                 "seconds": seconds,
                 "data_wait_s": data_wait,
+                **batches.seconds,
                 "tokens_per_s": counts.tokens / seconds,
-                **self._utilisation(before.step, counts.response_tokens, seconds),
+                **self._utilisation(batches.lengths(before.step), counts.response_tokens, seconds),
             }
         )
         check_skipped(progress.skipped_steps, config.max_skipped_steps, progress.step, grad_norm)
@@ -223,12 +271,13 @@ class _Run:
             return self.job.model_dir
         return self.job.work_dir / "checkpoints" / checkpoint_name(self.saved_step)
 
-    def _utilisation(self, step: int, response_tokens: int, seconds: float) -> dict[str, float]:
+    def _utilisation(
+        self, lengths: NDArray[np.int64], response_tokens: int, seconds: float
+    ) -> dict[str, float]:
         """`mfu`, model FLOPs by the bf16 peak of all ranks' GPUs; nothing where that is not known."""
         if self.peak_flops is None:
             return {}
-        lengths = self.job.data.lengths[self.plan.samples(step)].tolist()
-        flops = step_flops(self.architecture, lengths, response_tokens)
+        flops = step_flops(self.architecture, lengths.tolist(), response_tokens)
         return {"mfu": flops / (seconds * self.ranks.world_size * self.peak_flops)}
 
 

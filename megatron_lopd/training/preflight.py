@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lopd.config import Sampling
+from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.errors import DataError, NumericsError
 from megatron_lopd.mcore.parallel import Ranks
 from megatron_lopd.objectives import KeptLogProbs, Objective, TokenLogProbs
@@ -36,6 +37,18 @@ class Preflight:
     tolerance: float
     sampling: Sampling
     finds_scales: bool = False
+
+
+# What a disagreement comes from, and what to do.
+CACHED_CAUSES = (
+    "a checkpoint other than the one that sampled, another chat template or tokenizer, log-probs shifted by "
+    "one token, or a precision far from the sampler's: roll out again from this checkpoint, or raise "
+    "train.preflight_tolerance if only the precision differs"
+)
+LIVE_CAUSES = (
+    "a precision far from the sampler's (raise train.preflight_tolerance if so), or a model whose two "
+    "implementations compute something else"
+)
 
 
 class Agreement(Objective):
@@ -66,11 +79,29 @@ def check_rollouts(
     device: torch.device,
     note: Callable[[str], None],
 ) -> None:
-    """Forward samples spread evenly over the data; every rank calls. `note` tells the outcome.
+    """`check_agreement` of samples spread evenly over the data; every rank calls."""
+    size = len(loader.data)
+    count = min(preflight.samples, size)
+    positions = [int(position) for position in np.linspace(0, size - 1, count)]
+    batch = loader.micro_batches(positions)
+    check_agreement(preflight, chunks, batch, loader, ranks, device, note, CACHED_CAUSES)
+
+
+def check_agreement(
+    preflight: Preflight,
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    loader: BatchLoader,
+    ranks: Ranks,
+    device: torch.device,
+    note: Callable[[str], None],
+    causes: str,
+) -> None:
+    """Forward this rank's `micro_batches`; every rank calls. `note` tells the outcome.
 
     The kept log-probs are at the sampler's temperature (1 where it was greedy), so the trainer's are
     taken at it too. Top-p and top-k renormalise over sets of tokens that were not kept: then nothing is
-    compared, and `note` says so. Raises NumericsError when they disagree.
+    compared, and `note` says so. Raises NumericsError, which names the likely `causes`, when they disagree.
 
     FP8's delayed scaling has no scales before it has seen values, and would be compared at a scale of 1: with
     `finds_scales` it goes over the rollouts once beforehand. The scales found are those that training
@@ -83,20 +114,15 @@ def check_rollouts(
             "cannot be compared with the trainer's"
         )
         return
-    size = len(loader.data)
-    count = min(preflight.samples, size)
-    positions = [int(position) for position in np.linspace(0, size - 1, count)]
-    measured = _measure(preflight, chunks, loader, positions, ranks, device)
+    count = Counts.of(micro_batches, device).samples
+    measured = _measure(preflight, chunks, micro_batches, loader, ranks, device)
     difference = measured["loss"]
     spread = f"99% of tokens within {measured['p99']:.2g}, the largest {measured['max']:.2g}"
     if not difference <= preflight.tolerance:  # so that NaN fails
         raise NumericsError(
             f"preflight: over {count} rollouts the trainer's log-probs differ from the kept behaviour "
             f"log-probs by {difference:.4g} nats on average ({spread}), above the tolerance of "
-            f"{preflight.tolerance:g}: likely causes are a checkpoint other than the one that sampled, "
-            "another chat template or tokenizer, log-probs shifted by one token, or a precision far from the "
-            "sampler's: roll out again from this checkpoint, or raise train.preflight_tolerance if only the "
-            "precision differs"
+            f"{preflight.tolerance:g}: likely causes are {causes}"
         )
     note(
         f"preflight: {count} rollouts agree with the trainer within {difference:.2g} nats on average "
@@ -107,13 +133,12 @@ def check_rollouts(
 def _measure(
     preflight: Preflight,
     chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
     loader: BatchLoader,
-    positions: list[int],
     ranks: Ranks,
     device: torch.device,
 ) -> dict[str, float]:
     """loss, p99 and max of the differences, alike on every rank."""
-    micro_batches = loader.micro_batches(positions)
     agreement = Agreement()
 
     def forward() -> dict[str, float]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_lopd.config import Fp8Config, ParallelConfig, TrainingConfig
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.context_parallel import slice_micro_batch
-from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.packing import Padding, pack
+from megatron_lopd.data.records import Sample
 from megatron_lopd.mcore.log_probs import ResponseLogProbs
 from megatron_lopd.mcore.model import PackedGPTModel, response_log_probs
 from megatron_lopd.mcore.parallel import Ranks
@@ -24,11 +26,22 @@ from megatron_lopd.objectives import Objective, TokenLogProbs, TokenPlaces, TopK
 from megatron_lopd.training.metrics import TokenValues
 
 
+class Samples(Protocol):
+    """Samples by position; `lengths` int64 [n], tokens of each."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> Sample: ...
+
+
 @dataclass(frozen=True)
 class BatchLoader:
     """Sample positions -> this rank's micro-batches."""
 
-    data: TrainingData
+    data: Samples
     config: TrainingConfig
     ranks: Ranks
     padding: Padding
@@ -36,7 +49,7 @@ class BatchLoader:
 
     @staticmethod
     def of(
-        data: TrainingData,
+        data: Samples,
         config: TrainingConfig,
         parallel: ParallelConfig,
         ranks: Ranks,

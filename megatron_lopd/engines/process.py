@@ -1,0 +1,129 @@
+"""An engine in a process of its own: it can die without taking the trainer along.
+
+Started as `python -m megatron_lopd.engines.process`, so that it imports nothing of its parent's and has no
+part in its collectives. Requests and results go over a pipe of this project's own making, pickled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_lopd.config import EngineConfig
+from megatron_lopd.data.records import Score
+from megatron_lopd.engines.protocol import ScoreRequest
+from megatron_lopd.errors import EngineDied, EngineError
+
+# A process whose pipe has closed is as good as gone: how long its exit code may take to appear.
+EXIT_SECONDS = 30.0
+
+
+class EngineProcess:
+    """`open_engine(config, model_dir)` over there. Loading has begun when this returns: see `ready`.
+
+    `name` says in messages whose process it is. A context manager: leaving it ends the process, which never
+    outlives this one, whatever ends it.
+    """
+
+    def __init__(self, name: str, config: EngineConfig, model_dir: str, threads: int) -> None:
+        self._name = name
+        self._pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_lopd.engines.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                stdin=subprocess.DEVNULL,
+            )
+        self.pid = self._process.pid
+        self._send((config, model_dir))
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
+
+    def ready(self) -> None:
+        """Wait until the model is loaded. Raises EngineError when it does not load, EngineDied as `score`."""
+        self._receive()
+
+    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
+        """As `Engine.score`, all at once. Raises EngineDied too, when a signal killed the process."""
+        self._send((list(requests), top_k))
+        scores: list[Score] = self._receive()
+        return iter(scores)
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._pipe.send(message)
+        except (BrokenPipeError, ConnectionError):
+            raise self._ended() from None
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise self._ended() from None
+        if isinstance(answer, EngineError):
+            raise answer
+        return answer
+
+    def _ended(self) -> EngineError:
+        code = self._process.wait(EXIT_SECONDS)
+        if code < 0:
+            return EngineDied(
+                f"{self._name}'s process (pid {self.pid}) was killed by {signal.Signals(-code).name}"
+            )
+        return EngineError(
+            f"{self._name}'s process (pid {self.pid}) ended with exit code {code}: its own message is above"
+        )
+
+
+def serve(pipe: Connection) -> None:
+    """Load the engine that is asked for, then answer requests to score until the pipe closes."""
+    from megatron_lopd.engines import open_engine
+
+    try:
+        config, model_dir = pipe.recv()
+        try:
+            engine = open_engine(config, model_dir)
+            pipe.send(None)
+        except EngineError as error:
+            pipe.send(error)
+            return
+        while True:
+            requests, top_k = pipe.recv()
+            try:
+                pipe.send(list(engine.score(requests, top_k)))
+            except EngineError as error:
+                pipe.send(error)
+    except (EOFError, ConnectionError):
+        return
+
+
+def _main() -> None:
+    # A stop signal to the whole group of processes is the trainer's to answer: it still needs its scores.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    pr_set_pdeathsig = 1  # Linux's prctl(2); had the parent died before, the pipe would be closed
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    with Connection(int(sys.argv[1])) as pipe:
+        serve(pipe)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,133 @@
+"""`lopd online`: standard OPD, the baseline. Each step the student samples and a live teacher scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lopd.artifacts.lineage import artifact_parent
+from megatron_lopd.artifacts.manifest import is_committed
+from megatron_lopd.config import Recipe, deciding
+from megatron_lopd.data.chat import Chat
+from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.mcore.capabilities import capabilities
+from megatron_lopd.mcore.precision import require_fp8
+from megatron_lopd.stages import inputs
+from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, is_main_rank, parent_manifest
+from megatron_lopd.stages.sampling import encode_prompts, sample_seed
+from megatron_lopd.stages.students import (
+    check_budget,
+    check_trainable,
+    identity_of,
+    lineage_of,
+    preflight_of,
+    train_to_checkpoint,
+    training_settings,
+    write_student,
+)
+from megatron_lopd.training.live import LiveData, Question
+from megatron_lopd.training.loop import TrainingJob
+
+
+def check(recipe: Recipe) -> list[str]:
+    config, sampling = inputs.train_config(recipe), recipe.rollout.sampling
+    if config.checkpoint is not None:
+        raise ConfigError("train.checkpoint: online starts from the sft stage's model: drop that key")
+    prompts, teacher = inputs.prompts_of(recipe, "opd")[0], inputs.teacher_directory(recipe)
+    inputs.check_model(teacher)
+    inputs.check_top_k(recipe)
+    student = inputs.reference_directory(recipe)
+    if not student.exists():  # sft has not run: it will speak like the teacher, and be shaped like the base
+        check_trainable(Path(inputs.base_student(recipe).model), recipe)
+        student = teacher
+    else:
+        check_trainable(student, recipe)
+    require_fp8(recipe.fp8, capabilities())
+    check_budget(recipe, config)
+    chat = Chat(str(student), recipe.rollout.engine.trust_remote_code)
+    encode_prompts(prompts, chat, inputs.longest_prompt(student, sampling, config))
+    length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
+    return [
+        f"train with {config.objective}, {teacher} scoring what the student samples as it goes: {length} of "
+        f"{config.global_batch_size} samples of {len(prompts)} prompts, {sampling.samples_per_prompt} each"
+    ]
+
+
+def plan(recipe: Recipe) -> Plan:
+    if not is_committed(directory_of(recipe, "sft")):
+        raise DataError(
+            f"{directory_of(recipe, 'sft')}: not committed, and online starts from the model that sft makes: "
+            "run `lopd sft` on this recipe first (or `lopd run`, which does that too)"
+        )
+    student = inputs.parent_of_model(inputs.reference_directory(recipe))
+    teacher = inputs.teacher_parent(recipe, "online")
+    sft, proofs = inputs.prove_reference(recipe, student)
+    proofs += inputs.prove_teacher(recipe, sft, teacher)
+    proofs.append(inputs.prove_tokens(recipe, teacher, student))
+    settings = training_settings(recipe, inputs.train_config(recipe))
+    return Plan(
+        config=settings | {"rollout": deciding(recipe.rollout), "score": deciding(recipe.score)},
+        parents={
+            "prompts": inputs.prompts_of(recipe, "opd")[1],
+            "sft": artifact_parent("sft", sft),
+            "student": student,
+            "teacher": teacher,
+        },
+        lineage=inputs.status_of(proofs, sft.lineage),
+    )
+
+
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    config, reference = inputs.train_config(recipe), inputs.reference_directory(recipe)
+    job = TrainingJob(
+        name="online",
+        identity=identity_of(plan),
+        lineage=plan.lineage,
+        config=config,
+        objective=config.objective,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        fp8=recipe.fp8,
+        seed=recipe.seed,
+        model_dir=reference,
+        data=_live_data(recipe, reference),
+        work_dir=directory,
+        preflight=preflight_of(recipe, config),
+    )
+    checkpoint, counts = train_to_checkpoint(job)
+    counts["teacher_tokens"] = counts["tokens"]  # it reads every sample whole, once
+    if not is_main_rank():
+        return Output([], counts)
+    ancestors = {"sft": parent_manifest(recipe, "sft")}
+    lineage = lineage_of("online", plan.lineage, plan.parents["teacher"], ancestors)
+    files = write_student(checkpoint, reference, directory / "model", recipe.export, lineage)
+    return Output([f"model/{name}" for name in files], counts)
+
+
+def _live_data(recipe: Recipe, student: Path) -> LiveData:
+    """The prompts in the order that `rollout` would sample them in, and who answers and scores."""
+    settings = recipe.rollout
+    chat = Chat(str(student), settings.engine.trust_remote_code)
+    prompts = inputs.prompts_of(recipe, "opd")[0]
+    limit = inputs.longest_prompt(student, settings.sampling, recipe.train)
+    encoded = encode_prompts(prompts, chat, limit)
+    return LiveData(
+        questions=[
+            Question(f"{prompt.id}/{index}", tokens)
+            for prompt, tokens in zip(prompts, encoded, strict=True)
+            for index in range(settings.sampling.samples_per_prompt)
+        ],
+        sampling=settings.sampling,
+        end_tokens=chat.end_tokens,
+        seed_of=lambda step, sample_id, repeat: sample_seed(
+            recipe.seed, f"online {step}" + f" again {repeat}" * (repeat > 0), sample_id
+        ),
+        student_dir=student,
+        engine=settings.engine,
+        teacher_dir=inputs.teacher_directory(recipe),
+        score=recipe.score,
+    )
+
+
+STAGE = Stage(
+    "online", "model", check, plan, run, distributed=True, needed=lambda recipe: recipe.train is not None
+)

@@ -1,0 +1,230 @@
+"""Standard on-policy distillation: every step the current student samples, and a live teacher scores."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
+from megatron_lopd.convert.gather import WeightGatherer
+from megatron_lopd.data.collate import MicroBatch
+from megatron_lopd.data.packing import Padding
+from megatron_lopd.data.plan import BatchPlan
+from megatron_lopd.data.records import Rollout, Sample
+from megatron_lopd.engines import open_engine
+from megatron_lopd.engines.process import EngineProcess
+from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.errors import DataError, EngineDied, EngineError
+from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.mcore.optimizer import Optimization
+from megatron_lopd.mcore.parallel import Ranks
+from megatron_lopd.training.batches import ready
+from megatron_lopd.training.step import BatchLoader
+
+
+@dataclass(frozen=True)
+class Question:
+    """A position of the data: a prompt, int32 [P], once for each response it gets in an epoch."""
+
+    sample_id: str
+    prompt_tokens: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class LiveData:
+    """What takes the place of cached rollouts and scores.
+
+    `seed_of(step, sample_id, repeat)` is a sample's own seed; `repeat` counts earlier samples of the same
+    position in the same global batch. `student_dir` gives the sampler its shape and settings; its weights
+    are replaced before the first token is drawn.
+    """
+
+    questions: Sequence[Question]
+    sampling: Sampling
+    end_tokens: frozenset[int]
+    seed_of: Callable[[int, str, int], int]
+    student_dir: Path
+    engine: EngineConfig
+    teacher_dir: Path
+    score: ScoreConfig
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def require_within(self, token_budget: int, padding: Padding) -> None:
+        """Raise DataError when prompt and response together, padded, can be above `token_budget` tokens."""
+        longest = max(self.questions, key=lambda question: len(question.prompt_tokens))
+        tokens = len(longest.prompt_tokens) + self.sampling.max_new_tokens
+        needed = padding.least_budget(tokens)
+        if needed > token_budget:
+            raise DataError(
+                f"sample {longest.sample_id} can have {tokens} tokens, which this layout pads to {needed}, "
+                f"above micro_batch_tokens={token_budget}: raise it to at least {needed}, or lower "
+                "sampling.max_new_tokens"
+            )
+
+    def require_vocabulary(self, size: int) -> None:
+        """Raise DataError naming the sample when a prompt token is `size` or above."""
+        for question in self.questions:
+            if int(question.prompt_tokens.max(initial=0)) >= size:
+                raise DataError(
+                    f"sample {question.sample_id}: token {int(question.prompt_tokens.max())} is outside the "
+                    f"student's vocabulary of {size}"
+                )
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples of one step, as BatchLoader reads them."""
+
+    samples: Sequence[Sample] = ()
+    lengths: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rollouts = [sample.rollout for sample in self.samples]
+        lengths = [len(each.prompt_tokens) + len(each.response_tokens) for each in rollouts]
+        object.__setattr__(self, "lengths", np.array(lengths, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank did for a step: its samples in order, or what stopped it; and the time it took."""
+
+    samples: list[Sample]
+    error: EngineError | None = None
+    rollout_s: float = 0.0
+    teacher_s: float = 0.0
+
+
+class LiveBatches:
+    """Batches that are sampled and scored when they are asked for, by all ranks together.
+
+    Entering opens the student's sampler and the teacher's process on every rank; leaving ends the process.
+    Both this and `get` raise EngineError on every rank alike, EngineDied when a teacher's process was
+    killed: no collective is left half done, and nothing of the trainer has changed.
+    """
+
+    def __init__(
+        self,
+        data: LiveData,
+        loader: BatchLoader,
+        plan: BatchPlan,
+        optimization: Optimization,
+        arch: Architecture,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        self._data, self._loader, self._plan = data, loader, plan
+        self._ranks, self._device = ranks, device
+        self._gatherer = WeightGatherer(optimization, arch)
+        self._open = ExitStack()
+        self._student: Engine
+        self._teacher: EngineProcess
+        self._samples = StepSamples()
+        self.seconds: Mapping[str, float] = {}
+
+    def __enter__(self) -> LiveBatches:
+        with ExitStack() as stack:
+            self._agree(self._start(stack))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def get(self, step: int) -> list[MicroBatch]:
+        shares = self._agree(self._share(step))
+        world = len(shares)
+        count = self._plan.global_batch_size
+        self._samples = StepSamples([shares[at % world].samples[at // world] for at in range(count)])
+        # A rank waits for the slowest, so that is what a step spends on each.
+        self.seconds = {
+            "rollout_s": max(share.rollout_s for share in shares),
+            "teacher_s": max(share.teacher_s for share in shares),
+        }
+        loader = replace(self._loader, data=self._samples)
+        return ready(loader.micro_batches(range(count)), self._device)
+
+    def lengths(self, step: int) -> NDArray[np.int64]:
+        return self._samples.lengths
+
+    def _start(self, stack: ExitStack) -> _Share:
+        data = self._data
+        try:
+            self._teacher = stack.enter_context(
+                EngineProcess(
+                    "the teacher", data.score.engine, str(data.teacher_dir), torch.get_num_threads()
+                )
+            )
+            self._student = open_engine(data.engine, str(data.student_dir))
+            self._teacher.ready()
+        except EngineError as error:
+            return _Share([], error)
+        return _Share([])
+
+    def _share(self, step: int) -> _Share:
+        """Sample and score this rank's part of the step: every so many-th of its positions."""
+        began = time.perf_counter()
+        requests = self._requests(step)[self._ranks.rank :: self._ranks.world_size]
+        try:
+            self._student.load_weights(self._gatherer.weights())
+            completions = list(self._student.generate(requests, self._data.sampling, self._data.end_tokens))
+            sampled = time.perf_counter()
+            rollouts = [
+                Rollout(
+                    request.sample_id,
+                    request.prompt_tokens,
+                    done.response_tokens,
+                    done.finish_reason,
+                    done.log_probs,
+                )
+                for request, done in zip(requests, completions, strict=True)
+            ]
+            asked = [
+                ScoreRequest(each.sample_id, each.prompt_tokens, each.response_tokens) for each in rollouts
+            ]
+            scores = self._teacher.score(asked, self._data.score.top_k)
+            samples = [Sample(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
+        except EngineError as error:
+            return _Share([], error)
+        return _Share(samples, None, sampled - began, time.perf_counter() - sampled)
+
+    def _requests(self, step: int) -> list[GenerateRequest]:
+        repeats: Counter[int] = Counter()
+        requests = []
+        for position in self._plan.samples(step).tolist():
+            question = self._data.questions[position]
+            seed = self._data.seed_of(step, question.sample_id, repeats[position])
+            requests.append(GenerateRequest(question.sample_id, question.prompt_tokens, seed))
+            repeats[position] += 1
+        return requests
+
+    def _agree(self, own: _Share) -> list[_Share]:
+        """Every rank's share, by rank. Raises the same error on every rank when one of them has one."""
+        shares: list[Any] = [own]
+        if self._ranks.world_size > 1:
+            shares = [None] * self._ranks.world_size
+            dist.all_gather_object(shares, own)
+        errors = [share.error for share in shares if share.error is not None]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, EngineDied)), errors[0])
+        return shares
