@@ -298,6 +298,10 @@ class TrainConfig(TrainingConfig):
         "the loss; see objectives.py; topk_reverse_kl needs score.top_k", "sampled_reverse_kl"
     )
     checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
+    refresh_every: int | None = key(
+        "steps after which the current student is rolled out and scored anew, again and again; empty: never",
+        None,
+    )
     preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
     preflight_tolerance: float | None = key(
         "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats; empty: by the "
@@ -309,11 +313,24 @@ class TrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refresh_every is not None:
+            _require_refresh(self.refresh_every, self.steps)
         require(self.preflight_samples >= 0, "train.preflight_samples must be at least 0 (0 checks nothing)")
         require(
             self.preflight_tolerance is None or self.preflight_tolerance > 0,
             "train.preflight_tolerance must be above 0",
         )
+
+
+def _require_refresh(every: int, steps: int | None) -> None:
+    require(
+        every >= 1, f"train.refresh_every must be at least 1, not {every}: leave it empty to never refresh"
+    )
+    require(steps is not None, "train.refresh_every needs train.steps: give it instead of train.epochs")
+    require(
+        steps is None or every < steps,
+        f"train.refresh_every={every} must be below train.steps={steps}: leave it empty to never refresh",
+    )
 
 
 @dataclass(frozen=True)
@@ -365,4 +382,8 @@ class Recipe:
         require(
             self.train is None or self.train.objective != "topk_reverse_kl" or self.score.top_k > 0,
             "train.objective=topk_reverse_kl needs the teacher's top k: set score.top_k (to 64, say)",
+        )
+        require(
+            self.train is None or self.train.refresh_every is None or self.teacher is not None,
+            "train.refresh_every needs the teacher, to score the student's new samples: give teacher.model",
         )

@@ -84,7 +84,7 @@ class Checkpoints:
 
     def begin(self, step: int) -> Path:
         """An empty directory, under a temporary name, to write the checkpoint at `step` into."""
-        temporary = self.directory / f"{TEMPORARY_PREFIX}{_name(step)}"
+        temporary = self.directory / f"{TEMPORARY_PREFIX}{checkpoint_name(step)}"
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
@@ -105,7 +105,7 @@ class Checkpoints:
         }
         counts = {"step": progress.step}
         write_manifest(temporary, Manifest(KIND, files, config, counts, {}, {}, self.lineage))
-        target = self.directory / _name(progress.step)
+        target = self.directory / checkpoint_name(progress.step)
         if target.exists():  # a damaged one that resuming passed over
             _remove(target)
         os.rename(temporary, target)
@@ -138,7 +138,8 @@ class Checkpoints:
             )
 
 
-def _name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """The directory of the checkpoint after `step` steps, below checkpoints/."""
     return f"step_{step:08d}"
 
 
