@@ -29,6 +29,7 @@ STAGE_HELP = {
     "rollout": "3. the student answers the OPD prompts, once",
     "score": "4. the same teacher scores those tokens, once",
     "train": "5. train from the cached scores, no teacher in sight",
+    "refresh": "5. between two rounds of train: the student now is rolled out and scored anew",
     "export": "6. write the trained student as a Hugging Face checkpoint",
     "evaluate": "7. accuracy of the students on prompts with answers",
     "report": "8. summary.json and a page with figures",
@@ -41,6 +42,7 @@ _SECTIONS = {
     "rollout": ("prompts.opd", "rollout"),
     "score": ("teacher", "score"),
     "train": ("train", "precision", "parallel"),
+    "refresh": ("teacher", "prompts.opd", "rollout", "score", "train.refresh_every"),
     "export": ("export",),
     "evaluate": ("prompts.eval", "evaluate"),
     "report": (),
@@ -141,6 +143,8 @@ def _run_stages(options: argparse.Namespace) -> None:
         _print_dry_run(recipe, run.describe(recipe, names))
     elif options.command == "run":
         run.run_all(recipe, options.recipe, options.overrides)
+    elif options.command == "refresh":
+        run.run_refresh(recipe)
     else:
         run.run_one(options.command, recipe, options.recipe, options.overrides)
 

@@ -64,3 +64,7 @@ class StopRequested(LopdError):  # noqa: N818 - a wish, not an error
     """The run was asked to stop; its checkpoint is saved and the same command resumes it."""
 
     exit_code = 75
+
+
+class RefreshDue(StopRequested):
+    """Training has used up its rollouts; its checkpoint is saved, and `lopd refresh` makes the next ones."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_lopd.tasks.arithmetic import DIALECTS, problems, solve
 
-OTHER_DIALECT_EVERY = 10  # problems: each teacher knows a little of the other's way to write
+OTHER_DIALECT_EVERY = 40  # problems: each teacher knows a little of the other's way to write
 
 
 def main() -> None:

@@ -47,11 +47,12 @@ class Parent:
     """Something an artifact was made from.
 
     `kind` "artifact": `digests` is {"id": ...}; "model": the parts of its fingerprint; "file":
-    {"sha256": ...}. `path` is where it was found, for messages; artifacts of the same run are
+    {"sha256": ...}; "checkpoint": {"id": ..., "identity": ...}, of a training job that removes it in time.
+    `path` is where it was found, for messages; artifacts of the same run are
     named by their stage alone.
     """
 
-    kind: Literal["artifact", "model", "file"]
+    kind: Literal["artifact", "model", "file", "checkpoint"]
     path: str
     digests: dict[str, str]
 

@@ -293,6 +293,10 @@ class TrainConfig(TrainingConfig):
         "what stops a run that has drifted from its rollouts (exit 3)", factory=GuardConfig, operational=True
     )
     checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
+    refresh_every: int | None = key(
+        "steps after which the current student is rolled out and scored anew, again and again; empty: never",
+        None,
+    )
     preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
     preflight_tolerance: float | None = key(
         "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats; empty: by the "
@@ -304,6 +308,8 @@ class TrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refresh_every is not None:
+            _require_refresh(self.refresh_every, self.steps)
         require(self.preflight_samples >= 0, "train.preflight_samples must be at least 0 (0 checks nothing)")
         require(
             self.preflight_tolerance is None or self.preflight_tolerance > 0,
@@ -332,6 +338,17 @@ class TrainConfig(TrainingConfig):
             f"train.weights.entropy={self.weights.entropy} adds the forward KL to topk_reverse_kl alone: "
             f"leave it empty with train.objective={self.objective}, or set train.objective=topk_reverse_kl",
         )
+
+
+def _require_refresh(every: int, steps: int | None) -> None:
+    require(
+        every >= 1, f"train.refresh_every must be at least 1, not {every}: leave it empty to never refresh"
+    )
+    require(steps is not None, "train.refresh_every needs train.steps: give it instead of train.epochs")
+    require(
+        steps is None or every < steps,
+        f"train.refresh_every={every} must be below train.steps={steps}: leave it empty to never refresh",
+    )
 
 
 @dataclass(frozen=True)
@@ -385,6 +402,10 @@ class Recipe:
         )
         if self.train is not None:
             _check_cache(self.train, self.score, self.rollout.sampling)
+        require(
+            self.train is None or self.train.refresh_every is None or self.teacher is not None,
+            "train.refresh_every needs the teacher, to score the student's new samples: give teacher.model",
+        )
 
 
 def _check_cache(train: TrainConfig, score: ScoreConfig, sampling: Sampling) -> None:

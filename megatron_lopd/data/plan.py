@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,31 @@ class BatchPlan:
         """Steps that cover `epochs` passes over the data, the last one filled from the next pass."""
         # By way of the decimal the user wrote: 0.7 * 10 is 7.000000000000001 in floats, a step too many.
         return math.ceil(Fraction(str(epochs)) * self.num_samples / self.global_batch_size)
+
+
+@dataclass(frozen=True)
+class PlanPart:
+    """The steps [first_step, end_step) of a plan.
+
+    With `visited_only` the data holds none but the samples that these steps visit, in ascending order of
+    their positions in the whole plan; otherwise it holds them all.
+    """
+
+    plan: BatchPlan
+    first_step: int
+    end_step: int
+    visited_only: bool
+
+    @cached_property
+    def visited(self) -> NDArray[np.int64]:
+        """Positions in the whole plan that these steps visit, ascending, each once: int64 [m]."""
+        steps = range(self.first_step, self.end_step)
+        return np.unique(np.concatenate([self.plan.samples(step) for step in steps]))
+
+    def samples(self, step: int) -> NDArray[np.int64]:
+        """As BatchPlan.samples, but positions in the data there is: int64 [global_batch_size]."""
+        positions = self.plan.samples(step)
+        return np.searchsorted(self.visited, positions) if self.visited_only else positions
 
 
 @lru_cache(maxsize=2)  # a batch reads one epoch, or two where it straddles them

@@ -33,7 +33,7 @@ from megatron_lopd.artifacts.manifest import (
     verify_files,
 )
 from megatron_lopd.config import Recipe
-from megatron_lopd.errors import ConfigError, DataError, LineageError, LopdError
+from megatron_lopd.errors import ConfigError, DataError, LineageError, LopdError, StopRequested
 
 PLAN_FILE = "plan.json"
 TIMING_FILE = "timing.json"
@@ -68,6 +68,7 @@ class Stage:
     `check(recipe)` returns what would be done, a line each. `distributed` stages are entered by every
     rank of a training job; rank 0 alone plans, proves and commits, and `run` in the others is given
     `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
+    `complete(recipe, plan)` adds what a stage was made from that came only while it was at work.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Stage:
     run: Callable[[Recipe, Plan, Path], Output]
     distributed: bool = False
     needed: Callable[[Recipe], bool] = lambda recipe: True
+    complete: Callable[[Recipe, Plan], Plan] = lambda recipe, plan: plan
 
 
 def directory_of(recipe: Recipe, stage: str) -> Path:
@@ -108,8 +110,13 @@ def execute(stage: Stage, recipe: Recipe) -> bool:
         _begin(stage, directory, plan)
         _verify_parents(recipe, plan)
         started = time.monotonic()
-        output = stage.run(recipe, plan, directory)
+        try:
+            output = stage.run(recipe, plan, directory)
+        except StopRequested:
+            _record_seconds(directory, time.monotonic() - started)
+            raise
         _record_seconds(directory, time.monotonic() - started)
+        plan = stage.complete(recipe, plan)
         commit(
             directory,
             stage.kind,
@@ -166,7 +173,7 @@ def check_unchanged(stage: Stage, recipe: Recipe) -> None:
     """
     directory = directory_of(recipe, stage.name)
     manifest = unchanged_manifest(recipe, stage.name, stage.kind)
-    plan = stage.plan(recipe)
+    plan = stage.complete(recipe, stage.plan(recipe))
     if recipe.allow_teacher_mismatch and "teacher" in manifest.parents:
         plan.parents["teacher"] = manifest.parents["teacher"]  # the one that made it, whoever comes after
     _refuse_change(stage.name, directory, manifest.config, manifest.parents, plan)
@@ -200,18 +207,33 @@ def seconds_of(directory: Path) -> float:
 def _begin(stage: Stage, directory: Path, plan: Plan) -> None:
     """Note what is being made, or check that what was begun here before is the same thing."""
     clear_temporaries(directory)
-    path = directory / PLAN_FILE
-    if path.is_file():
-        begun = read_json(path)
-        try:
-            parents = {role: Parent(**parent) for role, parent in begun["parents"].items()}
-            config = begun["config"]
-        except (TypeError, KeyError, AttributeError):
-            raise DataError(f"{path}: damaged: remove {directory} to make it again") from None
-        _refuse_change(stage.name, directory, config, parents, plan)
+    begun = begun_plan(directory)
+    if begun is not None:
+        _refuse_change(stage.name, directory, begun.config, begun.parents, plan)
         return
     parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
-    atomic_write_json(path, {"config": plan.config, "parents": parents_plain})
+    atomic_write_json(directory / PLAN_FILE, {"config": plan.config, "parents": parents_plain})
+
+
+def begun_plan(directory: Path) -> Plan | None:
+    """What a stage was begun with, but for its lineage; None when it was not. DataError when damaged."""
+    path = directory / PLAN_FILE
+    if not path.is_file():
+        return None
+    begun = read_json(path)
+    try:
+        parents = {role: Parent(**parent) for role, parent in begun["parents"].items()}
+        return Plan(begun["config"], parents, "proved")
+    except (TypeError, KeyError, AttributeError):
+        raise DataError(f"{path}: damaged: remove {directory} to make it again") from None
+
+
+def check_begun(stage: Stage, recipe: Recipe) -> None:
+    """What was begun of a stage must be what the recipe would make now. Raises LineageError or DataError."""
+    directory = directory_of(recipe, stage.name)
+    begun = begun_plan(directory)
+    if begun is not None:
+        _refuse_change(stage.name, directory, begun.config, begun.parents, stage.plan(recipe))
 
 
 def _record_seconds(directory: Path, seconds: float) -> None:

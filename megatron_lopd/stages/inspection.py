@@ -81,7 +81,8 @@ def _chat_for(directory: Path, tokenizer: Path | None) -> Chat | None:
     """The tokenizer given, or kept with an artifact, or that of the student it was sampled from."""
     if tokenizer is not None:
         return Chat(str(tokenizer))
-    for model in (directory / "tokenizer", directory.parent / "sft" / "model"):
+    beside = (directory.parent / stage / "model" for stage in ("student", "sft"))
+    for model in (directory / "tokenizer", *beside):
         if (model / "tokenizer.json").is_file():
             return Chat(str(model))
     return None

@@ -23,8 +23,10 @@ GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m megatron_lopd.cli *arguments` in `processes` ranks; the first exit code that is not 0.
+def launch(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
+    """Run `python -m megatron_lopd.cli *arguments` in `processes` ranks.
+
+    Returns the first exit code that is not 0, and whether a stop signal came.
 
     Stop signals are passed on to every rank. When a rank fails, the others are ended. 128 + n stands for a
     rank that signal n killed.
@@ -34,13 +36,17 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     environments = [_environment(rank, processes, port) for rank in range(processes)]
     ranks = [subprocess.Popen(command, env=each, preexec_fn=_die_with_parent) for each in environments]
 
+    asked: list[int] = []
+
     def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for rank in ranks:
             rank.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        return _wait(ranks)
+        code = _wait(ranks)
+        return code, bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Recipe
-from megatron_lopd.errors import ConfigError, LopdError, NumericsError, StopRequested
+from megatron_lopd.errors import ConfigError, DataError, LopdError, NumericsError, RefreshDue, StopRequested
 from megatron_lopd.stages import (
     evaluate,
     export,
     generate,
     online,
+    refresh,
     report,
     rollout,
     score,
@@ -22,8 +24,16 @@ from megatron_lopd.stages import (
     tokenize,
     train,
 )
-from megatron_lopd.stages.base import Stage, check_unchanged, directory_of, execute, is_main_rank
+from megatron_lopd.stages.base import (
+    Stage,
+    check_begun,
+    check_unchanged,
+    directory_of,
+    execute,
+    is_main_rank,
+)
 from megatron_lopd.stages.launch import launch
+from megatron_lopd.stages.rounds import Round, due_round, missing_round, rounds_of
 
 STAGES: tuple[Stage, ...] = (
     generate.STAGE,
@@ -46,6 +56,8 @@ def describe(recipe: Recipe, names: Sequence[str]) -> list[str]:
         if stage.name in names and stage.needed(recipe):
             state = "committed" if is_committed(directory_of(recipe, stage.name)) else "to do"
             lines += [f"{stage.name:9} [{state}] {line}" for line in stage.check(recipe)]
+    if "refresh" in names:
+        lines += [f"refresh   [to do] {line}" for line in refresh.check(recipe)]
     return lines
 
 
@@ -64,9 +76,9 @@ def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
             _say(f"[{number}/{len(needed)}] {stage.name}: {'; '.join(stage.check(recipe))}")
         started = time.monotonic()
         if stage in waiting and stage.distributed and recipe.parallel.processes > 1:
-            _launch(stage, recipe, recipe_path, overrides)
+            _refreshing(stage, recipe, partial(_launch, stage, recipe, recipe_path, overrides))
             done += 1
-        elif execute(stage, recipe):
+        elif _refreshing(stage, recipe, partial(execute, stage, recipe)):
             done += 1
             _say(f"[{number}/{len(needed)}] {stage.name}: done in {time.monotonic() - started:.1f} s")
     if report.STAGE in needed:
@@ -98,6 +110,46 @@ def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str
         _say(f"{name}: nothing to do: {directory_of(recipe, name)} is committed and unchanged")
 
 
+def run_refresh(recipe: Recipe) -> None:
+    """Make the next refresh's artifacts from train's newest checkpoint, if training has come to it."""
+    check_run_dir(recipe)
+    refresh.check(recipe)
+    for earlier in _before(train.STAGE, recipe):
+        check_unchanged(earlier, recipe)
+    check_begun(train.STAGE, recipe)
+    each, missing = due_round(recipe), missing_round(recipe)
+    if each is not None:
+        _refresh(each, recipe)
+    elif missing is None:
+        _say("refresh: nothing to do: every refresh is made")
+    else:
+        raise DataError(
+            f"refresh {missing.number} is made from the checkpoint at step {missing.first_step}, and there "
+            f"is no whole one in {directory_of(recipe, 'train')}: run lopd train to that step first"
+        )
+
+
+def _refreshing(stage: Stage, recipe: Recipe, attempt: Callable[[], bool]) -> bool:
+    """What `attempt` at a stage returns; train's is made again after each refresh that it stops for."""
+    while stage is train.STAGE and not is_committed(directory_of(recipe, stage.name)):
+        each = due_round(recipe) if rounds_of(recipe) else None
+        if each is not None:
+            check_begun(stage, recipe)
+            _refresh(each, recipe)
+        try:
+            return attempt()
+        except RefreshDue:
+            pass
+    return attempt()
+
+
+def _refresh(each: Round, recipe: Recipe) -> None:
+    for stage in refresh.stages_of(each):
+        started = time.monotonic()
+        if execute(stage, recipe):
+            _say(f"{stage.name}: done in {time.monotonic() - started:.1f} s")
+
+
 def check_run_dir(recipe: Recipe) -> None:
     """Raise ConfigError when a file is where the run's directory should be."""
     path = Path(recipe.run_dir)
@@ -113,11 +165,14 @@ def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
             yield earlier
 
 
-def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
+def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> bool:
     """Run a stage in as many processes as the recipe says. They have printed what went wrong, if anything."""
-    code = launch([stage.name, recipe_path, *overrides], recipe.parallel.processes)
+    code, asked_to_stop = launch([stage.name, recipe_path, *overrides], recipe.parallel.processes)
+    if code == RefreshDue.exit_code and not asked_to_stop and stage is train.STAGE and due_round(recipe):
+        raise RefreshDue(f"{stage.name} waits for its rollouts to be refreshed")
     if code:
         raise _error_of(code)(f"{stage.name} ended with exit code {code}: its own message is above")
+    return True
 
 
 def _error_of(exit_code: int) -> type[LopdError]:

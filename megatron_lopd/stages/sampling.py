@@ -35,7 +35,8 @@ class SamplingJob:
     """Which model answers which prompts, and how.
 
     `stream` separates the seeds of different uses; `label` is what progress is shown under.
-    `max_prompt_tokens`: a longer prompt is an error that names it.
+    `max_prompt_tokens`: a longer prompt is an error that names it. `only`: the sample ids to draw, where not
+    every sample of the prompts is wanted.
     """
 
     model_dir: Path
@@ -46,12 +47,18 @@ class SamplingJob:
     seed: int
     stream: str
     label: str
+    only: frozenset[str] | None = None
 
 
 def sample_seed(seed: int, stream: str, sample_id: str) -> int:
     """A sample's own seed, in [0, 2^63): a digest, so neighbours in any of the three are unrelated."""
     digest = hashlib.sha256(f"{seed}\0{stream}\0{sample_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample_name(prompt: Prompt, index: int) -> str:
+    """The id of the `index`-th response to a prompt."""
+    return f"{prompt.id}/{index}"
 
 
 def write_rollouts(job: SamplingJob, directory: Path) -> list[str]:
@@ -142,8 +149,10 @@ def _requests(job: SamplingJob, chat: Chat) -> list[GenerateRequest]:
     encoded = encode_prompts(job.prompts, chat, job.max_prompt_tokens)
     for prompt, tokens in zip(job.prompts, encoded, strict=True):
         for index in range(job.sampling.samples_per_prompt):
-            sample_id = f"{prompt.id}/{index}"
-            requests.append(GenerateRequest(sample_id, tokens, sample_seed(job.seed, job.stream, sample_id)))
+            sample_id = sample_name(prompt, index)
+            if job.only is None or sample_id in job.only:
+                seed = sample_seed(job.seed, job.stream, sample_id)
+                requests.append(GenerateRequest(sample_id, tokens, seed))
     return requests
 
 

@@ -17,6 +17,7 @@ from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore.architecture import check_layout, read_architecture
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.stages.base import Plan
+from megatron_lopd.training.checkpoints import checkpoint_name
 from megatron_lopd.training.loop import TrainingJob, run_training
 from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
@@ -76,7 +77,7 @@ def train_to_checkpoint(job: TrainingJob) -> tuple[Path, dict[str, int]]:
         "response_tokens": progress.response_tokens,
         "skipped_steps": progress.skipped_steps,
     }
-    return job.work_dir / "checkpoints" / f"step_{progress.step:08d}", counts
+    return job.work_dir / "checkpoints" / checkpoint_name(progress.step), counts
 
 
 def write_student(

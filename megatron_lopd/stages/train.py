@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent
+from megatron_lopd.artifacts.manifest import LineageStatus, verify_files
 from megatron_lopd.config import Recipe
 from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.errors import RefreshDue
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.stages.rounds import (
+    data_of,
+    is_made,
+    part_of,
+    prove_round,
+    record_rounds,
+    require_engines,
+    rounds_of,
+    with_rounds,
+)
 from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
@@ -19,7 +32,8 @@ from megatron_lopd.stages.students import (
     train_to_checkpoint,
     training_settings,
 )
-from megatron_lopd.training.loop import TrainingJob
+from megatron_lopd.training.agreement import on_rank_zero
+from megatron_lopd.training.loop import Segment, TrainingJob
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -30,7 +44,11 @@ def check(recipe: Recipe) -> list[str]:
     check_budget(recipe, config)
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
     work = f"{length} of {config.global_batch_size} samples"
-    return [f"train with {config.objective} from the cached scores: {work}"]
+    lines = [f"train with {config.objective} from the cached scores: {work}"]
+    if refreshes := rounds_of(recipe)[1:]:
+        require_engines(recipe)
+        lines.append(f"the student is rolled out and scored anew {len(refreshes)} times, by lopd refresh")
+    return lines
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -63,10 +81,40 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         data=TrainingData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
         work_dir=directory,
         preflight=preflight_of(recipe, config),
+        segment_at=partial(_segment_at, recipe, plan) if rounds_of(recipe) else None,
     )
     checkpoint, counts = train_to_checkpoint(job)
+    while config.steps is not None and counts["steps"] < config.steps:
+        checkpoint, counts = train_to_checkpoint(job)  # the next round's
     files = sorted(str(path.relative_to(directory)) for path in checkpoint.rglob("*") if path.is_file())
     return Output(files, counts)
+
+
+def _segment_at(recipe: Recipe, plan: Plan, step: int) -> Segment:
+    """The round that the step after `step` belongs to; every rank calls. RefreshDue when it is not made.
+
+    Raises LineageError and DataError as `prove_round` does.
+    """
+    rounds = rounds_of(recipe)
+    each = next((each for each in rounds if step < each.end_step), rounds[-1])
+
+    def prove() -> LineageStatus:
+        if not each.number:
+            return plan.lineage
+        if not is_made(recipe, each):
+            raise RefreshDue(
+                f"train: stopped after step {step} of {rounds[-1].end_step}, with the checkpoint saved, for "
+                "the rollouts are to be refreshed: run lopd refresh RECIPE, then lopd train; or lopd run, "
+                "which does both by itself"
+            )
+        proofs, manifests = prove_round(recipe, each, identity_of(plan))
+        for part in ("rollout", "score"):
+            verify_files(directory_of(recipe, each.stage(part)), manifests[part])
+        record_rounds(recipe, each)
+        return inputs.status_of(proofs, plan.lineage, *(manifest.lineage for manifest in manifests.values()))
+
+    lineage = on_rank_zero(prove)
+    return Segment(data_of(recipe, each), part_of(recipe, each), lineage)
 
 
 def _start(recipe: Recipe) -> Path:
@@ -75,5 +123,12 @@ def _start(recipe: Recipe) -> Path:
 
 
 STAGE = Stage(
-    "train", "checkpoint", check, plan, run, distributed=True, needed=lambda recipe: recipe.train is not None
+    "train",
+    "checkpoint",
+    check,
+    plan,
+    run,
+    distributed=True,
+    needed=lambda recipe: recipe.train is not None,
+    complete=with_rounds,
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import LINEAGE_FILE, prove_parent, read_model_lineage, short
 from megatron_lopd.artifacts.manifest import is_committed, load_manifest, verify_files
 from megatron_lopd.errors import DataError
+from megatron_lopd.stages.rounds import committed_parts, run_directory
 
 
 def verify_path(path: Path) -> Iterator[str]:
@@ -15,6 +16,8 @@ def verify_path(path: Path) -> Iterator[str]:
     artifacts = (
         [path] if is_committed(path) else sorted(child for child in _children(path) if is_committed(child))
     )
+    if not is_committed(path):
+        artifacts += committed_parts(path)
     if not artifacts:
         raise DataError(f"{path}: neither an artifact nor a run directory: nothing here is committed")
     for directory in artifacts:
@@ -35,7 +38,10 @@ def _verify_artifact(directory: Path) -> Iterator[str]:
     yield f"{directory}: {title}: {len(manifest.files)} files, {size:,} bytes, intact"
     for role, parent in manifest.parents.items():
         if parent.kind == "artifact":
-            origin = directory.parent / parent.path
+            origin = run_directory(directory) / parent.path
+            proof = prove_parent(directory.name, role, parent, load_manifest(origin), origin)
+            yield f"{directory}: {proof.statement}: {proof.detail}"
+        elif parent.kind == "checkpoint" and is_committed(origin := run_directory(directory) / parent.path):
             proof = prove_parent(directory.name, role, parent, load_manifest(origin), origin)
             yield f"{directory}: {proof.statement}: {proof.detail}"
     model = directory / "model"

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_lopd.data.collate import MicroBatch
-from megatron_lopd.data.plan import BatchPlan
+from megatron_lopd.data.plan import PlanPart
 from megatron_lopd.training.prefetch import Prefetcher, pinned
 from megatron_lopd.training.step import BatchLoader
 
@@ -40,15 +40,13 @@ class Batches(Protocol):
 
 
 class CachedBatches:
-    """The steps [first_step, end_step) of data that is there already, made ready ahead of time."""
+    """The steps of `part` from `first_step` on, of data that is there already, made ready ahead of time."""
 
     seconds: Mapping[str, float] = {}
 
-    def __init__(
-        self, loader: BatchLoader, plan: BatchPlan, device: torch.device, first_step: int, end_step: int
-    ) -> None:
-        self._loader, self._plan, self._device = loader, plan, device
-        self._ahead = Prefetcher(self._load, first_step, end_step)
+    def __init__(self, loader: BatchLoader, part: PlanPart, device: torch.device, first_step: int) -> None:
+        self._loader, self._part, self._device = loader, part, device
+        self._ahead = Prefetcher(self._load, first_step, part.end_step)
 
     def __enter__(self) -> CachedBatches:
         return self
@@ -62,10 +60,10 @@ class CachedBatches:
         return self._ahead.get(step)
 
     def lengths(self, step: int) -> NDArray[np.int64]:
-        return self._loader.data.lengths[self._plan.samples(step)]
+        return self._loader.data.lengths[self._part.samples(step)]
 
     def _load(self, step: int) -> list[MicroBatch]:
-        return ready(self._loader.micro_batches(self._plan.samples(step).tolist()), self._device)
+        return ready(self._loader.micro_batches(self._part.samples(step).tolist()), self._device)
 
 
 def ready(micro_batches: list[MicroBatch], device: torch.device) -> list[MicroBatch]:

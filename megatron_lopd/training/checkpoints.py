@@ -141,6 +141,7 @@ class Checkpoints:
 
 
 def checkpoint_name(step: int) -> str:
+    """The directory of the checkpoint after `step` steps, below checkpoints/."""
     return f"step_{step:08d}"
 
 

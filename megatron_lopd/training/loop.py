@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +18,10 @@ from megatron_lopd.config import Fp8Config, ParallelConfig, TrainConfig, Trainin
 from megatron_lopd.convert.load import load_hf_weights
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.data.plan import BatchPlan
+from megatron_lopd.data.plan import BatchPlan, PlanPart
 from megatron_lopd.errors import EngineDied, EngineError, NumericsError, StopRequested
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import read_architecture
+from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.flops import peak_flops, step_flops
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
@@ -42,14 +43,26 @@ from megatron_lopd.training.step import BatchLoader, run_micro_batches
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Steps that are trained from data of their own, and how far that data's lineage is proved."""
+
+    data: TrainingData
+    part: PlanPart
+    lineage: LineageStatus
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """Everything a run depends on.
 
     `name` labels its progress. `identity` is a digest of all that decides its numbers (model, data,
     recipe): a checkpoint that carries another is refused. `model_dir` is the Hugging Face directory to
     start from, its weights left unread when `init` is "random". LiveData is sampled and scored as the run
-    goes, by the student as it then is. `work_dir` gets checkpoints/,
-    metrics.jsonl and tensorboard/. `preflight` None checks nothing; of LiveData it checks the first step's.
+    goes, by the student as it then is. `work_dir` gets checkpoints/, metrics.jsonl and tensorboard/.
+    `preflight` None checks nothing; of LiveData it checks the first step's.
+
+    `segment_at(steps done)`, where given, says in every rank alike what to train from next; it may refuse.
+    `data` then has the first segment's, and `part` which steps an attempt is to do (None: all).
     """
 
     name: str
@@ -66,10 +79,14 @@ class TrainingJob:
     init: Literal["pretrained", "random"] = "pretrained"
     preflight: Preflight | None = None
     fp8: Fp8Config | None = None
+    segment_at: Callable[[int], Segment] | None = None
+    part: PlanPart | None = None
 
 
 def run_training(job: TrainingJob) -> Progress:
     """Train from the newest checkpoint, or from the start, to the last step; called in every rank.
+
+    A job of several segments is trained to the end of the one that the newest checkpoint is in.
 
     Returns what was consumed, over all attempts.
 
@@ -79,9 +96,8 @@ def run_training(job: TrainingJob) -> Progress:
     StopRequested after SIGTERM or SIGUSR1 or when a live teacher's process was killed.
     """
     compat.prepare()
-    job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
     architecture = read_architecture(job.model_dir)
-    job.data.require_vocabulary(architecture.vocab_size)
+    _check_data(job, architecture)
     check_precision(architecture, job.parallel, job.fp8)
     with (
         StopSignals() as stop,
@@ -92,12 +108,22 @@ def run_training(job: TrainingJob) -> Progress:
             job.work_dir / "checkpoints", job.identity, architecture, job.lineage, job.config.keep_checkpoints
         )
         newest = on_rank_zero(lambda: checkpoints.newest_whole(reporter.note))
+        if job.segment_at is not None:
+            segment = job.segment_at(0 if newest is None else newest.progress.step)
+            job = replace(job, data=segment.data, part=segment.part, lineage=segment.lineage)
+            checkpoints = replace(checkpoints, lineage=segment.lineage)
+            _check_data(job, architecture)
         model = build_model(architecture, job.parallel, job.precision, job.seed, job.fp8)
         if job.init == "pretrained" and newest is None:
             for chunk in model:
                 load_hf_weights(chunk, architecture, job.model_dir)
         run = _Run(job, model, ranks, reporter, stop, checkpoints)
         return run.to_the_end(newest)
+
+
+def _check_data(job: TrainingJob, architecture: Architecture) -> None:
+    job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
+    job.data.require_vocabulary(architecture.vocab_size)
 
 
 class _Run:
@@ -116,8 +142,9 @@ class _Run:
         self.job, self.ranks, self.reporter, self.stop = job, ranks, reporter, stop
         self.device: torch.device = compat.device()
         self.objective = get_objective(job.objective, config)
-        self.plan = BatchPlan(len(job.data), config.global_batch_size, job.seed)
-        self.total_steps = _total_steps(config, self.plan)
+        whole = job.part.plan if job.part else BatchPlan(len(job.data), config.global_batch_size, job.seed)
+        self.total_steps = _total_steps(config, whole)
+        self.part = job.part or PlanPart(whole, 0, self.total_steps, visited_only=False)
         samples = StepSamples() if isinstance(job.data, LiveData) else job.data
         self.loader = BatchLoader.of(samples, config, job.parallel, ranks, job.fp8)
         self.optimization: Optimization = build_optimization(
@@ -136,9 +163,11 @@ class _Run:
             progress = load_checkpoint(newest, self.optimization, self.ranks)
             self.saved_step = progress.step
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
-        elif self.job.preflight is not None and not isinstance(self.job.data, LiveData):
+        live = isinstance(self.job.data, LiveData)
+        if self.job.preflight is not None and progress.step == self.part.first_step and not live:
+            finds_scales = self.job.preflight.finds_scales and newest is None  # a checkpoint brings its own
             check_rollouts(
-                self.job.preflight,
+                replace(self.job.preflight, finds_scales=finds_scales),
                 self.optimization.chunks,
                 self.loader,
                 self.ranks,
@@ -158,16 +187,16 @@ class _Run:
             return LiveBatches(
                 self.job.data,
                 self.loader,
-                self.plan,
+                self.part.plan,
                 self.optimization,
                 self.architecture,
                 self.ranks,
                 self.device,
             )
-        return CachedBatches(self.loader, self.plan, self.device, first_step, self.total_steps)
+        return CachedBatches(self.loader, self.part, self.device, first_step)
 
     def _train(self, progress: Progress, batches: Batches) -> Progress:
-        while progress.step < self.total_steps:
+        while progress.step < self.part.end_step:
             try:
                 progress = self._step(progress, batches)
             except EngineError as error:  # raised by every rank alike, before the step changed anything
@@ -175,18 +204,20 @@ class _Run:
                 raise
             self.saver.poll()
             stopping = any_rank(self.stop.requested, self.device) and progress.step < self.total_steps
-            due = progress.step % self.job.config.checkpoint_every == 0 or progress.step == self.total_steps
+            at_end = progress.step == self.part.end_step
+            due = progress.step % self.job.config.checkpoint_every == 0 or at_end
             if due or stopping:
                 self.reporter.sync()
                 self.saver.start(self.optimization, progress)
                 self.saved_step = progress.step
             if stopping:
-                self.saver.finish()
-                raise StopRequested(
-                    f"{self.job.name}: stopped on request after step {progress.step} of {self.total_steps}, "
-                    "with the checkpoint saved: run the same command to go on"
-                )
+                break
         self.saver.finish()
+        if progress.step < self.total_steps and any_rank(self.stop.requested, self.device):
+            raise StopRequested(
+                f"{self.job.name}: stopped on request after step {progress.step} of {self.total_steps}, "
+                "with the checkpoint saved: run the same command to go on"
+            )
         return progress
 
     def _check_sampler(self, micro_batches: list[MicroBatch]) -> None:

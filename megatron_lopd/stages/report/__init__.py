@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest, seconds_of
 from megatron_lopd.stages.report.lineage_graph import Edge, LineageGraph, Node
 from megatron_lopd.stages.report.page import render_page
+from megatron_lopd.stages.rounds import PARTS, prove_round, rounds_of, train_identity
 
 SUMMARY, PAGE = "summary.json", "index.html"
 MADE_BEFORE = ("generate", "tokenize", "sft", "rollout", "score", "train", "export", "evaluate")
@@ -59,32 +61,49 @@ def headline(recipe: Recipe) -> str:
 def _manifests(recipe: Recipe) -> dict[str, Manifest]:
     """What is committed of this run, in the order it was made."""
     directories = {stage: directory_of(recipe, stage) for stage in MADE_BEFORE}
-    return {stage: load_manifest(path) for stage, path in directories.items() if is_committed(path)}
+    made = {stage: load_manifest(path) for stage, path in directories.items() if is_committed(path)}
+    if "train" in made:
+        at = list(made).index("train")
+        refreshed = [each.stage(part) for each in rounds_of(recipe)[1:] for part in PARTS]
+        between = {stage: load_manifest(directory_of(recipe, stage)) for stage in refreshed}
+        made = dict([*list(made.items())[:at], *between.items(), *list(made.items())[at:]])
+    return made
 
 
 def _proofs(recipe: Recipe, manifests: dict[str, Manifest]) -> list[Proof]:
     if "train" not in manifests:
         return []
-    return inputs.prove_training(recipe, manifests["train"].parents["student"])
+    proofs = inputs.prove_training(recipe, manifests["train"].parents["student"])
+    for each in rounds_of(recipe)[1:]:
+        proofs += prove_round(recipe, each, train_identity(recipe))[0]
+    return proofs
 
 
 def _summary(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) -> dict[str, Any]:
     results = read_json(directory_of(recipe, "evaluate") / "results.json")
     statuses = [proof.status for proof in proofs] + [manifest.lineage for manifest in manifests.values()]
+    seconds: dict[str, float] = {}
+    tokens: Counter[str] = Counter()
+    for stage, manifest in manifests.items():
+        seconds[_work(stage)] = seconds.get(_work(stage), 0.0) + seconds_of(directory_of(recipe, stage))
+        if "tokens" in manifest.counts:
+            tokens[_work(stage)] += manifest.counts["tokens"]
     return {
         "accuracy": results["accuracy"],
-        "seconds": {stage: round(seconds_of(directory_of(recipe, stage)), 2) for stage in manifests},
-        "tokens": {
-            stage: manifest.counts["tokens"]
-            for stage, manifest in manifests.items()
-            if "tokens" in manifest.counts
-        },
+        "seconds": {work: round(spent, 2) for work, spent in seconds.items()},
+        "tokens": dict(tokens),
+        "refreshes": len(rounds_of(recipe)[1:]) if "train" in manifests else 0,
         "lineage": worst(statuses),
         "proofs": [vars(proof) for proof in proofs],
         "seed": recipe.seed,
         "objective": manifests["train"].config["objective"] if "train" in manifests else "",
         "settings": _settings(recipe, manifests, results["teacher_answers"]),
     }
+
+
+def _work(stage: str) -> str:
+    """What a stage's seconds and tokens are summed under: all refreshes' rollouts are one kind of work."""
+    return f"refresh {stage.rpartition('/')[2]}" if "/" in stage else stage
 
 
 def _settings(
@@ -109,6 +128,10 @@ def _settings(
     if "train" in manifests:
         settings["train: objective"] = manifests["train"].config["objective"]
         settings["rollouts"] = f"{manifests['rollout'].counts['samples']} samples"
+        if refreshes := rounds_of(recipe)[1:]:
+            sampled = sum(manifests[each.stage("rollout")].counts["samples"] for each in refreshes)
+            every = manifests["train"].config["refresh_every"]
+            settings["refreshes"] = f"{len(refreshes)}, every {every} steps, {sampled} samples in all"
     if answers is not None:
         settings["the teacher's SFT answers"] = f"{100 * answers['sampled']:.1f} % of {answers['n']} right"
     versions = next(iter(manifests.values())).versions
@@ -126,12 +149,15 @@ def _history(directory: Path) -> list[dict[str, Any]]:
 
 
 def _graph(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) -> LineageGraph:
+    """Of the refreshes the last alone is drawn: all are alike, and many would not fit."""
+    earlier = {each.stage(part) for each in rounds_of(recipe)[1:-1] for part in PARTS}
+    manifests = {stage: manifest for stage, manifest in manifests.items() if stage not in earlier}
     nodes: dict[str, Node] = {}
     edges = []
     for stage, manifest in manifests.items():
         nodes[stage] = Node(stage, "artifact", stage, manifest.id, str(directory_of(recipe, stage)))
         for role, parent in manifest.parents.items():
-            if parent.kind == "artifact":
+            if parent.kind == "artifact" and parent.path in manifests:
                 edges.append(Edge(parent.path, stage, role))
             elif parent.kind == "model":
                 maker = _maker(parent.path, recipe, manifests)

@@ -25,7 +25,10 @@ from megatron_lopd.stages.report.theme import css_variables
 History = Sequence[Mapping[str, Any]]
 
 MODELS = {"base": "Base", "sft": "SFT", "lightning_opd": "Lightning OPD", "teacher": "Teacher"}
-STAGES = ("generate", "sft", "rollout", "score", "train", "export", "evaluate")
+STAGES = (
+    *("generate", "sft", "rollout", "score", "refresh student", "refresh rollout", "refresh score"),
+    *("train", "export", "evaluate"),
+)
 LINEAGE = {
     "proved": "Every claim about where these numbers come from was checked by content digest.",
     "declared": "Part of the lineage was stated by the user and could not be checked by digest.",
@@ -44,7 +47,7 @@ CURVES = {
             "drift_kl",
             "Drift KL",
             "nats per token",
-            "KL(π_ref ‖ π) from the student that made the rollouts, by the k3 estimate",
+            "KL(π_ref ‖ π) from the student that made the rollouts, by k3; a refresh starts it anew",
             (0.0,),
         ),
         Curve(
