@@ -1,0 +1,361 @@
+"""The paper's claims and what goes past them, in miniature, on a CPU: run every condition over seeds.
+
+    python examples/miniature/study.py            # all of it: about an hour on two cores
+    python examples/miniature/study.py --short    # every condition once, a few steps each: does it run?
+    python examples/miniature/study.py --seeds 3 --results runs/seed3.json    # one seed again
+
+Every condition is a recipe of this project (recipe.yaml with overrides), run by its own commands in a
+process of one thread; conditions that share teacher, student and seed share SFT and rollouts. What is
+finished is skipped, so a study that was cut off goes on. `draw.py` makes table and figures of the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RECIPE = HERE / "recipe.yaml"
+DIALECTS = ("equals", "terse")
+# Overrides of the recipe: SFT to a sampled accuracy of about 85 % and of about 20 %.
+STARTS = {
+    "strong": (),
+    "weak": ("sft.steps=260",),
+}
+# Few steps of few samples, for --short.
+SHORT = (
+    *(f"prompts.{use}.count=64" for use in ("sft", "opd", "eval")),
+    *(f"{stage}.{key}" for stage in ("sft", "train") for key in ("steps=4", "global_batch_size=16")),
+    "sft.optimizer.warmup_steps=1",
+    "train.checkpoint_every=2",
+    "train.guard.window=2",
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to go on from the SFT student. `overrides` are of the recipe; `k` teacher tokens are kept."""
+
+    method: str
+    k: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.k}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The conditions of one SFT student. `answered`, `scored`: the dialects of the teachers that do so."""
+
+    start: str
+    answered: str
+    scored: str
+    seed: int
+
+    @property
+    def consistent(self) -> bool:
+        return self.answered == self.scored
+
+    def conditions(self, short: bool) -> list[Condition]:
+        objective = "train.objective={}".format
+        refresh = ("train.refresh_every=2",) if short else ("train.refresh_every=60",)
+        top_k = [Condition("topk_reverse_kl", 4, (objective("topk_reverse_kl"),))]
+        if self.consistent:
+            top_k += [Condition("topk_reverse_kl", k, (objective("topk_reverse_kl"),)) for k in (1, 2, 8)]
+        return [
+            Condition("sft", 0),
+            *([Condition("sft_continued", 0)] if self.consistent else []),
+            Condition("sampled_reverse_kl", 0, (objective("sampled_reverse_kl"),)),
+            Condition(
+                "sampled_reverse_kl+clipped", 0, (objective("sampled_reverse_kl"), "train.importance=clipped")
+            ),
+            *top_k,
+            Condition("topk_forward_kl", 4, (objective("topk_forward_kl"),)),
+            Condition("refresh", 4, (objective("topk_reverse_kl"), *refresh)),
+            Condition("online_sampled_reverse_kl", 0, (objective("sampled_reverse_kl"),)),
+            Condition("online_topk_reverse_kl", 4, (objective("topk_reverse_kl"),)),
+            Condition("fixed_negative", 0, (objective("fixed_negative"),)),
+        ]
+
+
+def cells(seeds: Sequence[int]) -> list[list[Cell]]:
+    """Every cell; those of one list share the SFT student and are run one after the other."""
+    groups: list[list[Cell]] = []
+    for seed in seeds:
+        groups += [
+            [Cell("strong", "equals", "equals", seed), Cell("strong", "equals", "terse", seed)],
+            [Cell("weak", "equals", "equals", seed)],
+            [Cell("strong", "terse", "equals", seed)],
+        ]
+    return groups
+
+
+class CellRunner:
+    """Runs the conditions of one cell below `root`; each leaves entry.json when it is finished."""
+
+    def __init__(self, cell: Cell, root: Path, short: bool) -> None:
+        self.cell, self.short = cell, short
+        self.base = root / f"{cell.start}-{cell.answered}-{cell.seed}"
+        self.directory = self.base / f"scored-by-{cell.scored}"
+
+    def run(self) -> None:
+        from megatron_lopd.stages import generate, rollout, sft
+        from megatron_lopd.stages.base import execute
+
+        base = self.recipe(self.base, teacher=self.cell.answered)
+        for stage in (generate.STAGE, sft.STAGE, rollout.STAGE):
+            execute(stage, base)
+        for condition in self.cell.conditions(self.short):
+            self.run_condition(condition)
+
+    def recipe(self, run_dir: Path, *overrides: str, teacher: str = "") -> Any:
+        from megatron_lopd.config import load_recipe
+
+        model = f"teacher.model={HERE / f'teacher_{teacher or self.cell.scored}'}"
+        common = (f"run_dir={run_dir}", f"seed={self.cell.seed}", model, *STARTS[self.cell.start])
+        short = SHORT if self.short else ()
+        return load_recipe(str(RECIPE), [*common, *overrides, *short])
+
+    def run_condition(self, condition: Condition) -> None:
+        from megatron_lopd.artifacts.files import atomic_write_json
+
+        directory = self.directory / condition.name
+        if (directory / "entry.json").is_file():
+            return
+        links = ("generate",) if condition.method == "sft_continued" else ("generate", "sft", "rollout")
+        directory.mkdir(parents=True, exist_ok=True)
+        for stage in links:
+            if not (directory / stage).exists():
+                (directory / stage).symlink_to((self.base / stage).resolve())
+        print(f"miniature: {self.cell} {condition.name}", flush=True)
+        entry = {
+            "start": self.cell.start,
+            "teacher": "consistent" if self.cell.consistent else "inconsistent",
+            "answered_by": self.cell.answered,
+            "scored_by": self.cell.scored,
+            "method": condition.method,
+            "k": condition.k,
+            "seed": self.cell.seed,
+            **self.measure(condition, directory),
+        }
+        atomic_write_json(directory / "entry.json", entry)
+
+    def measure(self, condition: Condition, directory: Path) -> dict[str, Any]:
+        """Run one condition, and grade its student."""
+        if condition.method == "sft":
+            return self.entry(self.base / "sft" / "model", directory, Spent())
+        if condition.method == "sft_continued":
+            return self.sft_continued(directory)
+        if condition.method.startswith("online"):
+            return self.online(condition, directory)
+        return self.offline(condition, directory)
+
+    def sft_continued(self, directory: Path) -> dict[str, Any]:
+        """As many further steps on the teacher's answers, with the optimizer that the others are given."""
+        from megatron_lopd.config import to_plain
+        from megatron_lopd.stages.base import seconds_of
+        from megatron_lopd.stages.run import run_all
+
+        train = to_plain(self.recipe(directory).train)
+        keys = ("steps", "global_batch_size", "micro_batch_tokens", "checkpoint_every")
+        same = [f"sft.{key}={train[key]}" for key in keys]
+        same += [f"sft.optimizer.{key}={value}" for key, value in train["optimizer"].items()]
+        start = (f"student.model={self.base / 'sft' / 'model'}", "student.init=pretrained")
+        recipe = self.recipe(directory, *start, "train=null", "prompts.eval=null", *same)
+        run_all(recipe, str(RECIPE), [])
+        spent = Spent(train=seconds_of(directory / "sft"))
+        return self.entry(directory / "sft" / "model", directory, spent)
+
+    def online(self, condition: Condition, directory: Path) -> dict[str, Any]:
+        from megatron_lopd.artifacts.manifest import load_manifest
+        from megatron_lopd.stages.base import seconds_of
+        from megatron_lopd.stages.run import run_one
+
+        recipe = self.recipe(directory, *condition.overrides, f"score.top_k={condition.k}", *self.allowed())
+        run_one("online", recipe, str(RECIPE), [])
+        rollout, teacher = (_sum(directory / "online", key) for key in ("rollout_s", "teacher_s"))
+        train = seconds_of(directory / "online") - rollout - teacher
+        tokens = load_manifest(directory / "online").counts["teacher_tokens"]
+        spent = Spent(rollout, teacher, train, tokens)
+        return self.entry(directory / "online" / "model", directory, spent)
+
+    def offline(self, condition: Condition, directory: Path) -> dict[str, Any]:
+        from megatron_lopd.errors import DriftError
+        from megatron_lopd.stages.run import run_all
+
+        overrides = (*condition.overrides, f"score.top_k={condition.k}", "prompts.eval=null", *self.allowed())
+        if not self.cell.consistent:
+            self.require_refusal(condition, directory)
+        try:
+            run_all(self.recipe(directory, *overrides), str(RECIPE), [])
+        except DriftError as drift:
+            return self.stopped(drift, directory, overrides)
+        return self.entry(directory / "export" / "model", directory, self.spent_offline(directory))
+
+    def stopped(self, drift: Any, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+        """Grade what the guard kept, and what would have become of the run without it."""
+        from megatron_lopd.convert.offline import megatron_to_hf
+        from megatron_lopd.stages.run import run_all
+
+        spent, stopped_at = self.spent_offline(directory), len(_metrics(directory / "train"))
+        kept = Path(drift.last_good)
+        if "checkpoints" in kept.parts:
+            recipe = self.recipe(directory)
+            megatron_to_hf(kept, directory / "kept", recipe.export.max_shard_bytes, self.base / "sft/model")
+            kept = directory / "kept"
+        entry = self.entry(kept, directory, spent)
+        off = (*overrides, "train.guard.min_kept_mass=null")
+        run_all(self.recipe(directory, *off), str(RECIPE), [])
+        without = self.grade(directory / "export" / "model", directory / "graded-unguarded")
+        guard = {"stopped_by_guard": True, "stopped_at_step": stopped_at, "unguarded": without["sampled"]}
+        return entry | guard | {"unguarded_greedy": without["greedy"]}
+
+    def allowed(self) -> tuple[str, ...]:
+        return () if self.cell.consistent else ("allow_teacher_mismatch=true",)
+
+    def require_refusal(self, condition: Condition, directory: Path) -> None:
+        """Another teacher's scores are refused without the override: the study checks it each time."""
+        from megatron_lopd.errors import LineageError
+        from megatron_lopd.stages import score
+        from megatron_lopd.stages.base import execute, is_committed
+
+        if is_committed(directory / "score"):
+            return
+        try:
+            execute(score.STAGE, self.recipe(directory, *condition.overrides, f"score.top_k={condition.k}"))
+        except LineageError:
+            return
+        raise SystemExit(f"{directory}: a teacher other than SFT's was let through")
+
+    def spent_offline(self, directory: Path) -> Spent:
+        """Seconds and teacher tokens of all rounds: of the first, and of each refresh."""
+        from megatron_lopd.artifacts.manifest import load_manifest
+        from megatron_lopd.stages.base import seconds_of
+
+        rounds = [directory, *sorted(directory.glob("refresh-*"))]
+        students = sum(seconds_of(each / "student") for each in rounds[1:])  # written for the sampler
+        return Spent(
+            rollout=students + sum(seconds_of(each / "rollout") for each in rounds),
+            teacher=sum(seconds_of(each / "score") for each in rounds),
+            train=seconds_of(directory / "train")
+            or sum(row["seconds"] for row in _metrics(directory / "train")),
+            teacher_tokens=sum(load_manifest(each / "score").counts["tokens"] for each in rounds),
+        )
+
+    def entry(self, model: Path, directory: Path, spent: Spent) -> dict[str, Any]:
+        seconds = {name: round(value, 2) for name, value in asdict(spent).items() if name != "teacher_tokens"}
+        return {
+            **self.grade(model, directory / "graded"),
+            "seconds": seconds,
+            "teacher_tokens": spent.teacher_tokens,
+            "stopped_by_guard": False,
+        }
+
+    def grade(self, model: Path, directory: Path) -> dict[str, Any]:
+        from megatron_lopd.stages.grading import grade_model
+        from megatron_lopd.stages.inputs import prompts_of
+
+        recipe = self.recipe(self.base)
+        prompts = prompts_of(recipe, "eval")[0]
+        grades = grade_model(
+            model, prompts, recipe.evaluate, self.cell.seed, directory, directory.parent.name
+        )
+        names = ("sampled", "greedy", "pass_at_k", "entropy", "length")
+        return {name: round(getattr(grades, name), 5) for name in names}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by part, SFT left out, and the tokens that the teacher read."""
+
+    rollout: float = 0.0
+    teacher: float = 0.0
+    train: float = 0.0
+    teacher_tokens: int = 0
+
+
+def _metrics(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _sum(directory: Path, key: str) -> float:
+    """A metric over all steps."""
+    return sum(row[key] for row in _metrics(directory))
+
+
+def entries(groups: Sequence[Sequence[Cell]], root: Path, short: bool) -> Iterator[dict[str, Any]]:
+    """What the finished conditions measured, in the order of the study."""
+    for cell in (cell for group in groups for cell in group):
+        runner = CellRunner(cell, root, short)
+        for condition in cell.conditions(short):
+            yield json.loads((runner.directory / condition.name / "entry.json").read_text())
+
+
+def machine() -> str:
+    """The processor and the versions that the numbers depend on."""
+    import torch
+
+    about = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in about if line.startswith("model name")]
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {versions}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The miniature study: every condition over seeds.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default 1 2 3 4 5; 1 with --short)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once, one thread each (default 2)")
+    parser.add_argument("--short", action="store_true", help="a few steps of each condition, in minutes")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/miniature"), help="where runs are kept")
+    parser.add_argument(
+        "--results", type=Path, help="file to write (default examples/miniature/results.json)"
+    )
+    parser.add_argument("--group", type=int, help=argparse.SUPPRESS)  # what one process is to do
+    arguments = parser.parse_args()
+    seeds = arguments.seeds or ([1] if arguments.short else [1, 2, 3, 4, 5])
+    groups = cells(seeds)
+    if arguments.group is not None:
+        for cell in groups[arguments.group]:
+            CellRunner(cell, arguments.run_dir, arguments.short).run()
+        return
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+
+    logs = [arguments.run_dir / f"group-{number}.log" for number in range(len(groups))]
+
+    def work(number: int) -> int:
+        own = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--group", str(number)]
+        with logs[number].open("a") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            return subprocess.run(own, env=environment, stdout=log, stderr=log).returncode
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        failed = [number for number, code in enumerate(pool.map(work, range(len(groups)))) if code]
+    if failed:
+        raise SystemExit(f"failed: see {', '.join(str(logs[number]) for number in failed)}")
+    results = {
+        "machine": machine(),
+        "command": " ".join(["python", *sys.argv]),
+        "seeds": seeds,
+        "conditions": list(entries(groups, arguments.run_dir, arguments.short)),
+    }
+    path = arguments.results or (
+        arguments.run_dir / "results.json" if arguments.short else HERE / "results.json"
+    )
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"miniature: {len(results['conditions'])} runs: {path}")
+
+
+if __name__ == "__main__":
+    main()
