@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_gathered_weights_are_those_read_and_those_exported(root: Path, processes: int) -> None:
     names = [name for name, (parallel, *_) in LAYOUTS.items() if parallel.processes == processes]
-    ranks = run_ranks(processes, gather_all, root, names)
+    ranks = run_ranks(processes, gather_all, root, names, timeout=300)
     for (layout, model), (before, after, exported) in ranks[0].items():
         if LAYOUTS[layout][2] == "fp32":
             assert before == contents(root / model)[0], (layout, model)

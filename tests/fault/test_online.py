@@ -75,16 +75,19 @@ def test_it_counts_times_and_names_what_it_used(undisturbed: Path) -> None:
 
 
 def on_score(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
-    """Call `action(teacher)` once the request to score the `number`-th step is on its way."""
+    """Call `action(teacher)` while the `number`-th request to score waits for its answer."""
     from megatron_lopd.engines.process import EngineProcess
 
     send, sent = EngineProcess._send, []
 
     def send_and_act(teacher: Any, message: Any) -> None:
-        send(teacher, message)
         sent.append(message)
-        if len(sent) == number + 1:  # the first message is the model to load
-            action(teacher)
+        if len(sent) != number + 1:  # the first message is the model to load
+            return send(teacher, message)
+        os.kill(teacher.pid, signal.SIGSTOP)
+        send(teacher, message)
+        action(teacher)
+        os.kill(teacher.pid, signal.SIGCONT)
 
     monkeypatch.setattr(EngineProcess, "_send", send_and_act)
 
@@ -108,7 +111,8 @@ def test_killed_teacher_and_stop_signal_change_nothing(
 
     assert main(ONLINE) == 0
     assert losses(root / "run/online") == losses(undisturbed)
-    assert contents(root / "run/online/model") == contents(undisturbed / "model")
+    manifests = [(online / "manifest.json").read_bytes() for online in (root / "run/online", undisturbed)]
+    assert manifests[0] == manifests[1], "with the digest of every file of the model"
 
 
 def test_ranks_it_starts_itself_train_as_one_process_does(root: Path, undisturbed: Path) -> None:
