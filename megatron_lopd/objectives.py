@@ -169,6 +169,7 @@ def drift(tokens: TokenLogProbs) -> dict[str, float]:
     (the k3 estimator of J. Schulman, "Approximating KL divergence", 2020).
     effective_sample_size: `(sum r)^2 / (R sum r^2)`, in (0, 1]; 1 when nothing has moved. Taken over
     tokens: over whole responses the product of ratios collapses to one sample at any useful length.
+    After a refresh (train.refresh_every) pi_ref is the student that sampled this round.
     """
     if tokens.behaviour is None:
         raise DataError(
