@@ -329,6 +329,7 @@ def drift(tokens: TokenLogProbs) -> dict[str, float]:
     which a batch can measure: one token of ratio 1,000 would be as much as a thousand others. 1 while the
     cache covers the student; well below 1, its mass has moved to tokens that no teacher has judged, however
     steady the loss looks.
+    After a refresh (train.refresh_every) pi_ref is the student that sampled this round.
     """
     log_ratio = tokens.current.detach().double() - _behaviour(tokens).double()
     k3 = torch.expm1(log_ratio) - log_ratio

@@ -32,6 +32,10 @@ def check(recipe: Recipe) -> list[str]:
     config, sampling = inputs.train_config(recipe), recipe.rollout.sampling
     if config.checkpoint is not None:
         raise ConfigError("train.checkpoint: online starts from the sft stage's model: drop that key")
+    if config.refresh_every is not None:
+        raise ConfigError(
+            f"train.refresh_every={config.refresh_every}: online samples anew at every step: drop that key"
+        )
     prompts, teacher = inputs.prompts_of(recipe, "opd")[0], inputs.teacher_directory(recipe)
     inputs.check_model(teacher)
     inputs.check_top_k(recipe)

@@ -77,14 +77,14 @@ def _plan_student(recipe: Recipe, each: Round) -> Plan:
     if is_committed(directory_of(recipe, stage)):  # train may have removed the checkpoint since
         made, _ = prove_student(recipe, each, train_identity(recipe))
         return Plan(config, {"checkpoint": made.parents["checkpoint"]}, made.lineage)
-    path, checkpoint = checkpoint_of(recipe, each)
+    path, checkpoint = checkpoint_of(recipe, each, rehash=False)  # `_run_student` reads it, and does
     digests = {"id": checkpoint.id, "identity": checkpoint.config["identity"]}
     where = str(path.relative_to(recipe.run_dir))
     return Plan(config, {"checkpoint": Parent("checkpoint", where, digests)}, checkpoint.lineage)
 
 
 def _run_student(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
-    path, _ = checkpoint_of(recipe, each)
+    path, _ = checkpoint_of(recipe, each, rehash=True)
     ancestors = {stage: parent_manifest(recipe, stage) for stage in ("sft", "rollout", "score")}
     lineage = lineage_of(
         each.stage("student"), plan.lineage, ancestors["score"].parents["teacher"], ancestors

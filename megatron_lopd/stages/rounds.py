@@ -74,28 +74,32 @@ def missing_round(recipe: Recipe) -> Round | None:
     return next((each for each in rounds_of(recipe)[1:] if not is_made(recipe, each)), None)
 
 
-def due_round(recipe: Recipe) -> Round | None:
-    """The round to make now: the first that is missing, once training has come to where it begins."""
+def due_round(recipe: Recipe, *, rehash: bool = True) -> Round | None:
+    """The round to make now: the first that is missing, once training has come to where it begins.
+
+    With `rehash` a damaged checkpoint is not taken for one that is there: train makes it again.
+    """
     each = missing_round(recipe)
     if each is None:
         return None
     if is_committed(directory_of(recipe, each.stage("student"))):
         return each
     try:
-        checkpoint_of(recipe, each)
-    except DataError:  # not come to yet, or damaged: train makes it
+        checkpoint_of(recipe, each, rehash=rehash)
+    except DataError:
         return None
     return each
 
 
-def checkpoint_of(recipe: Recipe, each: Round) -> tuple[Path, Manifest]:
-    """Train's checkpoint that a round's student is made from, re-hashed.
+def checkpoint_of(recipe: Recipe, each: Round, *, rehash: bool) -> tuple[Path, Manifest]:
+    """Train's checkpoint that a round's student is made from, re-hashed if asked: that reads all of it.
 
     Raises DataError when it is not there or damaged, LineageError when it is another job's.
     """
     path = directory_of(recipe, "train") / "checkpoints" / checkpoint_name(each.first_step)
     manifest = load_manifest(path, CHECKPOINT)
-    verify_files(path, manifest)
+    if rehash:
+        verify_files(path, manifest)
     if manifest.config["identity"] != train_identity(recipe):
         raise LineageError(
             f"refused: {path} is of another job than {directory_of(recipe, 'train')} was begun with: "

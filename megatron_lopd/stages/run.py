@@ -33,7 +33,7 @@ from megatron_lopd.stages.base import (
     is_main_rank,
 )
 from megatron_lopd.stages.launch import launch
-from megatron_lopd.stages.rounds import Round, due_round, missing_round, rounds_of
+from megatron_lopd.stages.rounds import Round, due_round, missing_round
 
 STAGES: tuple[Stage, ...] = (
     generate.STAGE,
@@ -131,16 +131,17 @@ def run_refresh(recipe: Recipe) -> None:
 
 def _refreshing(stage: Stage, recipe: Recipe, attempt: Callable[[], bool]) -> bool:
     """What `attempt` at a stage returns; train's is made again after each refresh that it stops for."""
-    while stage is train.STAGE and not is_committed(directory_of(recipe, stage.name)):
-        each = due_round(recipe) if rounds_of(recipe) else None
+    if stage is not train.STAGE or is_committed(directory_of(recipe, stage.name)):
+        return attempt()
+    while True:
+        each = due_round(recipe)
         if each is not None:
             check_begun(stage, recipe)
             _refresh(each, recipe)
         try:
             return attempt()
         except RefreshDue:
-            pass
-    return attempt()
+            continue
 
 
 def _refresh(each: Round, recipe: Recipe) -> None:
@@ -168,7 +169,12 @@ def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
 def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> bool:
     """Run a stage in as many processes as the recipe says. They have printed what went wrong, if anything."""
     code, asked_to_stop = launch([stage.name, recipe_path, *overrides], recipe.parallel.processes)
-    if code == RefreshDue.exit_code and not asked_to_stop and stage is train.STAGE and due_round(recipe):
+    if (
+        code == RefreshDue.exit_code
+        and not asked_to_stop
+        and stage is train.STAGE
+        and due_round(recipe, rehash=False)
+    ):
         raise RefreshDue(f"{stage.name} waits for its rollouts to be refreshed")
     if code:
         raise _error_of(code)(f"{stage.name} ended with exit code {code}: its own message is above")

@@ -162,6 +162,8 @@ class _Run:
         if newest is not None:
             progress = load_checkpoint(newest, self.optimization, self.ranks)
             self.saved_step = progress.step
+            if progress.step == self.part.first_step:  # what was drifted from has been replaced
+                progress = replace(progress, recent_drift=())
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
         live = isinstance(self.job.data, LiveData)
         if self.job.preflight is not None and progress.step == self.part.first_step and not live:
@@ -241,9 +243,10 @@ class _Run:
             self.saver.start(self.optimization, progress)
         self.saver.finish()
         if isinstance(error, EngineDied):
+            saved = "with the checkpoint saved" if progress.step else "with nothing to save yet"
             raise StopRequested(
                 f"{self.job.name}: {error}: stopped after step {progress.step} of {self.total_steps}, "
-                "with the checkpoint saved: run the same command to go on"
+                f"{saved}: run the same command to go on"
             ) from error
 
     def _step(self, before: Progress, batches: Batches) -> Progress:

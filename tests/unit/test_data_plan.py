@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lopd.data.plan import BatchPlan
+from megatron_lopd.data.plan import BatchPlan, PlanPart
 from megatron_lopd.errors import ConfigError, DataError
 
 
@@ -58,3 +58,24 @@ def test_bad_arguments() -> None:
         BatchPlan(4, 0, 0)
     with pytest.raises(ConfigError, match="seed"):
         BatchPlan(4, 4, -1)
+
+
+@given(
+    num_samples=st.integers(1, 60),
+    batch=st.integers(1, 20),
+    seed=st.integers(0, 2**32),
+    first=st.integers(0, 9),
+    steps=st.integers(1, 5),
+)
+def test_a_part_over_what_it_visits_names_the_samples_of_the_whole(
+    num_samples: int, batch: int, seed: int, first: int, steps: int
+) -> None:
+    plan = BatchPlan(num_samples, batch, seed)
+    part = PlanPart(plan, first, first + steps, visited_only=True)
+    for step in range(first, first + steps):
+        np.testing.assert_array_equal(part.visited[part.samples(step)], plan.samples(step))
+    stream = np.concatenate([plan.samples(step) for step in range(first, first + steps)])
+    assert set(part.visited.tolist()) == set(stream.tolist())
+    assert (np.diff(part.visited) > 0).all()
+    everything = PlanPart(plan, first, first + steps, visited_only=False)
+    np.testing.assert_array_equal(everything.samples(first), plan.samples(first))
