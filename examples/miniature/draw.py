@@ -10,6 +10,7 @@ are paired by seed, since conditions of one seed share student, rollouts and dra
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -24,6 +25,8 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- study: {} -->", "<!-- end of study -->"
+LENGTHS = {"full": "", "half": ", half the steps", "long": ", as long as the quickstart"}
+HALF, LONG = LENGTHS["half"], LENGTHS["long"]
 Run = dict[str, Any]
 
 SETTINGS = {
@@ -35,19 +38,22 @@ SETTINGS = {
 METHODS = (
     ("sft", 0),
     ("sft_continued", 0),
+    ("sft_continued" + LONG, 0),
     ("sampled_reverse_kl", 0),
+    ("sampled_reverse_kl" + LONG, 0),
     ("sampled_reverse_kl+clipped", 0),
     ("topk_reverse_kl", 1),
     ("topk_reverse_kl", 2),
     ("topk_reverse_kl", 4),
     ("topk_reverse_kl", 8),
+    ("topk_reverse_kl" + HALF, 4),
     ("topk_forward_kl", 4),
     ("refresh", 4),
     ("online_sampled_reverse_kl", 0),
     ("online_topk_reverse_kl", 4),
     ("fixed_negative", 0),
 )
-OFFLINE = [each for each in METHODS if each[0].startswith(("sampled", "topk"))]
+OFFLINE = [each for each in METHODS if each[0].startswith(("sampled", "topk")) and LONG not in each[0]]
 
 
 class Study:
@@ -58,7 +64,8 @@ class Study:
         self._runs: dict[tuple[Any, ...], list[Run]] = {}
         for run in sorted(results["conditions"], key=lambda run: run["seed"]):
             setting = (run["start"], run["answered_by"], run["scored_by"])
-            self._runs.setdefault((setting, run["method"], run["k"]), []).append(run)
+            method = run["method"] + LENGTHS[run["schedule"]]
+            self._runs.setdefault((setting, method, run["k"]), []).append(run)
 
     def runs(self, setting: str, method: tuple[str, int]) -> list[Run]:
         """One run a seed; none where the setting leaves the method out."""
@@ -70,7 +77,8 @@ class Study:
 
 def label(method: tuple[str, int]) -> str:
     name, k = method
-    return f"{name}, k = {k}" if k else name
+    plain = name.removesuffix(HALF).removesuffix(LONG)
+    return f"{plain}, k = {k}{name.removeprefix(plain)}" if k else name
 
 
 def percent(run: Run) -> float:
@@ -151,20 +159,22 @@ def claims(study: Study) -> str:
     strong, weak, first, second = SETTINGS
     ours = ("topk_reverse_kl", 4)
     lines = []
-    for online in (("online_sampled_reverse_kl", 0), ("online_topk_reverse_kl", 4)):
-        gain = _difference(study, strong, ours, online)
+    online_methods = (("online_sampled_reverse_kl", 0), ("online_topk_reverse_kl", 4))
+    for offline, online in itertools.product((ours, (ours[0] + HALF, ours[1])), online_methods):
+        gain = _difference(study, strong, offline, online)
         ratios = [
             total_seconds(a) / total_seconds(b)
-            for a, b in zip(study.runs(strong, ours), study.runs(strong, online), strict=True)
+            for a, b in zip(study.runs(strong, offline), study.runs(strong, online), strict=True)
         ]
         lines.append(
-            f"Strong start: `{label(ours)}` minus `{label(online)}`: {mean_and_error(gain, 2)} points, in "
+            f"Strong start: `{label(offline)}` minus `{label(online)}`: {mean_and_error(gain, 2)} points, in "
             f"{statistics.median(ratios):.2f} of its time (median; teacher and rollouts included)."
         )
-    for other in (("sft", 0), ("sft_continued", 0)):
-        gain = _difference(study, strong, ("sampled_reverse_kl", 0), other)
+    for length, other in itertools.product(("", LONG), ("sft", "sft_continued")):
+        other = (other + (length if other == "sft_continued" else ""), 0)
+        gain = _difference(study, strong, ("sampled_reverse_kl" + length, 0), other)
         lines.append(
-            f"Strong start: `sampled_reverse_kl` minus `{label(other)}`: {mean_and_error(gain, 2)} points, "
+            f"Strong start: `sampled_reverse_kl{length}` minus `{label(other)}`: {mean_and_error(gain, 2)}, "
             f"above it in {sum(each > 0 for each in gain)} of {len(gain)} seeds."
         )
     best = max(OFFLINE, key=lambda each: statistics.fmean(study.values(weak, each, percent)))
@@ -192,7 +202,7 @@ def _guard(study: Study, setting: str) -> str:
     """Did the guard stop what went below its SFT start, in time, and leave the rest alone?"""
     sft = {run["seed"]: percent(run) for run in study.runs(setting, ("sft", 0))}
     stopped, harmful, missed, below = 0, 0, [], 0
-    for method in METHODS[2:]:
+    for method in (each for each in METHODS if not each[0].startswith("sft")):
         for run in study.runs(setting, method):
             end = 100 * run.get("unguarded", run["sampled"])
             fell = end < sft[run["seed"]]
@@ -203,7 +213,7 @@ def _guard(study: Study, setting: str) -> str:
                 missed.append(f"`{label(method)}` seed {run['seed']} ({end - sft[run['seed']]:+.1f})")
     needless = sum(
         run["stopped_by_guard"] and 100 * run["unguarded"] >= sft[run["seed"]]
-        for method in METHODS[2:]
+        for method in (each for each in METHODS if not each[0].startswith("sft"))
         for run in study.runs(setting, method)
     )
     tail = f"; not stopped: {', '.join(missed)}" if missed else ""

@@ -19,18 +19,33 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "recipe.yaml"
-DIALECTS = ("equals", "terse")
 # Overrides of the recipe: SFT to a sampled accuracy of about 85 % and of about 20 %.
 STARTS = {
     "strong": (),
-    "weak": ("sft.steps=260",),
+    "weak": ("sft.steps=400",),
 }
+# Overrides by a condition's length: the study's, a half of it, and the quickstart's.
+LENGTHS = {
+    "full": ("train.steps=200",),
+    "half": ("train.steps=100",),
+    "long": (
+        "train.steps=300",
+        "train.global_batch_size=128",
+        "train.micro_batch_tokens=8192",
+        "prompts.opd.count=8192",
+        "train.optimizer.lr=3e-4",
+    ),
+}
+REFRESH_EVERY = 70  # steps: two refreshes
+# The recipe's learning rate is the top-k objectives'; the sampled ones' gradient is far noisier. Both were
+# chosen on seed 6, which is none of the study's.
+SAMPLED_LR = 2e-4
 # Few steps of few samples, for --short.
 SHORT = (
     *(f"prompts.{use}.count=64" for use in ("sft", "opd", "eval")),
@@ -48,10 +63,17 @@ class Condition:
     method: str
     k: int
     overrides: tuple[str, ...] = ()
+    length: str = "full"  # of LENGTHS
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.k}"
+        return f"{self.method}-{self.k}-{self.length}"
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The stages that it has in common with the other conditions of its student."""
+        own_rollouts = self.length == "long" or self.method == "sft_continued"
+        return ("generate", "sft", "rollout")[: 1 if self.method == "sft_continued" else 3 - own_rollouts]
 
 
 @dataclass(frozen=True)
@@ -68,37 +90,42 @@ class Cell:
         return self.answered == self.scored
 
     def conditions(self, short: bool) -> list[Condition]:
-        objective = "train.objective={}".format
-        refresh = ("train.refresh_every=2",) if short else ("train.refresh_every=60",)
-        top_k = [Condition("topk_reverse_kl", 4, (objective("topk_reverse_kl"),))]
-        if self.consistent:
-            top_k += [Condition("topk_reverse_kl", k, (objective("topk_reverse_kl"),)) for k in (1, 2, 8)]
-        return [
+        sampled = ("train.objective=sampled_reverse_kl", f"train.optimizer.lr={SAMPLED_LR}")
+        top_k = ("train.objective=topk_reverse_kl",)
+        refresh = f"train.refresh_every={2 if short else REFRESH_EVERY}"
+        conditions = [
             Condition("sft", 0),
-            *([Condition("sft_continued", 0)] if self.consistent else []),
-            Condition("sampled_reverse_kl", 0, (objective("sampled_reverse_kl"),)),
-            Condition(
-                "sampled_reverse_kl+clipped", 0, (objective("sampled_reverse_kl"), "train.importance=clipped")
-            ),
-            *top_k,
-            Condition("topk_forward_kl", 4, (objective("topk_forward_kl"),)),
-            Condition("refresh", 4, (objective("topk_reverse_kl"), *refresh)),
-            Condition("online_sampled_reverse_kl", 0, (objective("sampled_reverse_kl"),)),
-            Condition("online_topk_reverse_kl", 4, (objective("topk_reverse_kl"),)),
-            Condition("fixed_negative", 0, (objective("fixed_negative"),)),
+            Condition("sampled_reverse_kl", 0, sampled),
+            Condition("sampled_reverse_kl+clipped", 0, (*sampled, "train.importance=clipped")),
+            Condition("topk_reverse_kl", 4, top_k),
+            Condition("topk_forward_kl", 4, ("train.objective=topk_forward_kl",)),
+            Condition("refresh", 4, (*top_k, refresh)),
+            Condition("online_sampled_reverse_kl", 0, sampled),
+            Condition("online_topk_reverse_kl", 4, top_k),
         ]
+        # Where the teacher is another one: not what has nothing to do with which teacher scores, nor other k.
+        if self.consistent:
+            conditions += [
+                Condition("sft_continued", 0, sampled[:1]),
+                *(Condition("topk_reverse_kl", k, top_k) for k in (1, 2, 8)),
+                Condition("topk_reverse_kl", 4, top_k, "half"),
+                Condition("fixed_negative", 0, ("train.objective=fixed_negative", sampled[1])),
+            ]
+        if self.consistent and self.start == "strong":
+            conditions += [
+                Condition("sampled_reverse_kl", 0, sampled, "long"),
+                Condition("sft_continued", 0, sampled[:1], "long"),
+            ]
+        return conditions
 
 
 def cells(seeds: Sequence[int]) -> list[list[Cell]]:
     """Every cell; those of one list share the SFT student and are run one after the other."""
-    groups: list[list[Cell]] = []
-    for seed in seeds:
-        groups += [
-            [Cell("strong", "equals", "equals", seed), Cell("strong", "equals", "terse", seed)],
-            [Cell("weak", "equals", "equals", seed)],
-            [Cell("strong", "terse", "equals", seed)],
-        ]
-    return groups
+    return [
+        *([Cell("strong", "equals", scored, seed) for scored in ("equals", "terse")] for seed in seeds),
+        *([Cell("weak", "equals", "equals", seed)] for seed in seeds),
+        *([Cell("strong", "terse", "equals", seed)] for seed in seeds),
+    ]
 
 
 class CellRunner:
@@ -124,8 +151,12 @@ class CellRunner:
 
         model = f"teacher.model={HERE / f'teacher_{teacher or self.cell.scored}'}"
         common = (f"run_dir={run_dir}", f"seed={self.cell.seed}", model, *STARTS[self.cell.start])
-        short = SHORT if self.short else ()
-        return load_recipe(str(RECIPE), [*common, *overrides, *short])
+        return load_recipe(str(RECIPE), [*common, *overrides, *(SHORT if self.short else ())])
+
+    def overrides(self, condition: Condition) -> tuple[str, ...]:
+        """What sets a condition's recipe apart from its cell's."""
+        allowed = () if self.cell.consistent else ("allow_teacher_mismatch=true",)
+        return (*condition.overrides, *LENGTHS[condition.length], f"score.top_k={condition.k}", *allowed)
 
     def run_condition(self, condition: Condition) -> None:
         from megatron_lopd.artifacts.files import atomic_write_json
@@ -133,12 +164,8 @@ class CellRunner:
         directory = self.directory / condition.name
         if (directory / "entry.json").is_file():
             return
-        links = ("generate",) if condition.method == "sft_continued" else ("generate", "sft", "rollout")
-        directory.mkdir(parents=True, exist_ok=True)
-        for stage in links:
-            if not (directory / stage).exists():
-                (directory / stage).symlink_to((self.base / stage).resolve())
         print(f"miniature: {self.cell} {condition.name}", flush=True)
+        self.link(directory, *condition.shared)
         entry = {
             "start": self.cell.start,
             "teacher": "consistent" if self.cell.consistent else "inconsistent",
@@ -146,34 +173,62 @@ class CellRunner:
             "scored_by": self.cell.scored,
             "method": condition.method,
             "k": condition.k,
+            "schedule": condition.length,
             "seed": self.cell.seed,
             **self.measure(condition, directory),
         }
         atomic_write_json(directory / "entry.json", entry)
+
+    def link(self, directory: Path, *stages: str) -> None:
+        """Give a condition what it shares with the others of its student."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for stage in stages:
+            if not (directory / stage).exists():
+                (directory / stage).symlink_to((self.base / stage).resolve())
+
+    def share_scores(self, condition: Condition, directory: Path) -> None:
+        """Score the rollouts with the condition's k, once for all conditions that read it."""
+        from megatron_lopd.errors import LineageError
+        from megatron_lopd.stages import score
+        from megatron_lopd.stages.base import execute
+
+        scores = self.directory / f"scores-{condition.k}"
+        self.link(scores, *condition.shared)
+        recipe = self.recipe(scores, *condition.overrides, f"score.top_k={condition.k}")
+        try:
+            execute(score.STAGE, recipe)
+        except LineageError:
+            if self.cell.consistent:
+                raise
+            execute(score.STAGE, replace(recipe, allow_teacher_mismatch=True))
+        else:
+            if not self.cell.consistent:
+                raise SystemExit(f"{scores}: a teacher other than SFT's was let through")
+        if not (directory / "score").exists():
+            (directory / "score").symlink_to((scores / "score").resolve())
 
     def measure(self, condition: Condition, directory: Path) -> dict[str, Any]:
         """Run one condition, and grade its student."""
         if condition.method == "sft":
             return self.entry(self.base / "sft" / "model", directory, Spent())
         if condition.method == "sft_continued":
-            return self.sft_continued(directory)
+            return self.sft_continued(condition, directory)
         if condition.method.startswith("online"):
             return self.online(condition, directory)
         return self.offline(condition, directory)
 
-    def sft_continued(self, directory: Path) -> dict[str, Any]:
+    def sft_continued(self, condition: Condition, directory: Path) -> dict[str, Any]:
         """As many further steps on the teacher's answers, with the optimizer that the others are given."""
         from megatron_lopd.config import to_plain
         from megatron_lopd.stages.base import seconds_of
         from megatron_lopd.stages.run import run_all
 
-        train = to_plain(self.recipe(directory).train)
+        train = to_plain(self.recipe(directory, *self.overrides(condition)).train)
         keys = ("steps", "global_batch_size", "micro_batch_tokens", "checkpoint_every")
         same = [f"sft.{key}={train[key]}" for key in keys]
         same += [f"sft.optimizer.{key}={value}" for key, value in train["optimizer"].items()]
         start = (f"student.model={self.base / 'sft' / 'model'}", "student.init=pretrained")
-        recipe = self.recipe(directory, *start, "train=null", "prompts.eval=null", *same)
-        run_all(recipe, str(RECIPE), [])
+        run_all(_ungraded(replace(self.recipe(directory, *start, *same), train=None)), str(RECIPE), [])
         spent = Spent(train=seconds_of(directory / "sft"))
         return self.entry(directory / "sft" / "model", directory, spent)
 
@@ -182,8 +237,7 @@ class CellRunner:
         from megatron_lopd.stages.base import seconds_of
         from megatron_lopd.stages.run import run_one
 
-        recipe = self.recipe(directory, *condition.overrides, f"score.top_k={condition.k}", *self.allowed())
-        run_one("online", recipe, str(RECIPE), [])
+        run_one("online", self.recipe(directory, *self.overrides(condition)), str(RECIPE), [])
         rollout, teacher = (_sum(directory / "online", key) for key in ("rollout_s", "teacher_s"))
         train = seconds_of(directory / "online") - rollout - teacher
         tokens = load_manifest(directory / "online").counts["teacher_tokens"]
@@ -194,11 +248,11 @@ class CellRunner:
         from megatron_lopd.errors import DriftError
         from megatron_lopd.stages.run import run_all
 
-        overrides = (*condition.overrides, f"score.top_k={condition.k}", "prompts.eval=null", *self.allowed())
-        if not self.cell.consistent:
-            self.require_refusal(condition, directory)
+        if "rollout" in condition.shared:
+            self.share_scores(condition, directory)
+        overrides = self.overrides(condition)
         try:
-            run_all(self.recipe(directory, *overrides), str(RECIPE), [])
+            run_all(_ungraded(self.recipe(directory, *overrides)), str(RECIPE), [])
         except DriftError as drift:
             return self.stopped(drift, directory, overrides)
         return self.entry(directory / "export" / "model", directory, self.spent_offline(directory))
@@ -216,27 +270,10 @@ class CellRunner:
             kept = directory / "kept"
         entry = self.entry(kept, directory, spent)
         off = (*overrides, "train.guard.min_kept_mass=null")
-        run_all(self.recipe(directory, *off), str(RECIPE), [])
+        run_all(_ungraded(self.recipe(directory, *off)), str(RECIPE), [])
         without = self.grade(directory / "export" / "model", directory / "graded-unguarded")
         guard = {"stopped_by_guard": True, "stopped_at_step": stopped_at, "unguarded": without["sampled"]}
         return entry | guard | {"unguarded_greedy": without["greedy"]}
-
-    def allowed(self) -> tuple[str, ...]:
-        return () if self.cell.consistent else ("allow_teacher_mismatch=true",)
-
-    def require_refusal(self, condition: Condition, directory: Path) -> None:
-        """Another teacher's scores are refused without the override: the study checks it each time."""
-        from megatron_lopd.errors import LineageError
-        from megatron_lopd.stages import score
-        from megatron_lopd.stages.base import execute, is_committed
-
-        if is_committed(directory / "score"):
-            return
-        try:
-            execute(score.STAGE, self.recipe(directory, *condition.overrides, f"score.top_k={condition.k}"))
-        except LineageError:
-            return
-        raise SystemExit(f"{directory}: a teacher other than SFT's was let through")
 
     def spent_offline(self, directory: Path) -> Spent:
         """Seconds and teacher tokens of all rounds: of the first, and of each refresh."""
@@ -283,6 +320,11 @@ class Spent:
     teacher: float = 0.0
     train: float = 0.0
     teacher_tokens: int = 0
+
+
+def _ungraded(recipe: Any) -> Any:
+    """The recipe without its own evaluation: the study grades each student itself, and SFT's only once."""
+    return replace(recipe, prompts=replace(recipe.prompts, eval=None))
 
 
 def _metrics(directory: Path) -> list[dict[str, Any]]:
