@@ -237,7 +237,7 @@ class CellRunner:
         from megatron_lopd.stages.base import seconds_of
         from megatron_lopd.stages.run import run_one
 
-        run_one("online", self.recipe(directory, *self.overrides(condition)), str(RECIPE), [])
+        run_one("online", _ungraded(self.recipe(directory, *self.overrides(condition))), str(RECIPE), [])
         rollout, teacher = (_sum(directory / "online", key) for key in ("rollout_s", "teacher_s"))
         train = seconds_of(directory / "online") - rollout - teacher
         tokens = load_manifest(directory / "online").counts["teacher_tokens"]

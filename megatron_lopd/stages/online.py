@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
+from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Recipe, deciding
@@ -13,6 +15,7 @@ from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, is_main_rank, parent_manifest
+from megatron_lopd.stages.grading import grade_model
 from megatron_lopd.stages.sampling import encode_prompts, sample_seed
 from megatron_lopd.stages.students import (
     check_budget,
@@ -26,6 +29,8 @@ from megatron_lopd.stages.students import (
 )
 from megatron_lopd.training.live import LiveData, Question
 from megatron_lopd.training.loop import TrainingJob
+
+RESULTS = "results.json"
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -103,8 +108,33 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         return Output([], counts)
     ancestors = {"sft": parent_manifest(recipe, "sft")}
     lineage = lineage_of("online", plan.lineage, plan.parents["teacher"], ancestors)
-    files = write_student(checkpoint, reference, directory / "model", recipe.export, lineage)
-    return Output([f"model/{name}" for name in files], counts)
+    model = directory / "model"
+    files = [f"model/{name}" for name in write_student(checkpoint, reference, model, recipe.export, lineage)]
+    return Output([*files, *_graded(recipe, model, directory)], counts)
+
+
+def _graded(recipe: Recipe, model: Path, directory: Path) -> list[str]:
+    """Grade the student as `evaluate` grades the others, where the recipe has prompts for it: the files."""
+    if recipe.prompts.eval is None:
+        return []
+    prompts = inputs.prompts_of(recipe, "eval")[0]
+    grades = grade_model(model, prompts, recipe.evaluate, recipe.seed, directory / "graded", "online")
+    atomic_write_json(directory / RESULTS, {"accuracy": {"online_opd": asdict(grades)}})
+    print(
+        f"lopd: online: {100 * grades.sampled:.1f} % sampled, {100 * grades.greedy:.1f} % greedy", flush=True
+    )
+    shards = (directory / "graded").rglob("*.arrow")
+    return [RESULTS, *sorted(str(path.relative_to(directory)) for path in shards)]
+
+
+def headline(recipe: Recipe) -> str:
+    """What a finished online run comes to, in a line."""
+    directory = directory_of(recipe, "online")
+    if not (directory / RESULTS).is_file():
+        return f"online: {directory / 'model'} (no prompts.eval to grade it on)"
+    row = read_json(directory / RESULTS)["accuracy"]["online_opd"]
+    shares = f"{100 * row['sampled']:.1f} % sampled, {100 * row['greedy']:.1f} % greedy"
+    return f"online: {shares}: {directory / 'model'}"
 
 
 def _live_data(recipe: Recipe, student: Path) -> LiveData:

@@ -108,6 +108,8 @@ def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str
         _say(f"{name}: done in {time.monotonic() - started:.1f} s: {directory_of(recipe, name)}")
     else:
         _say(f"{name}: nothing to do: {directory_of(recipe, name)} is committed and unchanged")
+    if stage is online.STAGE:
+        _say(online.headline(recipe))
 
 
 def run_refresh(recipe: Recipe) -> None:

@@ -51,6 +51,13 @@ CURVES = {
             (0.0,),
         ),
         Curve(
+            "kept_mass",
+            "Kept mass",
+            "fraction",
+            "the student's probability that is still on what was sampled; the drift guard watches it",
+            (1.0,),
+        ),
+        Curve(
             "effective_sample_size",
             "Effective sample size",
             "fraction",
