@@ -51,6 +51,7 @@ SHORT = (
     *(f"prompts.{use}.count=64" for use in ("sft", "opd", "eval")),
     *(f"{stage}.{key}" for stage in ("sft", "train") for key in ("steps=4", "global_batch_size=16")),
     "sft.optimizer.warmup_steps=1",
+    "train.optimizer.warmup_steps=1",
     "train.checkpoint_every=2",
     "train.guard.window=2",
 )
@@ -78,12 +79,16 @@ class Condition:
 
 @dataclass(frozen=True)
 class Cell:
-    """The conditions of one SFT student. `answered`, `scored`: the dialects of the teachers that do so."""
+    """The conditions of one SFT student. `answered`, `scored`: the dialects of the teachers that do so.
+
+    `long`: those of the quickstart's length instead.
+    """
 
     start: str
     answered: str
     scored: str
     seed: int
+    long: bool = False
 
     @property
     def consistent(self) -> bool:
@@ -92,6 +97,11 @@ class Cell:
     def conditions(self, short: bool) -> list[Condition]:
         sampled = ("train.objective=sampled_reverse_kl", f"train.optimizer.lr={SAMPLED_LR}")
         top_k = ("train.objective=topk_reverse_kl",)
+        if self.long:
+            return [
+                Condition("sampled_reverse_kl", 0, sampled[:1], "long"),
+                Condition("sft_continued", 0, sampled[:1], "long"),
+            ]
         refresh = f"train.refresh_every={2 if short else REFRESH_EVERY}"
         conditions = [
             Condition("sft", 0),
@@ -111,11 +121,6 @@ class Cell:
                 Condition("topk_reverse_kl", 4, top_k, "half"),
                 Condition("fixed_negative", 0, ("train.objective=fixed_negative", sampled[1])),
             ]
-        if self.consistent and self.start == "strong":
-            conditions += [
-                Condition("sampled_reverse_kl", 0, sampled, "long"),
-                Condition("sft_continued", 0, sampled[:1], "long"),
-            ]
         return conditions
 
 
@@ -125,6 +130,7 @@ def cells(seeds: Sequence[int]) -> list[list[Cell]]:
         *([Cell("strong", "equals", scored, seed) for scored in ("equals", "terse")] for seed in seeds),
         *([Cell("weak", "equals", "equals", seed)] for seed in seeds),
         *([Cell("strong", "terse", "equals", seed)] for seed in seeds),
+        *([Cell("strong", "equals", "equals", seed, long=True)] for seed in seeds),
     ]
 
 

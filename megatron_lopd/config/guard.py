@@ -25,7 +25,7 @@ class GuardConfig:
         None,
         operational=True,
     )
-    window: int = key("steps whose median is held against the limits (count)", 5, operational=True)
+    window: int = key("steps whose median is held against the limits (count)", 10, operational=True)
 
     def __post_init__(self) -> None:
         for name in ("min_kept_mass", "min_effective_sample_size"):

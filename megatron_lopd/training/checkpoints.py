@@ -84,6 +84,10 @@ class Checkpoints:
             return Checkpoint(path, Progress(**manifest.config["progress"]), manifest.config["layout"])
         return None
 
+    def steps(self) -> list[int]:
+        """The steps of those that are there, whole or not, oldest first."""
+        return sorted(int(path.name.removeprefix("step_")) for path in self.directory.glob("step_*"))
+
     def begin(self, step: int) -> Path:
         """An empty directory, under a temporary name, to write the checkpoint at `step` into."""
         temporary = self.directory / f"{TEMPORARY_PREFIX}{checkpoint_name(step)}"

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_lopd.config import GuardConfig
+from megatron_lopd.config import GuardConfig, TrainConfig, TrainingConfig
 from megatron_lopd.errors import DriftError, NumericsError
 
 # A step's values of the metrics that limits stand on, by name.
@@ -36,13 +36,20 @@ def recent_drift(
     return [dict(each) for each in before[max(0, len(before) - window + 1) :]] + [own]
 
 
+def checkpoints_kept(config: TrainingConfig) -> int:
+    """How many of the newest checkpoints to keep: one from before the guard's window is to be among them."""
+    if not isinstance(config, TrainConfig):
+        return config.keep_checkpoints
+    return max(config.keep_checkpoints, config.guard.window // config.checkpoint_every + 2)
+
+
 def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_good: Path) -> None:
     """Raise DriftError when the median over `guard.window` steps of a metric is past its limit.
 
     A median, for a single token that the student now finds a thousand times likelier moves one step's
     values past any limit and means nothing. Fewer steps than the window are not judged. `last_good` is the
-    checkpoint, or starting model, to go back to. `recent` is what `recent_drift` gave; the metrics are
-    objectives.drift's.
+    checkpoint, or starting model, from before all of those steps. `recent` is what `recent_drift` gave; the
+    metrics are objectives.drift's.
     """
     if len(recent) < guard.window:
         return
@@ -57,7 +64,7 @@ def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_goo
                 f"step {step}: the student has drifted from the one that made the rollouts: {name} is "
                 f"{value:.3g} over {guard.window} steps, past train.guard.{key}={limit:g}: the last good "
                 f"weights are {last_good}; set train.objective=topk_reverse_kl (with score.top_k), "
-                "train.refresh_every or a lower train.optimizer.lr, or, to go on from those weights all the "
-                f"same, another train.guard.{key}",
+                "train.refresh_every, train.optimizer.warmup_steps or a lower train.optimizer.lr, or, to go "
+                f"on all the same, another train.guard.{key}",
                 last_good,
             )

@@ -32,7 +32,7 @@ from megatron_lopd.objectives import get_objective
 from megatron_lopd.training.agreement import any_rank, on_rank_zero
 from megatron_lopd.training.batches import Batches, CachedBatches
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
-from megatron_lopd.training.guards import check_drift, check_skipped, recent_drift
+from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
 from megatron_lopd.training.live import LiveBatches, LiveData, StepSamples
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
@@ -104,9 +104,8 @@ def run_training(job: TrainingJob) -> Progress:
         model_parallel(job.parallel, job.seed) as ranks,
         Reporter(job.name, job.work_dir, ranks.rank) as reporter,
     ):
-        checkpoints = Checkpoints(
-            job.work_dir / "checkpoints", job.identity, architecture, job.lineage, job.config.keep_checkpoints
-        )
+        kept = checkpoints_kept(job.config)
+        checkpoints = Checkpoints(job.work_dir / "checkpoints", job.identity, architecture, job.lineage, kept)
         newest = on_rank_zero(lambda: checkpoints.newest_whole(reporter.note))
         if job.segment_at is not None:
             segment = job.segment_at(0 if newest is None else newest.progress.step)
@@ -151,7 +150,7 @@ class _Run:
             model, config.optimizer, job.precision, self.total_steps
         )
         self.saver = Saver(checkpoints, ranks, self.device)
-        self.saved_step: int | None = None  # of the newest checkpoint
+        self.saved_steps = checkpoints.steps()
         self.guard = config.guard if isinstance(config, TrainConfig) else None
         self.architecture = model[0].arch
         self.peak_flops = peak_flops(capabilities().gpu)
@@ -161,7 +160,6 @@ class _Run:
         progress = Progress()
         if newest is not None:
             progress = load_checkpoint(newest, self.optimization, self.ranks)
-            self.saved_step = progress.step
             if progress.step == self.part.first_step:  # what was drifted from has been replaced
                 progress = replace(progress, recent_drift=())
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
@@ -211,7 +209,7 @@ class _Run:
             if due or stopping:
                 self.reporter.sync()
                 self.saver.start(self.optimization, progress)
-                self.saved_step = progress.step
+                self.saved_steps.append(progress.step)
             if stopping:
                 break
         self.saver.finish()
@@ -238,7 +236,7 @@ class _Run:
 
     def _save_after_engine(self, error: EngineError, progress: Progress) -> None:
         """Save what was done. Raises StopRequested when the same command may well go through."""
-        if progress.step and progress.step != self.saved_step:
+        if progress.step and progress.step not in self.saved_steps:
             self.reporter.sync()
             self.saver.start(self.optimization, progress)
         self.saver.finish()
@@ -296,14 +294,16 @@ class _Run:
         )
         check_skipped(progress.skipped_steps, config.max_skipped_steps, progress.step, grad_norm)
         if self.guard is not None:
-            check_drift(progress.recent_drift, self.guard, progress.step, self._last_good())
+            check_drift(progress.recent_drift, self.guard, progress.step, self._last_good(progress.step))
         return progress
 
-    def _last_good(self) -> Path:
-        """Where to go back to when the guard stops the run: `to_the_end` sees to it that it is committed."""
-        if self.saved_step is None:
+    def _last_good(self, step: int) -> Path:
+        """What the guard would go back to from `step`; `to_the_end` sees to it that it is committed."""
+        assert self.guard is not None
+        before = [saved for saved in self.saved_steps if saved <= step - self.guard.window]
+        if not before:
             return self.job.model_dir
-        return self.job.work_dir / "checkpoints" / checkpoint_name(self.saved_step)
+        return self.job.work_dir / "checkpoints" / checkpoint_name(max(before))
 
     def _utilisation(
         self, lengths: NDArray[np.int64], response_tokens: int, seconds: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,16 @@ def test_a_run_that_pushes_its_rollouts_away_is_stopped_and_goes_on_when_told(tm
     root = make_root(tmp_path)
     options = {"objective": "fixed_negative", "guard": GuardConfig(window=3)}
     with pytest.raises(RankError, match=r"DriftError: step \d+: .*kept_mass") as caught:
-        run_ranks(1, _train, root, 0.01, options)
-    kept = sorted((root / "run" / "checkpoints").glob("step_*"))
-    assert str(kept[-1]) in str(caught.value)
+        run_ranks(1, _train, root, 0.004, options)
+    stopped_at = int(re.findall(r"step (\d+):", str(caught.value))[0])
+    good = (stopped_at - 3) // 2 * 2  # a checkpoint every second step, and none of the window's is good
+    assert f"step_{good:08d}" in str(caught.value)
+    assert (root / "run" / "checkpoints" / f"step_{good:08d}" / "manifest.json").is_file()
     with pytest.raises(RankError, match="DriftError"):  # resumed, it has not forgotten
-        run_ranks(1, _train, root, 0.01, options)
+        run_ranks(1, _train, root, 0.004, options)
     # The limits are no part of what decides the numbers: the same job goes on past them.
     options["guard"] = GuardConfig(min_kept_mass=None)
-    ((progress, steps, _),) = run_ranks(1, _train, root, 0.01, options)
+    ((progress, steps, _),) = run_ranks(1, _train, root, 0.004, options)
     assert progress.step == len(steps) == 12
     assert steps[-1]["kept_mass"] < 0.95
 
