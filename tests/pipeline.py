@@ -39,8 +39,8 @@ def write_recipe(root: Path, **sections: Any) -> Path:
         "generate": {"sampling": sampling, "engine": engine},
         "sft": {"steps": 5, **training},
         "rollout": {"sampling": sampling, "engine": engine},
-        "score": {"engine": engine},
-        "train": {"steps": 5, **training},
+        "score": {"engine": engine, "top_k": 0},
+        "train": {"objective": "sampled_reverse_kl", "steps": 5, **training},
         "evaluate": {"sampling": sampling, "engine": engine},
     }
     path = root / "recipe.yaml"

@@ -25,8 +25,13 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- study: {} -->", "<!-- end of study -->"
-LENGTHS = {"full": "", "half": ", half the steps", "long": ", as long as the quickstart"}
-HALF, LONG = LENGTHS["half"], LENGTHS["long"]
+SCHEDULES = {
+    "full": "",
+    "half": ", half the steps",
+    "long": ", as long as the quickstart",
+    "decayed": ", with SFT's weight decay",
+}
+HALF, LONG, DECAYED = (SCHEDULES[name] for name in ("half", "long", "decayed"))
 Run = dict[str, Any]
 
 SETTINGS = {
@@ -38,6 +43,7 @@ SETTINGS = {
 METHODS = (
     ("sft", 0),
     ("sft_continued", 0),
+    ("sft_continued" + DECAYED, 0),
     ("sft_continued" + LONG, 0),
     ("sampled_reverse_kl", 0),
     ("sampled_reverse_kl" + LONG, 0),
@@ -64,7 +70,7 @@ class Study:
         self._runs: dict[tuple[Any, ...], list[Run]] = {}
         for run in sorted(results["conditions"], key=lambda run: run["seed"]):
             setting = (run["start"], run["answered_by"], run["scored_by"])
-            method = run["method"] + LENGTHS[run["schedule"]]
+            method = run["method"] + SCHEDULES[run["schedule"]]
             self._runs.setdefault((setting, method, run["k"]), []).append(run)
 
     def runs(self, setting: str, method: tuple[str, int]) -> list[Run]:
@@ -77,7 +83,7 @@ class Study:
 
 def label(method: tuple[str, int]) -> str:
     name, k = method
-    plain = name.removesuffix(HALF).removesuffix(LONG)
+    plain = name.partition(",")[0]
     return f"{plain}, k = {k}{name.removeprefix(plain)}" if k else name
 
 

@@ -30,10 +30,11 @@ STARTS = {
     "strong": (),
     "weak": ("sft.steps=400",),
 }
-# Overrides by a condition's length: the study's, a half of it, and the quickstart's.
-LENGTHS = {
-    "full": ("train.steps=200",),
-    "half": ("train.steps=100",),
+# Overrides by a condition's schedule: the study's, a half of it, the quickstart's, and the study's with the
+# weight decay of SFT.
+SCHEDULES = {
+    "full": ("train.steps=100",),
+    "half": ("train.steps=50",),
     "long": (
         "train.steps=300",
         "train.global_batch_size=128",
@@ -41,8 +42,9 @@ LENGTHS = {
         "prompts.opd.count=8192",
         "train.optimizer.lr=3e-4",
     ),
+    "decayed": ("train.steps=100", "train.optimizer.weight_decay=5.0"),
 }
-REFRESH_EVERY = 70  # steps: two refreshes
+REFRESH_EVERY = 35  # steps: two refreshes
 # The recipe's learning rate is the top-k objectives'; the sampled ones' gradient is far noisier. Both were
 # chosen on seed 6, which is none of the study's.
 SAMPLED_LR = 2e-4
@@ -64,16 +66,16 @@ class Condition:
     method: str
     k: int
     overrides: tuple[str, ...] = ()
-    length: str = "full"  # of LENGTHS
+    schedule: str = "full"  # of SCHEDULES
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.k}-{self.length}"
+        return f"{self.method}-{self.k}-{self.schedule}"
 
     @property
     def shared(self) -> tuple[str, ...]:
         """The stages that it has in common with the other conditions of its student."""
-        own_rollouts = self.length == "long" or self.method == "sft_continued"
+        own_rollouts = self.schedule == "long" or self.method == "sft_continued"
         return ("generate", "sft", "rollout")[: 1 if self.method == "sft_continued" else 3 - own_rollouts]
 
 
@@ -117,6 +119,7 @@ class Cell:
         if self.consistent:
             conditions += [
                 Condition("sft_continued", 0, sampled[:1]),
+                Condition("sft_continued", 0, sampled[:1], "decayed"),
                 *(Condition("topk_reverse_kl", k, top_k) for k in (1, 2, 8)),
                 Condition("topk_reverse_kl", 4, top_k, "half"),
                 Condition("fixed_negative", 0, ("train.objective=fixed_negative", sampled[1])),
@@ -162,7 +165,7 @@ class CellRunner:
     def overrides(self, condition: Condition) -> tuple[str, ...]:
         """What sets a condition's recipe apart from its cell's."""
         allowed = () if self.cell.consistent else ("allow_teacher_mismatch=true",)
-        return (*condition.overrides, *LENGTHS[condition.length], f"score.top_k={condition.k}", *allowed)
+        return (*condition.overrides, *SCHEDULES[condition.schedule], f"score.top_k={condition.k}", *allowed)
 
     def run_condition(self, condition: Condition) -> None:
         from megatron_lopd.artifacts.files import atomic_write_json
@@ -179,7 +182,7 @@ class CellRunner:
             "scored_by": self.cell.scored,
             "method": condition.method,
             "k": condition.k,
-            "schedule": condition.length,
+            "schedule": condition.schedule,
             "seed": self.cell.seed,
             **self.measure(condition, directory),
         }

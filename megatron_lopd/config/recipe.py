@@ -99,7 +99,8 @@ class RolloutConfig:
 class ScoreConfig:
     engine: EngineConfig = key("what runs the teacher", factory=EngineConfig)
     top_k: int = key(
-        "most likely teacher tokens kept at each response position, for the topk objectives; 0 keeps none", 0
+        "most likely teacher tokens kept at each response position, for the topk objectives; 0 keeps none",
+        64,
     )
 
     def __post_init__(self) -> None:
@@ -277,8 +278,9 @@ class SftConfig(TrainingConfig):
 @dataclass(frozen=True)
 class TrainConfig(TrainingConfig):
     objective: Literal["sampled_reverse_kl", "topk_reverse_kl", "topk_forward_kl", "fixed_negative"] = key(
-        "the loss; see objectives.py; topk_reverse_kl and topk_forward_kl need score.top_k",
-        "sampled_reverse_kl",
+        "the loss; see objectives.py; topk_reverse_kl and topk_forward_kl need score.top_k; the published one "
+        "is sampled_reverse_kl",
+        "topk_reverse_kl",
     )
     importance: Literal["none", "clipped"] = key(
         "clipped: weigh each token by how much likelier it is to the student than to its sampler, at most "

@@ -74,7 +74,7 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
             "set parallel.processes=2",
         ),
         (GOOD, "parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline to at"),
-        (GOOD, "train.objective=topk_reverse_kl", "needs the teacher's top k: set score.top_k"),
+        (GOOD, "score.top_k=0", "needs the teacher's top k: set score.top_k"),
         (GOOD, "prompts.opd.path=x.jsonl", "give either path (a JSONL file) or task"),
         (GOOD, "seed", "write it as dotted.key=value"),
         (GOOD, "seed.deeper=1", "seed holds a value, not keys"),

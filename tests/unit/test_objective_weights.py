@@ -87,19 +87,20 @@ def test_without_weights_nothing_is_multiplied_and_nothing_is_needed() -> None:
 
 TOPK = ["score.top_k=64", "train.objective=topk_reverse_kl"]
 FORWARD = ["score.top_k=64", "train.objective=topk_forward_kl"]
-CLIPPED = ["train.importance=clipped"]
+SAMPLED = ["train.objective=sampled_reverse_kl"]
+CLIPPED = [*SAMPLED, "train.importance=clipped"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (
-            ["train.objective=topk_forward_kl"],
+            ["train.objective=topk_forward_kl", "score.top_k=0"],
             "train.objective=topk_forward_kl needs the teacher's top k: set score.top_k (to 64, say) and run",
         ),
-        ([*TOPK, *CLIPPED], "train.importance=clipped weighs the sampled token's loss"),
+        ([*CLIPPED, *TOPK], "train.importance=clipped weighs the sampled token's loss"),
         (
-            ["train.objective=fixed_negative", *CLIPPED],
+            [*CLIPPED, "train.objective=fixed_negative"],
             "set train.importance=none, or train.objective=sampled",
         ),
         ([*CLIPPED, "train.importance_clip=0"], "train.importance_clip=0 must be above 0"),
@@ -109,12 +110,15 @@ CLIPPED = ["train.importance=clipped"]
         ),
         ([*TOPK, "train.weights.extrapolation=1.2"], "train.weights.extrapolation=1.2 needs pi_ref's"),
         (
-            ["train.weights.extrapolation=1.2", "rollout.sampling.temperature=0.7"],
+            [*SAMPLED, "train.weights.extrapolation=1.2", "rollout.sampling.temperature=0.7"],
             "set rollout.sampling to temperature=1, top_p=1, top_k=0, or train.weights.extrapolation=1",
         ),
-        (["train.weights.extrapolation=1.2", "rollout.sampling.top_p=0.9"], "set rollout.sampling to temper"),
+        (
+            [*SAMPLED, "train.weights.extrapolation=1.2", "rollout.sampling.top_p=0.9"],
+            "set rollout.sampling to temper",
+        ),
         (["train.weights.extrapolation=0"], "train.weights.extrapolation=0 must be above 0"),
-        (["train.weights.entropy=1"], "leave it empty with train.objective=sampled_reverse_kl"),
+        ([*SAMPLED, "train.weights.entropy=1"], "leave it empty with train.objective=sampled_reverse_kl"),
         ([*FORWARD, "train.weights.entropy=1"], "or set train.objective=topk_reverse_kl"),
         ([*TOPK, "train.weights.entropy=-1"], "train.weights.entropy=-1.0 must be at least 0 nats"),
         ([*TOPK, "train.weights.entropy=4.2"], "of at most 4.19 nats: lower it, or raise score.top_k"),
@@ -138,7 +142,7 @@ def test_every_option_decides_a_run(tmp_path: Path) -> None:
         CLIPPED,
         [*CLIPPED, "train.importance_clip=3"],
         ["train.weights.position=1.5", "train.weights.horizon=4"],
-        ["train.weights.extrapolation=1.25"],
+        [*SAMPLED, "train.weights.extrapolation=1.25"],
         ["train.objective=fixed_negative"],
         [*TOPK, "train.weights.entropy=1"],
         FORWARD,

@@ -239,6 +239,7 @@ def test_sampled_loss_with_importance_and_extrapolation(case: Case, clip: float,
     teacher = case.teacher.gather(1, case.tokens[:, None])[:, 0]
     config = TrainConfig(
         steps=1,
+        objective="sampled_reverse_kl",
         importance="clipped",
         importance_clip=clip,
         weights=WeightsConfig(extrapolation=factor),
