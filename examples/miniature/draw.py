@@ -309,11 +309,11 @@ def pages(study: Study, here: str, project: str) -> tuple[str, str]:
     return here, between_markers(project, "summary", summary_table(study))
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of the study.")
     parser.add_argument("--results", type=Path, default=HERE / "results.json", help="what study.py wrote")
     parser.add_argument("--figures", type=Path, default=HERE / "figures", help="where the figures go")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     study = Study(json.loads(arguments.results.read_text()))
     arguments.figures.mkdir(exist_ok=True)
     mpl.rcParams.update({"svg.hashsalt": "miniature", "font.family": "sans-serif"})

@@ -1,12 +1,12 @@
 """The paper's claims and what goes past them, in miniature, on a CPU: run every condition over seeds.
 
-    python examples/miniature/study.py            # all of it: about an hour on two cores
+    python examples/miniature/study.py            # all of it and its figures: an hour on two cores
     python examples/miniature/study.py --short    # every condition once, a few steps each: does it run?
     python examples/miniature/study.py --seeds 3 --results runs/seed3.json    # one seed again
 
 Every condition is a recipe of this project (recipe.yaml with overrides), run by its own commands in a
 process of one thread; conditions that share teacher, student and seed share SFT and rollouts. What is
-finished is skipped, so a study that was cut off goes on. `draw.py` makes table and figures of the results.
+finished is skipped, so a study that was cut off goes on. At the end `draw.py` makes tables and figures of it.
 """
 
 from __future__ import annotations
@@ -406,6 +406,10 @@ def main() -> None:
     )
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"miniature: {len(results['conditions'])} runs: {path}")
+    if path == HERE / "results.json":
+        import draw
+
+        draw.main([])
 
 
 if __name__ == "__main__":
