@@ -229,7 +229,11 @@ class TrainingConfig:
     )
     optimizer: OptimizerConfig = key("AdamW and its schedule", factory=OptimizerConfig)
     checkpoint_every: int = key("steps between checkpoints", 50, operational=True)
-    keep_checkpoints: int = key("newest checkpoints kept", 2, operational=True)
+    keep_checkpoints: int = key(
+        "newest checkpoints kept; more where train.guard would have none from before its window",
+        2,
+        operational=True,
+    )
     max_skipped_steps: int = key("steps skipped for non-finite gradients before the run stops", 3)
 
     section = "training"

@@ -150,7 +150,8 @@ class _Run:
             model, config.optimizer, job.precision, self.total_steps
         )
         self.saver = Saver(checkpoints, ranks, self.device)
-        self.saved_steps = checkpoints.steps()
+        self.checkpoints = checkpoints
+        self.saved_steps: list[int] = []
         self.guard = config.guard if isinstance(config, TrainConfig) else None
         self.architecture = model[0].arch
         self.peak_flops = peak_flops(capabilities().gpu)
@@ -160,6 +161,7 @@ class _Run:
         progress = Progress()
         if newest is not None:
             progress = load_checkpoint(newest, self.optimization, self.ranks)
+            self.saved_steps = [step for step in self.checkpoints.steps() if step <= progress.step]
             if progress.step == self.part.first_step:  # what was drifted from has been replaced
                 progress = replace(progress, recent_drift=())
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
