@@ -282,8 +282,8 @@ class SftConfig(TrainingConfig):
 @dataclass(frozen=True)
 class TrainConfig(TrainingConfig):
     objective: Literal["sampled_reverse_kl", "topk_reverse_kl", "topk_forward_kl", "fixed_negative"] = key(
-        "the loss; see objectives.py; topk_reverse_kl and topk_forward_kl need score.top_k; the published one "
-        "is sampled_reverse_kl",
+        "the loss; see objectives.py; topk_reverse_kl and topk_forward_kl need score.top_k; "
+        "sampled_reverse_kl is the published one",
         "topk_reverse_kl",
     )
     importance: Literal["none", "clipped"] = key(
