@@ -28,10 +28,9 @@ BEGIN, END = "<!-- study: {} -->", "<!-- end of study -->"
 SCHEDULES = {
     "full": "",
     "half": ", half the steps",
-    "long": ", as long as the quickstart",
     "decayed": ", with SFT's weight decay",
 }
-HALF, LONG, DECAYED = (SCHEDULES[name] for name in ("half", "long", "decayed"))
+HALF, DECAYED = SCHEDULES["half"], SCHEDULES["decayed"]
 Run = dict[str, Any]
 
 SETTINGS = {
@@ -44,9 +43,7 @@ METHODS = (
     ("sft", 0),
     ("sft_continued", 0),
     ("sft_continued" + DECAYED, 0),
-    ("sft_continued" + LONG, 0),
     ("sampled_reverse_kl", 0),
-    ("sampled_reverse_kl" + LONG, 0),
     ("sampled_reverse_kl+clipped", 0),
     ("topk_reverse_kl", 1),
     ("topk_reverse_kl", 2),
@@ -59,7 +56,7 @@ METHODS = (
     ("online_topk_reverse_kl", 4),
     ("fixed_negative", 0),
 )
-OFFLINE = [each for each in METHODS if each[0].startswith(("sampled", "topk")) and LONG not in each[0]]
+OFFLINE = [each for each in METHODS if each[0].startswith(("sampled", "topk"))]
 
 
 class Study:
@@ -176,11 +173,10 @@ def claims(study: Study) -> str:
             f"Strong start: `{label(offline)}` minus `{label(online)}`: {mean_and_error(gain, 2)} points, in "
             f"{statistics.median(ratios):.2f} of its time (median; teacher and rollouts included)."
         )
-    for length, other in itertools.product(("", LONG), ("sft", "sft_continued")):
-        other = (other + (length if other == "sft_continued" else ""), 0)
-        gain = _difference(study, strong, ("sampled_reverse_kl" + length, 0), other)
+    for other in (("sft", 0), ("sft_continued", 0), ("sft_continued" + DECAYED, 0)):
+        gain = _difference(study, strong, ("sampled_reverse_kl", 0), other)
         lines.append(
-            f"Strong start: `sampled_reverse_kl{length}` minus `{label(other)}`: {mean_and_error(gain, 2)}, "
+            f"Strong start: `sampled_reverse_kl` minus `{label(other)}`: {mean_and_error(gain, 2)}, "
             f"above it in {sum(each > 0 for each in gain)} of {len(gain)} seeds."
         )
     best = max(OFFLINE, key=lambda each: statistics.fmean(study.values(weak, each, percent)))

@@ -28,20 +28,12 @@ RECIPE = HERE / "recipe.yaml"
 # Overrides of the recipe: SFT to a sampled accuracy of about 85 % and of about 20 %.
 STARTS = {
     "strong": (),
-    "weak": ("sft.steps=400",),
+    "weak": ("sft.steps=300",),
 }
-# Overrides by a condition's schedule: the study's, a half of it, the quickstart's, and the study's with the
-# weight decay of SFT.
+# Overrides by a condition's schedule: the study's, a half of it, and the study's with the weight decay of SFT.
 SCHEDULES = {
     "full": ("train.steps=100",),
     "half": ("train.steps=50",),
-    "long": (
-        "train.steps=300",
-        "train.global_batch_size=128",
-        "train.micro_batch_tokens=8192",
-        "prompts.opd.count=8192",
-        "train.optimizer.lr=3e-4",
-    ),
     "decayed": ("train.steps=100", "train.optimizer.weight_decay=5.0"),
 }
 REFRESH_EVERY = 35  # steps: two refreshes
@@ -75,22 +67,17 @@ class Condition:
     @property
     def shared(self) -> tuple[str, ...]:
         """The stages that it has in common with the other conditions of its student."""
-        own_rollouts = self.schedule == "long" or self.method == "sft_continued"
-        return ("generate", "sft", "rollout")[: 1 if self.method == "sft_continued" else 3 - own_rollouts]
+        return ("generate",) if self.method == "sft_continued" else ("generate", "sft", "rollout")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The conditions of one SFT student. `answered`, `scored`: the dialects of the teachers that do so.
-
-    `long`: those of the quickstart's length instead.
-    """
+    """The conditions of one SFT student. `answered`, `scored`: the dialects of the teachers that do so."""
 
     start: str
     answered: str
     scored: str
     seed: int
-    long: bool = False
 
     @property
     def consistent(self) -> bool:
@@ -99,11 +86,6 @@ class Cell:
     def conditions(self, short: bool) -> list[Condition]:
         sampled = ("train.objective=sampled_reverse_kl", f"train.optimizer.lr={SAMPLED_LR}")
         top_k = ("train.objective=topk_reverse_kl",)
-        if self.long:
-            return [
-                Condition("sampled_reverse_kl", 0, sampled[:1], "long"),
-                Condition("sft_continued", 0, sampled[:1], "long"),
-            ]
         refresh = f"train.refresh_every={2 if short else REFRESH_EVERY}"
         conditions = [
             Condition("sft", 0),
@@ -133,7 +115,6 @@ def cells(seeds: Sequence[int]) -> list[list[Cell]]:
         *([Cell("strong", "equals", scored, seed) for scored in ("equals", "terse")] for seed in seeds),
         *([Cell("weak", "equals", "equals", seed)] for seed in seeds),
         *([Cell("strong", "terse", "equals", seed)] for seed in seeds),
-        *([Cell("strong", "equals", "equals", seed, long=True)] for seed in seeds),
     ]
 
 
@@ -257,8 +238,7 @@ class CellRunner:
         from megatron_lopd.errors import DriftError
         from megatron_lopd.stages.run import run_all
 
-        if "rollout" in condition.shared:
-            self.share_scores(condition, directory)
+        self.share_scores(condition, directory)
         overrides = self.overrides(condition)
         try:
             run_all(_ungraded(self.recipe(directory, *overrides)), str(RECIPE), [])
