@@ -30,7 +30,7 @@ STARTS = {
     "strong": (),
     "weak": ("sft.steps=300",),
 }
-# Overrides by a condition's schedule: the study's, a half of it, and the study's with the weight decay of SFT.
+# Overrides by a condition's schedule: the study's, a half of it, and the study's with SFT's weight decay.
 SCHEDULES = {
     "full": ("train.steps=100",),
     "half": ("train.steps=50",),
