@@ -14,7 +14,7 @@ class GuardConfig:
     min_kept_mass: float | None = key(
         "least kept_mass (share of the student's probability that is still on what was sampled) before the "
         "run is stopped; empty: never",
-        0.95,
+        0.93,
         operational=True,
     )
     max_drift_kl: float | None = key(
