@@ -39,3 +39,9 @@ class GuardConfig:
             f"train.guard.max_drift_kl={self.max_drift_kl} must be above 0 (leave it empty to never stop)",
         )
         require(self.window >= 1, f"train.guard.window={self.window} must be at least 1 step")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any limit is set."""
+        limits = (self.min_kept_mass, self.max_drift_kl, self.min_effective_sample_size)
+        return any(limit is not None for limit in limits)

@@ -38,9 +38,10 @@ def recent_drift(
 
 def checkpoints_kept(config: TrainingConfig) -> int:
     """How many of the newest checkpoints to keep: one from before the guard's window is to be among them."""
-    if not isinstance(config, TrainConfig):
+    if not isinstance(config, TrainConfig) or not config.guard.is_on:
         return config.keep_checkpoints
-    return max(config.keep_checkpoints, config.guard.window // config.checkpoint_every + 2)
+    within_window = -(-config.guard.window // config.checkpoint_every)
+    return max(config.keep_checkpoints, within_window + 1)
 
 
 def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_good: Path) -> None:

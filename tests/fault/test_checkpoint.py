@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from gloo import RankError, run_ranks
 
-from megatron_lopd.config import ParallelConfig
+from megatron_lopd.config import GuardConfig, ParallelConfig
 from megatron_lopd.errors import CheckpointError
 from tests.training_zoo import make_root, read_steps, train
 
 # Every step saves, so that most kills land in a save.
-OPTIONS: dict[str, Any] = {"steps": 12, "checkpoint_every": 1}
+# Without the drift guard, which would keep a checkpoint from before its window.
+OPTIONS: dict[str, Any] = {"steps": 12, "checkpoint_every": 1, "guard": GuardConfig(min_kept_mass=None)}
 
 
 @pytest.fixture(scope="module")

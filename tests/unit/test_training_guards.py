@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gloo import RankError, run_ranks
 
-from megatron_lopd.config import GuardConfig, OptimizerConfig
+from megatron_lopd.config import GuardConfig, OptimizerConfig, TrainConfig
 from megatron_lopd.errors import ConfigError, DriftError
-from megatron_lopd.training.guards import check_drift, recent_drift
+from megatron_lopd.training.guards import check_drift, checkpoints_kept, recent_drift
 from tests.training_zoo import make_root, train
 
 STEADY = {"kept_mass": 0.99, "effective_sample_size": 0.8, "drift_kl": 0.05}
@@ -78,6 +79,16 @@ def test_message_names_metric_limit_checkpoint_and_remedies() -> None:
 def test_limits_out_of_range_are_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"train\.guard\.{key}={value}"):
         GuardConfig(**{key: value})
+
+
+@pytest.mark.parametrize(("every", "kept"), [(50, 2), (10, 2), (5, 3), (1, 11)])
+def test_a_checkpoint_from_before_the_window_is_kept(every: int, kept: int) -> None:
+    config = TrainConfig(steps=99, checkpoint_every=every, guard=GuardConfig(window=10))
+    assert checkpoints_kept(config) == kept
+    for step in range(11, 99):  # the guard stops the run before a checkpoint of this step is saved
+        saved = list(range(0, step, every))[-kept:]
+        assert any(each <= step - 10 for each in saved)
+    assert checkpoints_kept(replace(config, guard=GuardConfig(min_kept_mass=None))) == 2
 
 
 def _train(root: Path, lr: float, options: dict[str, Any]) -> Any:

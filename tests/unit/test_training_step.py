@@ -88,6 +88,7 @@ def test_weights_reach_the_loss_and_the_gradient_and_not_the_metrics(tmp_path: P
     plain = [sample for sample, _ in samples(root)]
     config = TrainConfig(
         steps=1,
+        objective="sampled_reverse_kl",
         importance="clipped",
         importance_clip=0.9,
         weights=WeightsConfig(position=3.0, horizon=4, extrapolation=1.5),
