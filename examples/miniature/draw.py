@@ -88,6 +88,11 @@ def percent(run: Run) -> float:
     return 100.0 * run["sampled"]
 
 
+def left_alone(run: Run) -> float:
+    """Percent, of the run as it ended or, where the guard stopped it, would have ended."""
+    return 100.0 * run.get("unguarded", run["sampled"])
+
+
 def total_seconds(run: Run) -> float:
     return float(sum(run["seconds"].values()))
 
@@ -109,9 +114,13 @@ def summary_table(study: Study) -> str:
     for method in METHODS:
         cells = [study.values(setting, method, percent) for setting in SETTINGS]
         stops = [sum(run["stopped_by_guard"] for run in study.runs(s, method)) for s in SETTINGS]
+        ends = [study.values(setting, method, left_alone) for setting in SETTINGS]
         texts = [
-            (mean_and_error(cell) + (f", stopped {stop} of {len(cell)}" if stop else "")) if cell else ""
-            for cell, stop in zip(cells, stops, strict=True)
+            mean_and_error(cell)
+            + (f", stopped {stop} of {len(cell)} (left alone {mean_and_error(end)})" if stop else "")
+            if cell
+            else ""
+            for cell, stop, end in zip(cells, stops, ends, strict=True)
         ]
         rows.append([label(method), *texts])
     return _table(head, rows)
@@ -187,16 +196,18 @@ def claims(study: Study) -> str:
             f"{mean_and_error(gain, 2)} points."
         )
     for setting in (strong, weak):
-        gain = _difference(study, setting, ours, ("fixed_negative", 0))
-        lines.append(f"{setting}: `{label(ours)}` minus `fixed_negative`: {mean_and_error(gain, 2)} points.")
+        gain = _difference(study, setting, ours, ("fixed_negative", 0), left_alone)
+        lines.append(
+            f"{setting}, left alone: `{label(ours)}` minus `fixed_negative`: {mean_and_error(gain, 2)} points."
+        )
     lines += [_guard(study, setting) for setting in SETTINGS]
     for setting in (first, second):
         cost = ", ".join(
-            f"`{label(each)}` {mean_and_error(_difference(study, setting, each, ('sft', 0)))}"
+            f"`{label(each)}` {mean_and_error(_difference(study, setting, each, ('sft', 0), left_alone))}"
             for each in METHODS
             if each[0] not in ("sft", "fixed_negative") and study.runs(setting, each)
         )
-        lines.append(f"Inconsistent ({setting}), points from its SFT student: {cost}.")
+        lines.append(f"Inconsistent ({setting}), points from its SFT student, left alone: {cost}.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -206,7 +217,7 @@ def _guard(study: Study, setting: str) -> str:
     stopped, harmful, missed, below = 0, 0, [], 0
     for method in (each for each in METHODS if not each[0].startswith("sft")):
         for run in study.runs(setting, method):
-            end = 100 * run.get("unguarded", run["sampled"])
+            end = left_alone(run)
             fell = end < sft[run["seed"]]
             harmful += fell
             stopped += run["stopped_by_guard"]
@@ -225,9 +236,15 @@ def _guard(study: Study, setting: str) -> str:
     )
 
 
-def _difference(study: Study, setting: str, a: tuple[str, int], b: tuple[str, int]) -> list[float]:
+def _difference(
+    study: Study,
+    setting: str,
+    a: tuple[str, int],
+    b: tuple[str, int],
+    of: Callable[[Run], float] = percent,
+) -> list[float]:
     """Sampled accuracy of `a` minus that of `b`, points, by seed."""
-    pairs = zip(study.values(setting, a, percent), study.values(setting, b, percent), strict=True)
+    pairs = zip(study.values(setting, a, of), study.values(setting, b, of), strict=True)
     return [one - other for one, other in pairs]
 
 
