@@ -198,7 +198,7 @@ def claims(study: Study) -> str:
     for setting in (strong, weak):
         gain = _difference(study, setting, ours, ("fixed_negative", 0), left_alone)
         lines.append(
-            f"{setting}, left alone: `{label(ours)}` minus `fixed_negative`: {mean_and_error(gain, 2)} points."
+            f"{setting}, left alone: `{label(ours)}` minus `fixed_negative`: {mean_and_error(gain, 2)}."
         )
     lines += [_guard(study, setting) for setting in SETTINGS]
     for setting in (first, second):
