@@ -1,15 +1,15 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
+from megatron_lopd.config.engine import EngineConfig
 from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.load import deciding, describe_keys, load_recipe, to_plain
+from megatron_lopd.config.parallel import ParallelConfig
 from megatron_lopd.config.recipe import (
-    EngineConfig,
     EvaluateConfig,
     ExportConfig,
     Fp8Config,
     GenerateConfig,
     OptimizerConfig,
-    ParallelConfig,
     PromptSource,
     PromptSources,
     Recipe,

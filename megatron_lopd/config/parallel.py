@@ -1,0 +1,67 @@
+"""How a model is split over ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_lopd.config.keys import key, require
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model is split. Ranks are tensor x context x pipeline x data; experts divide them anew."""
+
+    tensor: int = key("tensor parallel size (ranks)", 1)
+    pipeline: int = key("pipeline parallel size (ranks)", 1)
+    virtual_pipeline: int = key("model chunks on each pipeline rank, interleaved (count)", 1)
+    context: int = key("context parallel size: ranks that share a sequence", 1)
+    expert: int = key("expert parallel size: ranks that share the experts of a layer", 1)
+    expert_tensor: int | None = key("tensor parallel size within experts (ranks); empty: as tensor", None)
+    sequence: bool = key("sequence parallelism, when tensor > 1", True)
+    recompute: Literal["none", "selective", "full"] = key(
+        "activations made again in the backward pass: none, attention's (selective), whole layers (full)",
+        "none",
+    )
+    processes: int = key("processes `lopd run` starts for sft and train on this machine (ranks)", 1)
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "processes"):
+            require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1")
+        require(
+            self.expert_tensor is None or self.expert_tensor >= 1, "parallel.expert_tensor must be at least 1"
+        )
+        require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            f"parallel.virtual_pipeline={self.virtual_pipeline} interleaves pipeline stages, and "
+            "parallel.pipeline is 1: set parallel.virtual_pipeline=1 or parallel.pipeline to at least 2",
+        )
+        require(
+            self.processes % self.ranks_multiple == 0,
+            f"parallel.processes={self.processes} must be a multiple of {self.ranks_multiple} "
+            f"({self.product}): set parallel.processes="
+            f"{self.ranks_multiple * max(1, self.processes // self.ranks_multiple)}",
+        )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor parallel size within experts."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def ranks_multiple(self) -> int:
+        """The number of ranks must be a multiple of this: both the dense and the expert axes divide it."""
+        dense = self.tensor * self.context * self.pipeline
+        return math.lcm(dense, self.expert_tensor_size * self.expert * self.pipeline)
+
+    @property
+    def product(self) -> str:
+        """The sizes behind `ranks_multiple`, for messages: the axes that are not 1, or tensor x pipeline."""
+        dense = f"tensor x context x pipeline = {self.tensor} x {self.context} x {self.pipeline}"
+        if self.expert == 1 and self.expert_tensor is None:
+            return dense
+        return (
+            f"{dense}, and expert_tensor x expert x pipeline = "
+            f"{self.expert_tensor_size} x {self.expert} x {self.pipeline}"
+        )
