@@ -49,6 +49,7 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
             for model, model_dir in _models(recipe).items():
                 place, label = directory / model / name, f"{model} on {name}"
                 grades = grade_model(model_dir, prompts, recipe.evaluate, recipe.seed, place, label, grader)
+                print(f"lopd: {label}: {grades}", flush=True)
                 accuracy[name][model] = asdict(grades)
                 counts["ungraded"] += grades.ungraded
                 for mode in ("sampled", "greedy"):

@@ -16,7 +16,7 @@ from megatron_lopd.data.prompts import Prompt
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.sampling import SamplingJob, write_rollouts
-from megatron_lopd.tasks.estimates import Estimate, estimate, ks_of, majority, pass_at_k
+from megatron_lopd.tasks.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.tasks.graders import Grader, Verdict, open_grader
 
 
@@ -47,6 +47,17 @@ class Grades:
     length: float
     cut: float
     ungraded: int
+
+    def __str__(self) -> str:
+        """In a line, in percent."""
+        best = self.pass_at[self.k]
+        measures = {
+            f"avg@{self.k}": percent(self.sampled, self.sampled_error),
+            **({} if self.k == 1 else {f"pass@{self.k}": percent(best.share, best.error)}),
+            "greedy": percent(self.greedy, self.greedy_error),
+        }
+        text = ", ".join(f"{name} {value} %" for name, value in measures.items())
+        return f"{text} of {self.n:,} prompts" + (f"; {self.ungraded:,} ungraded" if self.ungraded else "")
 
 
 def check_sets(recipe: Recipe) -> dict[str, list[Prompt]]:

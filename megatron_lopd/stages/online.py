@@ -126,7 +126,7 @@ def _graded(recipe: Recipe, model: Path, directory: Path) -> list[str]:
             place, label = directory / "graded" / name, f"online on {name}"
             grades = grade_model(model, prompts, recipe.evaluate, recipe.seed, place, label, grader)
             accuracy[name] = {"online_opd": asdict(grades)}
-            print(f"lopd: online on {name}: {_shares(grades.sampled, grades.greedy)}", flush=True)
+            print(f"lopd: {label}: {grades}", flush=True)
     atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
     shards = (directory / "graded").rglob("*.arrow")
     return [RESULTS, *sorted(str(path.relative_to(directory)) for path in shards)]
@@ -138,15 +138,12 @@ def headline(recipe: Recipe) -> str:
     if not (directory / RESULTS).is_file():
         return f"online: {directory / 'model'} (no prompts.eval to grade it on)"
     accuracy = read_json(directory / RESULTS)["accuracy"]
+    rows = {name: models["online_opd"] for name, models in accuracy.items()}
     shares = [
-        f"{name}: {_shares(row['online_opd']['sampled'], row['online_opd']['greedy'])}"
-        for name, row in accuracy.items()
+        f"{name} {100 * row['sampled']:.1f} % sampled, {100 * row['greedy']:.1f} % greedy"
+        for name, row in rows.items()
     ]
     return f"online: {'; '.join(shares)}: {directory / 'model'}"
-
-
-def _shares(sampled: float, greedy: float) -> str:
-    return f"{100 * sampled:.1f} % sampled, {100 * greedy:.1f} % greedy"
 
 
 def _live_data(recipe: Recipe, student: Path) -> LiveData:

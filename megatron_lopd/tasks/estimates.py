@@ -30,6 +30,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, float(np.std(values, ddof=1)) / math.sqrt(len(values)))
 
 
+def percent(share: float, error: float | None) -> str:
+    """A share in percent, with its standard error where it has one: 82.3 ± 0.8."""
+    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Probability that k of a prompt's samples, drawn without putting back, hold a right one.
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -165,11 +168,27 @@ def test_hostile_text_is_wrong(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+# A comparison that takes as many bytes as it is asked to: sympy runs out of time long before memory.
+GREEDY_SERVER = """
+import sys
+from multiprocessing.connection import Connection
+from megatron_lopd.tasks import math, math_process
+math.compare = lambda gold, response: len(bytearray(int(response)))
+math_process.serve(Connection(int(sys.argv[1])))
+"""
+
+
 def test_memory_is_bounded() -> None:
-    with MathGrader() as fresh:
-        found = verdict(fresh, "5", r"\boxed{" + "+".join(["7^{10^{8}}"] * 50) + "}")
-        assert (found.right, found.ungraded) == (False, True)
-        assert verdict(fresh, "5", r"\boxed{5}").right
+    pipe, theirs = Pipe()
+    command = [sys.executable, "-c", GREEDY_SERVER, str(theirs.fileno())]
+    with pipe, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as server:
+        theirs.close()
+        pipe.send(("compare", "5", str(math_process.MEMORY_BYTES)))
+        assert pipe.recv() is None
+        pipe.send(("compare", "5", "1000"))
+        assert pipe.recv() == 1000
+        pipe.close()
+        assert server.wait() == 0
 
 
 def test_a_grader_killed_from_outside_is_no_verdict() -> None:

@@ -7,8 +7,9 @@ from html import escape
 from typing import Any
 
 from megatron_lopd.errors import DataError
-from megatron_lopd.stages.report.figures import Accuracy, accuracy_figure, percent
+from megatron_lopd.stages.report.figures import Accuracy, accuracy_figure
 from megatron_lopd.stages.report.html import figure, table
+from megatron_lopd.tasks.estimates import percent
 
 MODELS = {"base": "Base", "sft": "SFT", "lightning_opd": "Lightning OPD", "teacher": "Teacher"}
 Rows = Mapping[str, Mapping[str, Any]]  # of a set: the model -> its Grades, plain

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_lopd.stages.report.spacing import spread
 from megatron_lopd.stages.report.theme import LIGHT, printable, render, shorten
+from megatron_lopd.tasks.estimates import percent
 
 WIDTH = 330.0  # points: about a phone's width, so that a 10-point label stays about 10 pixels there
 CURVE_HEIGHT = 190.0
@@ -32,11 +33,6 @@ class Accuracy:
     greedy: float
     greedy_error: float | None
     n: int
-
-
-def percent(share: float, error: float | None) -> str:
-    """A share in percent, with its standard error where it has one: 82.3 ± 0.8."""
-    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def accuracy_figure(name: str, accuracies: Sequence[Accuracy]) -> str:
