@@ -29,7 +29,8 @@ _READERS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig(
 
 @dataclass(frozen=True)
 class Comparison:
-    """`answer`: what the response answered, as a text that is the same for answers found equal."""
+    """`answer`: what the response answered: the same text for right answers, and for wrong numbers of one
+    value; all else by its form."""
 
     right: bool
     answer: str | None
@@ -85,14 +86,19 @@ def compare(gold: str, response: str) -> Comparison:
     word = _word(right_text)
     if word is not None:
         spoken = said if boxed is None else _word(boxed) or boxed
-        return Comparison(spoken.strip(" .()").casefold() == word, spoken.casefold())
+        spoken = spoken.strip(" .()").casefold()
+        return Comparison(spoken == word, spoken)
     found = _expressions(said if boxed is None else rf"\boxed{{{_plain(boxed)}}}")
     if not found:
         return Comparison(False, boxed)
     right = verify(
         _expressions(rf"\boxed{{{_plain(right_text)}}}"), found, timeout_seconds=None, raise_on_error=True
     )
-    return Comparison(right, right_text if right else str(found[0]))
+    return Comparison(right, right_text if right else _name(found[0]))
+
+
+def _name(expression: Any) -> str:
+    return str(expression.evalf(12)) if getattr(expression, "is_number", False) else str(expression)
 
 
 def _gold_text(gold: str) -> str:

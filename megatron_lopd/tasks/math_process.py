@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_lopd.tasks.math import Comparison
 
 CPU_SECONDS = 5.0  # a comparison takes a few milliseconds
-MEMORY_BYTES = 4 << 30  # of address space; the process needs a tenth of it
+MEMORY_BYTES = 2 << 30  # of address space; the process itself has 70 MB
 
 # How a comparison ends the process: its time is up, its stack or its memory is.
 _ITS_OWN_FAULT = (signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
