@@ -4,14 +4,13 @@ from megatron_lopd.config.engine import EngineConfig
 from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.load import deciding, describe_keys, load_recipe, to_plain
 from megatron_lopd.config.parallel import ParallelConfig
+from megatron_lopd.config.prompts import PromptSource, PromptSources
 from megatron_lopd.config.recipe import (
     EvaluateConfig,
     ExportConfig,
     Fp8Config,
     GenerateConfig,
     OptimizerConfig,
-    PromptSource,
-    PromptSources,
     Recipe,
     RolloutConfig,
     Sampling,

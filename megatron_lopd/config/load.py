@@ -69,6 +69,9 @@ def describe_keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, s
     hints = get_type_hints(cls)
     for item in dataclasses.fields(cls):
         inner = _strip_optional(hints[item.name])
+        if get_origin(inner) is dict:
+            yield f"{prefix}{item.name}.<name>", "one section, or several by name", item.metadata["help"]
+            inner = get_args(inner)[1]
         if dataclasses.is_dataclass(inner):
             assert isinstance(inner, type)
             yield from describe_keys(inner, f"{prefix}{item.name}.")
@@ -159,6 +162,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(inner):
         assert isinstance(inner, type)
         return _build(inner, value, f"{name}.")
+    if get_origin(inner) is dict:
+        return _build_named(get_args(inner)[1], value, name)
     if get_origin(inner) is Literal:
         choices = get_args(inner)
         if value not in choices:
@@ -170,6 +175,13 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if converted is None:
         raise ConfigError(f"{name}: expected {_type_name(hint)}, got {value!r}")
     return converted
+
+
+def _build_named(cls: type[T], value: Any, name: str) -> dict[str, T]:
+    """Sections by name. One section given bare is the only one, under the name of its own key."""
+    if isinstance(value, dict) and all(isinstance(section, dict) for section in value.values()):
+        return {str(each): _build(cls, section, f"{name}.{each}.") for each, section in value.items()}
+    return {name.rpartition(".")[2]: _build(cls, value, f"{name}.")}
 
 
 def _scalar(kind: Any, value: Any) -> Any:

@@ -15,6 +15,7 @@ from megatron_lopd.config.engine import EngineConfig
 from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.keys import key, require
 from megatron_lopd.config.parallel import ParallelConfig
+from megatron_lopd.config.prompts import PromptSources
 from megatron_lopd.config.weights import WeightsConfig
 
 
@@ -30,30 +31,6 @@ class StudentConfig:
         "pretrained: read the weights; random: read config.json alone and draw weights from the seed",
         "pretrained",
     )
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Where prompts come from: a JSONL file, or a built-in task that makes them."""
-
-    path: str | None = key("JSONL file: {prompt | messages, answer?, id?} a line", None)
-    task: str | None = key("built-in task that makes the prompts: arithmetic", None)
-    count: int | None = key("prompts to take (tasks need it; files: the first so many)", None)
-
-    def __post_init__(self) -> None:
-        require(
-            (self.path is None) != (self.task is None),
-            "prompts: give either path (a JSONL file) or task (a built-in task), and not both",
-        )
-        require(self.task is None or self.count is not None, f"prompts: task {self.task} needs count")
-        require(self.count is None or self.count > 0, f"prompts.count must be at least 1, not {self.count}")
-
-
-@dataclass(frozen=True)
-class PromptSources:
-    sft: PromptSource | None = key("prompts the teacher answers for SFT", None)
-    opd: PromptSource | None = key("prompts the student rolls out for OPD", None)
-    eval: PromptSource | None = key("prompts with answers, to evaluate on", None)
 
 
 @dataclass(frozen=True)
@@ -299,10 +276,15 @@ class ExportConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     grader: str = key(
-        "what checks an answer: arithmetic, or arithmetic_dialects, which takes both ways to write it",
+        "what checks an answer: math (math-verify, the last \\boxed{} first), arithmetic, or "
+        "arithmetic_dialects, which takes both ways to write it",
         "arithmetic",
     )
-    sampling: Sampling = key("how the sampled accuracy is drawn", factory=Sampling)
+    teacher: bool = key("grade the teacher too: the score that the student is distilled towards", False)
+    sampling: Sampling = key(
+        "how the sampled accuracy is drawn; samples_per_prompt=n gives avg@n and pass@1, 2, 4, ... n",
+        factory=Sampling,
+    )
     engine: EngineConfig = key("what runs the models", factory=EngineConfig)
 
 

@@ -46,6 +46,7 @@ PROMPT_USES = {
     "opd": "the prompts that the student rolls out",
     "eval": "prompts with answers to evaluate on",
 }
+ONLY_SET = "eval"  # the key of the recipe that it stands under
 SAME_TEACHER = "the teacher that scores is the teacher that answered"
 SAME_STUDENT = "the student that sampled is the student being trained"
 SAME_TOKENS = "teacher and student share one tokenizer and one chat template"
@@ -244,13 +245,24 @@ def check_model(directory: Path) -> None:
     read_architecture(directory)
 
 
-def prompts_of(recipe: Recipe, use: Literal["sft", "opd", "eval"]) -> tuple[list[Prompt], Parent]:
+def prompts_of(recipe: Recipe, use: Literal["sft", "opd"]) -> tuple[list[Prompt], Parent]:
     """The prompts for one use, and what a manifest says of them. ConfigError when the recipe has none."""
     source: PromptSource | None = getattr(recipe.prompts, use)
     if source is None:
         raise ConfigError(f"missing section prompts.{use}: {PROMPT_USES[use]}")
     prompts = load_prompts(source, use, recipe.seed)
     return prompts, prompts_parent(source, prompts)
+
+
+def evaluation_sets(recipe: Recipe) -> dict[str, tuple[list[Prompt], Parent]]:
+    """As `prompts_of`, of each set to evaluate on, by name; one that has none is called ONLY_SET."""
+    if recipe.prompts.eval is None:
+        raise ConfigError(f"missing section prompts.eval: {PROMPT_USES['eval']}")
+    sets = {}
+    for name, source in recipe.prompts.eval.items():
+        prompts = load_prompts(source, "eval", recipe.seed)
+        sets[name] = (prompts, prompts_parent(source, prompts))
+    return sets
 
 
 def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig | None) -> int:

@@ -15,7 +15,7 @@ from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, is_main_rank, parent_manifest
-from megatron_lopd.stages.grading import grade_model
+from megatron_lopd.stages.grading import check_sets, grade_model
 from megatron_lopd.stages.sampling import encode_prompts, sample_seed
 from megatron_lopd.stages.students import (
     check_budget,
@@ -27,6 +27,7 @@ from megatron_lopd.stages.students import (
     training_settings,
     write_student,
 )
+from megatron_lopd.tasks.graders import open_grader
 from megatron_lopd.training.live import LiveData, Question
 from megatron_lopd.training.loop import TrainingJob
 
@@ -52,6 +53,8 @@ def check(recipe: Recipe) -> list[str]:
         check_trainable(student, recipe)
     require_fp8(recipe.fp8, capabilities())
     check_budget(recipe, config)
+    if recipe.prompts.eval is not None:
+        check_sets(recipe)
     chat = Chat(str(student), recipe.rollout.engine.trust_remote_code)
     encode_prompts(prompts, chat, inputs.longest_prompt(student, sampling, config))
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
@@ -117,12 +120,14 @@ def _graded(recipe: Recipe, model: Path, directory: Path) -> list[str]:
     """Grade the student as `evaluate` grades the others, where the recipe has prompts for it: the files."""
     if recipe.prompts.eval is None:
         return []
-    prompts = inputs.prompts_of(recipe, "eval")[0]
-    grades = grade_model(model, prompts, recipe.evaluate, recipe.seed, directory / "graded", "online")
-    atomic_write_json(directory / RESULTS, {"accuracy": {"online_opd": asdict(grades)}})
-    print(
-        f"lopd: online: {100 * grades.sampled:.1f} % sampled, {100 * grades.greedy:.1f} % greedy", flush=True
-    )
+    accuracy = {}
+    with open_grader(recipe.evaluate.grader) as grader:
+        for name, (prompts, _) in inputs.evaluation_sets(recipe).items():
+            place, label = directory / "graded" / name, f"online on {name}"
+            grades = grade_model(model, prompts, recipe.evaluate, recipe.seed, place, label, grader)
+            accuracy[name] = {"online_opd": asdict(grades)}
+            print(f"lopd: {label}: {grades}", flush=True)
+    atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
     shards = (directory / "graded").rglob("*.arrow")
     return [RESULTS, *sorted(str(path.relative_to(directory)) for path in shards)]
 
@@ -132,9 +137,13 @@ def headline(recipe: Recipe) -> str:
     directory = directory_of(recipe, "online")
     if not (directory / RESULTS).is_file():
         return f"online: {directory / 'model'} (no prompts.eval to grade it on)"
-    row = read_json(directory / RESULTS)["accuracy"]["online_opd"]
-    shares = f"{100 * row['sampled']:.1f} % sampled, {100 * row['greedy']:.1f} % greedy"
-    return f"online: {shares}: {directory / 'model'}"
+    accuracy = read_json(directory / RESULTS)["accuracy"]
+    rows = {name: models["online_opd"] for name, models in accuracy.items()}
+    shares = [
+        f"{name} {100 * row['sampled']:.1f} % sampled, {100 * row['greedy']:.1f} % greedy"
+        for name, row in rows.items()
+    ]
+    return f"online: {'; '.join(shares)}: {directory / 'model'}"
 
 
 def _live_data(recipe: Recipe, student: Path) -> LiveData:
