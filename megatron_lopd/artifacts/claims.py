@@ -28,7 +28,7 @@ from megatron_lopd.errors import DataError, LopdError
 CLAIMS = ".claims"
 LEASE_SECONDS = 60.0
 BEATS_A_LEASE = 12
-# A part that failed this often fails for good. Deaths do not count: a node that is taken back is not its fault.
+# A part that failed this often fails for good. Deaths do not count: a lost node is no fault of the part.
 ATTEMPTS = 3
 BACKOFF_SECONDS = 5.0  # after the first failure; twice as long after each further one
 
@@ -91,8 +91,9 @@ def read_claims(directory: Path) -> dict[str, list[ClaimState]]:
 
 
 def remove_claims(directory: Path) -> None:
-    """Forget all claims on an artifact, once it is committed."""
-    shutil.rmtree(directory / CLAIMS, ignore_errors=True)  # a watcher may be making it again this moment
+    """Forget all claims on the parts of an artifact, once they are all there."""
+    for path in directory.rglob(CLAIMS):
+        shutil.rmtree(path, ignore_errors=True)  # another worker may be doing the same
 
 
 class Claim:

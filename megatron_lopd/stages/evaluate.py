@@ -13,8 +13,9 @@ from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.stages.grading import check_sets, grade_model, share_right
+from megatron_lopd.stages.grading import answering, check_sets, grade_answers, share_right
 from megatron_lopd.stages.sampling import count_rollouts
+from megatron_lopd.stages.sharing import Work, make_parts
 from megatron_lopd.tasks.graders import Grader, open_grader
 
 RESULTS = "results.json"
@@ -39,6 +40,16 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(deciding(recipe.evaluate) | {"seed": recipe.seed}, parents, stage.lineage)
 
 
+def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
+    settings, seed = recipe.evaluate, recipe.seed
+    works: list[Work] = []
+    for model, model_dir in _models(recipe).items():
+        for name, (prompts, _) in inputs.evaluation_sets(recipe).items():
+            label = f"{model} on {name}"
+            works += answering(model_dir, prompts, settings, seed, directory / model / name, label)
+    make_parts(works)
+
+
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     accuracy: dict[str, dict[str, Any]] = {}
     counts: Counter[str] = Counter()
@@ -47,9 +58,9 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
             counts["prompts"] += len(prompts)
             accuracy[name] = {}
             for model, model_dir in _models(recipe).items():
-                place, label = directory / model / name, f"{model} on {name}"
-                grades = grade_model(model_dir, prompts, recipe.evaluate, recipe.seed, place, label, grader)
-                print(f"lopd: {label}: {grades}", flush=True)
+                place = directory / model / name
+                grades = grade_answers(place, model_dir, prompts, recipe.evaluate, grader)
+                print(f"lopd: {model} on {name}: {grades}", flush=True)
                 accuracy[name][model] = asdict(grades)
                 counts["ungraded"] += grades.ungraded
                 for mode in ("sampled", "greedy"):
@@ -97,4 +108,6 @@ STAGE = Stage(
     plan,
     run,
     needed=lambda recipe: recipe.prompts.eval is not None and recipe.sft is not None,
+    share=share,
+    workers=lambda recipe: recipe.evaluate.engine.workers,
 )

@@ -9,7 +9,8 @@ from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage
-from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, write_rollouts
+from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, rollout_work, shards_in
+from megatron_lopd.stages.sharing import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -32,7 +33,7 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
     settings, teacher = recipe.generate, inputs.teacher_directory(recipe)
     job = SamplingJob(
         model_dir=teacher,
@@ -44,9 +45,13 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         stream="generate",
         label="generate",
     )
-    files = write_rollouts(job, directory)
-    voice = copy_files(teacher, directory / "tokenizer", VOICE)
-    return Output([*files, *(f"tokenizer/{name}" for name in voice)], count_rollouts(directory))
+    make_parts([rollout_work(job, directory)])
+
+
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    voice = copy_files(inputs.teacher_directory(recipe), directory / "tokenizer", VOICE)
+    files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
+    return Output(files, count_rollouts(directory))
 
 
 STAGE = Stage(
@@ -58,4 +63,6 @@ STAGE = Stage(
     needed=lambda recipe: (
         recipe.sft is not None and recipe.sft.data is None and recipe.sft.checkpoint is None
     ),
+    share=share,
+    workers=lambda recipe: recipe.generate.engine.workers,
 )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from megatron_lopd.artifacts.claims import remove_claims
 from megatron_lopd.config import EvaluateConfig, Recipe
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.prompts import Prompt
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.sampling import SamplingJob, write_rollouts
+from megatron_lopd.stages.sampling import SamplingJob, rollout_work
+from megatron_lopd.stages.sharing import Work, make_parts
 from megatron_lopd.tasks.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.tasks.graders import Grader, Verdict, open_grader
 
@@ -69,18 +71,17 @@ def check_sets(recipe: Recipe) -> dict[str, list[Prompt]]:
     return sets
 
 
-def grade_model(
+def answering(
     model_dir: Path,
     prompts: Sequence[Prompt],
     settings: EvaluateConfig,
     seed: int,
     directory: Path,
     label: str,
-    grader: Grader,
-) -> Grades:
-    """Sample every prompt into `directory`/sampled and /greedy and grade what comes out.
+) -> Iterator[Work]:
+    """The work of answering every prompt, into `directory`/sampled and /greedy.
 
-    Shards already there are kept. Every model is given the same draws, to be compared on equal luck.
+    Every model is given the same draws, to be compared on equal luck.
     """
     greedy = replace(settings.sampling, temperature=0.0, samples_per_prompt=1)
     for mode, sampling in (("sampled", settings.sampling), ("greedy", greedy)):
@@ -94,7 +95,28 @@ def grade_model(
             stream=f"evaluate {mode}",
             label=f"evaluate {label} {mode}",
         )
-        write_rollouts(job, directory / mode)
+        yield rollout_work(job, directory / mode)
+
+
+def grade_model(
+    model_dir: Path,
+    prompts: Sequence[Prompt],
+    settings: EvaluateConfig,
+    seed: int,
+    directory: Path,
+    label: str,
+    grader: Grader,
+) -> Grades:
+    """Answer every prompt into `directory`, and grade what comes out."""
+    make_parts(list(answering(model_dir, prompts, settings, seed, directory, label)))
+    remove_claims(directory)
+    return grade_answers(directory, model_dir, prompts, settings, grader)
+
+
+def grade_answers(
+    directory: Path, model_dir: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader
+) -> Grades:
+    """The grades of what `answering` left in `directory`."""
     trust = settings.engine.trust_remote_code
     return _grades(
         directory,

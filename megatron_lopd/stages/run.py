@@ -32,7 +32,7 @@ from megatron_lopd.stages.base import (
     execute,
     is_main_rank,
 )
-from megatron_lopd.stages.launch import launch
+from megatron_lopd.stages.launch import is_worker, launch, launch_workers
 from megatron_lopd.stages.rounds import Round, due_round, missing_round
 
 STAGES: tuple[Stage, ...] = (
@@ -78,6 +78,9 @@ def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
         if stage in waiting and stage.distributed and recipe.parallel.processes > 1:
             _refreshing(stage, recipe, partial(_launch, stage, recipe, recipe_path, overrides))
             done += 1
+        elif stage in waiting and _is_divided(stage, recipe):
+            _launch_workers(stage, recipe, recipe_path, overrides)
+            done += 1
         elif _refreshing(stage, recipe, partial(execute, stage, recipe)):
             done += 1
             _say(f"[{number}/{len(needed)}] {stage.name}: done in {time.monotonic() - started:.1f} s")
@@ -104,7 +107,9 @@ def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str
         for earlier in _before(stage, recipe):
             check_unchanged(earlier, recipe)
     started = time.monotonic()
-    if execute(stage, recipe):
+    if not is_committed(directory_of(recipe, name)) and _is_divided(stage, recipe):
+        _launch_workers(stage, recipe, recipe_path, overrides)
+    elif execute(stage, recipe):
         _say(f"{name}: done in {time.monotonic() - started:.1f} s: {directory_of(recipe, name)}")
     else:
         _say(f"{name}: nothing to do: {directory_of(recipe, name)} is committed and unchanged")
@@ -181,6 +186,18 @@ def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[
     if code:
         raise _error_of(code)(f"{stage.name} ended with exit code {code}: its own message is above")
     return True
+
+
+def _is_divided(stage: Stage, recipe: Recipe) -> bool:
+    """Whether this process starts workers for a stage, rather than doing it."""
+    return stage.share is not None and stage.workers(recipe) > 1 and not is_worker()
+
+
+def _launch_workers(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
+    stage.plan(recipe)  # what cannot be is said once
+    code = launch_workers([stage.name, recipe_path, *overrides], stage.workers(recipe))
+    if code:
+        raise _error_of(code)(f"{stage.name}'s workers ended with exit code {code}: their messages are above")
 
 
 def _error_of(exit_code: int) -> type[LopdError]:

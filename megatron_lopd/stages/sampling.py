@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lopd.artifacts.manifest import Manifest
 from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.dataset import open_shards, shard_name
+from megatron_lopd.data.dataset import TrainingData, open_shards, shard_name
 from megatron_lopd.data.prompts import Prompt
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import ShardReader, write_shard
 from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
-from megatron_lopd.stages.sharing import Count, Part, Work, make_parts
+from megatron_lopd.stages.base import Output
+from megatron_lopd.stages.sharing import Count, Part, Work
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,10 @@ def rollout_work(job: SamplingJob, directory: Path) -> Work:
     return Work(job.label, job.engine, job.model_dir, parts)
 
 
-def write_rollouts(job: SamplingJob, directory: Path) -> list[str]:
-    """Sample every response of `job` into shards in `directory`; those already there are kept.
-
-    Returns the shards' names. Raises DataError for a prompt that cannot be encoded, EngineError for
-    a model the engine cannot run.
-    """
-    return _written(rollout_work(job, directory))
-
-
-def write_scores(
+def score_work(
     model_dir: Path, config: ScoreConfig, rollout_dir: Path, rollout_files: Sequence[str], directory: Path
-) -> list[str]:
-    """Score every rollout shard into a score shard of the same number; those already there are kept."""
+) -> Work:
+    """A score of every rollout, in a shard in `directory` for each shard of rollouts, of the same number."""
     kind = scores_kind(config.top_k)
 
     def part(number: int, rollouts: Path) -> Part:
@@ -97,12 +90,19 @@ def write_scores(
 
     names = sorted(name for name in rollout_files if name.endswith(".arrow"))
     parts = [part(number, rollout_dir / name) for number, name in enumerate(names)]
-    return _written(Work("score", config.engine, model_dir, parts))
+    return Work("score", config.engine, model_dir, parts)
 
 
-def _written(work: Work) -> list[str]:
-    make_parts([work])
-    return [part.path.name for part in work.parts]
+def score_output(rollout: Manifest, rollout_dir: Path, directory: Path) -> Output:
+    """What a score stage commits. DataError unless every rollout has its score, of the right length."""
+    TrainingData(rollout_dir, directory)
+    counts = {name: rollout.counts[name] for name in ("samples", "response_tokens", "tokens")}
+    return Output(shards_in(directory), counts)
+
+
+def shards_in(directory: Path) -> list[str]:
+    """The names of the shards in a directory, in order."""
+    return sorted(path.name for path in directory.glob("*.arrow"))
 
 
 def count_rollouts(directory: Path) -> dict[str, int]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import Recipe, deciding
-from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.stages.sampling import write_scores
+from megatron_lopd.stages.sampling import score_output, score_work
+from megatron_lopd.stages.sharing import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -35,14 +35,24 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
+def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
+    files = list(parent_manifest(recipe, "rollout").files)
+    teacher, rollouts = inputs.teacher_directory(recipe), directory_of(recipe, "rollout")
+    make_parts([score_work(teacher, recipe.score, rollouts, files, directory)])
+
+
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    rollout = parent_manifest(recipe, "rollout")
-    rollout_dir = directory_of(recipe, "rollout")
-    files = write_scores(
-        inputs.teacher_directory(recipe), recipe.score, rollout_dir, list(rollout.files), directory
-    )
-    TrainingData(rollout_dir, directory)  # every rollout has its score, of the right length
-    return Output(files, {name: rollout.counts[name] for name in ("samples", "response_tokens", "tokens")})
+    rollout, rollout_dir = parent_manifest(recipe, "rollout"), directory_of(recipe, "rollout")
+    return score_output(rollout, rollout_dir, directory)
 
 
-STAGE = Stage("score", "scores", check, plan, run, needed=lambda recipe: recipe.train is not None)
+STAGE = Stage(
+    "score",
+    "scores",
+    check,
+    plan,
+    run,
+    needed=lambda recipe: recipe.train is not None,
+    share=share,
+    workers=lambda recipe: recipe.score.engine.workers,
+)

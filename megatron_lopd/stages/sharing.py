@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_lopd.artifacts.claims import Claim, ClaimLost, Claims
 from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, publish
@@ -20,9 +20,8 @@ from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine
 from megatron_lopd.errors import EngineDied, LopdError
+from megatron_lopd.stages.base import POLL_SECONDS
 from megatron_lopd.training.progress import ProgressDisplay
-
-POLL_SECONDS = 1.0  # between two looks at what others have claimed
 
 R = TypeVar("R", Rollout, Score)
 # Passes records on, and counts them.
@@ -35,7 +34,7 @@ class Part:
 
     path: Path
     samples: int
-    write: Callable[[Engine, Path, Count], None]
+    write: Callable[[Engine, Path, Count[Any]], None]
 
 
 @dataclass(frozen=True)
