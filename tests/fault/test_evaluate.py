@@ -23,7 +23,7 @@ AIME = [
 MATH = [{"question": "1+1", "expected_answer": r"\frac{4}{2}"}, {"question": "8-3", "expected_answer": "5"}]
 ARGUMENTS = [
     "recipe.yaml",
-    f"prompts.eval={{aime24: {{path: aime.jsonl, suffix: {SUFFIX}}}, math500: {{path: math.jsonl}}}}",
+    f"prompts.eval={{math500: {{path: math.jsonl}}, aime24: {{path: aime.jsonl, suffix: {SUFFIX}}}}}",
     "evaluate.grader=math",
     "evaluate.teacher=true",
     "evaluate.sampling.samples_per_prompt=3",
@@ -69,7 +69,7 @@ def test_sets_of_files_are_graded_and_reported(root: Path, capsys: pytest.Captur
     first = next(iter(open_shards(ROLLOUTS, root / "run/evaluate/sft/aime24/greedy")))
     assert f"{AIME[0]['problem']}\n{SUFFIX}" in Chat("teacher", False).decode(first.prompt_tokens)
     page = (root / "run/report/index.html").read_text()
-    assert page.index("Share of correct answers: aime24") < page.index("Share of correct answers: math500")
+    assert page.index("Share of correct answers: math500") < page.index("Share of correct answers: aime24")
     assert "pass@2" in page
     assert main(["run", *ARGUMENTS]) == 0
     assert "nothing to do" in capsys.readouterr().out
