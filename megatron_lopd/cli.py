@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
             "--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop"
         )
         command.set_defaults(handler=_run_stages)
+    status = commands.add_parser("status", help="how far a run is, on all machines at work on it")
+    status.add_argument("recipe", help="YAML recipe of the whole run")
+    status.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    status.set_defaults(handler=_status)
     verify = commands.add_parser("verify", help="re-hash an artifact, and its lineage")
     verify.add_argument("path", type=Path, help="artifact directory, or run directory")
     verify.set_defaults(handler=_verify)
@@ -154,6 +158,14 @@ def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:
     print("\nplan:")
     for line in plan:
         print(f"  {line}")
+
+
+def _status(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from megatron_lopd.stages.status import describe_run
+
+    for line in describe_run(recipe):
+        print(line)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -18,14 +18,16 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX
+from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, atomic_write_json, read_json
 from megatron_lopd.errors import DataError, LopdError
 
 CLAIMS = ".claims"
+PARTS = "parts"  # no dot in it, as there is in every claim
 LEASE_SECONDS = 60.0
 BEATS_A_LEASE = 12
 # A part that failed this often fails for good. Deaths do not count: a lost node is no fault of the part.
@@ -63,7 +65,10 @@ class Owner:
 
 @dataclass(frozen=True)
 class ClaimState:
-    """What a claim's file says. `beat` counts heartbeats; `done` of `total` samples, at `rate` tokens/s."""
+    """What a claim's file says.
+
+    `beat` counts heartbeats; `done` of `total` samples are made, at `rate` tokens/s and `done_per_second`.
+    """
 
     part: str
     generation: int
@@ -73,6 +78,7 @@ class ClaimState:
     done: int = 0
     total: int = 0
     rate: float = 0.0
+    done_per_second: float = 0.0
     error: str = ""
 
 
@@ -90,6 +96,18 @@ def read_claims(directory: Path) -> dict[str, list[ClaimState]]:
     return {part: states for part in sorted(parts) if (states := _claims_on(directory, part))}
 
 
+def announce(directory: Path, samples: Mapping[str, int]) -> None:
+    """Tell whoever looks on which parts there are to be, with the samples of each."""
+    (directory / CLAIMS).mkdir(parents=True, exist_ok=True)
+    atomic_write_json(directory / CLAIMS / PARTS, dict(samples))
+
+
+def announced(directory: Path) -> dict[str, int]:
+    """What `announce` told of the artifact in `directory`; nothing where nobody works."""
+    path = directory / CLAIMS / PARTS
+    return dict(read_json(path)) if path.is_file() else {}
+
+
 def remove_claims(directory: Path) -> None:
     """Forget all claims on the parts of an artifact, once they are all there."""
     for path in directory.rglob(CLAIMS):
@@ -105,8 +123,8 @@ class Claim:
     def __init__(self, directory: Path, state: ClaimState, seconds: float) -> None:
         self._directory = directory
         self._state = state
-        self._path = _path(directory, state.part, state.generation)
-        self._next = _path(directory, state.part, state.generation + 1)
+        self._path = claim_path(directory, state.part, state.generation)
+        self._next = claim_path(directory, state.part, state.generation + 1)
         self._seconds = seconds
         self._lock = threading.Lock()
         self._lost = False
@@ -125,10 +143,12 @@ class Claim:
     def __exit__(self, *unused: object) -> None:
         self._end("released", "")
 
-    def progress(self, done: int, total: int, rate: float) -> None:
+    def progress(self, done: int, total: int, rate: float, done_per_second: float) -> None:
         """Tell how far the work is, with the next heartbeat. Raises ClaimLost where the last one saw that."""
         with self._lock:
-            self._state = replace(self._state, done=done, total=total, rate=rate)
+            self._state = replace(
+                self._state, done=done, total=total, rate=rate, done_per_second=done_per_second
+            )
         if self._lost:
             raise ClaimLost(f"{self._state.part}: taken over by another worker")
 
@@ -224,7 +244,7 @@ class Claims:
         try:
             temporary = _temporary(self.directory, state)
             try:
-                os.link(temporary, _path(self.directory, state.part, state.generation))
+                os.link(temporary, claim_path(self.directory, state.part, state.generation))
             finally:
                 temporary.unlink()
         except (FileExistsError, FileNotFoundError):  # another was faster; the artifact has been committed
@@ -240,7 +260,7 @@ class Claims:
 def _claims_on(directory: Path, part: str) -> list[ClaimState]:
     states: list[ClaimState] = []
     while True:
-        path = _path(directory, part, len(states) + 1)
+        path = claim_path(directory, part, len(states) + 1)
         try:
             plain = json.loads(path.read_bytes())
             states.append(ClaimState(**plain | {"owner": Owner(**plain["owner"])}))
@@ -252,7 +272,8 @@ def _claims_on(directory: Path, part: str) -> list[ClaimState]:
             ) from None
 
 
-def _path(directory: Path, part: str, generation: int) -> Path:
+def claim_path(directory: Path, part: str, generation: int) -> Path:
+    """The file of one claim."""
     return directory / CLAIMS / f"{part}.{generation}"
 
 

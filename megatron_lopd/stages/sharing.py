@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lopd.artifacts.claims import Claim, ClaimLost, Claims
+from megatron_lopd.artifacts.claims import Claim, ClaimLost, Claims, announce
 from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, publish
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.data.records import Rollout, Score
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Work:
-    """Parts that one model makes. `label` is what progress is shown under."""
+    """Parts that one model makes, all in one directory. `label` is what progress is shown under."""
 
     label: str
     engine: EngineConfig
@@ -65,11 +65,11 @@ class _Worker:
 
     def __init__(self, works: Sequence[Work]) -> None:
         self._works = works
-        self._claims = {
-            directory: Claims(directory)
-            for directory in {part.path.parent for work in works for part in work.parts}
-            if any(not part.path.is_file() for work in works for part in work.parts)
-        }
+        self._claims: dict[Path, Claims] = {}
+        for work in works if self.missing() else ():
+            directory = work.parts[0].path.parent
+            announce(directory, {part.path.name: part.samples for part in work.parts})
+            self._claims[directory] = Claims(directory)
         self._open: tuple[EngineConfig, Path, Engine] | None = None
         self._progress: _Progress | None = None
 
@@ -132,7 +132,7 @@ class _Progress:
     def __init__(self, label: str, done: int, total: int) -> None:
         self.label = label
         self._done = done
-        self._tokens = 0
+        self._made = self._tokens = 0
         self._began = time.monotonic()
         self._display = ProgressDisplay(label, "sample")
         self._display.begin(done, total)
@@ -141,9 +141,11 @@ class _Progress:
         for number, record in enumerate(records, start=1):
             self._done += 1
             self._tokens += 0 if record.log_probs is None else len(record.log_probs)
-            rate = self._tokens / (time.monotonic() - self._began)
+            self._made += 1
+            seconds = time.monotonic() - self._began
+            rate = self._tokens / seconds
             self._display.update(self._done, f"{rate:,.0f} tokens/s")
-            claim.progress(number, part.samples, rate)
+            claim.progress(number, part.samples, rate, self._made / seconds)
             yield record
 
     def note(self, text: str) -> None:
