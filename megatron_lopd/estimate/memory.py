@@ -67,7 +67,7 @@ class TrainingMemory:
     @property
     def total(self) -> float:
         """All parts."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return float(sum(getattr(self, part.name) for part in fields(self)))
 
     @property
     def largest(self) -> str:

@@ -36,6 +36,7 @@ class Plan:
     """Everything `lopd plan` says."""
 
     cluster: Cluster
+    parallel: ParallelConfig
     models: dict[str, Shape]
     training: list[TrainingPlan]
     stages: list[StageEstimate]
@@ -43,8 +44,12 @@ class Plan:
 
     @property
     def problems(self) -> list[str]:
-        """One line for each stage that cannot train as the recipe says."""
-        return [part.problem for part in self.training if part.problem]
+        """What keeps stages from training as the recipe says, one line each, beginning with their names."""
+        stages: dict[str, list[str]] = {}
+        for part in self.training:
+            if part.problem is not None:
+                stages.setdefault(part.problem, []).append(part.stage)
+        return [f"{', '.join(names)}: {problem}" for problem, names in stages.items()]
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, fill: float = 1.0) -> Plan:
@@ -71,8 +76,12 @@ def make_plan(recipe: Recipe, cluster: Cluster, fill: float = 1.0) -> Plan:
         if section is not None and any(stage.name == name for stage in stages)
     ]
     used = {stage.model for stage in stages}
-    models = {name: getattr(sizing, name) for name in ("teacher", "student") if name in used}
-    return Plan(cluster, models, training, stages, sizing.assumptions)
+    models: dict[str, Shape] = {}
+    if "teacher" in used:
+        models["teacher"] = sizing.teacher
+    if "student" in used:
+        models["student"] = sizing.student
+    return Plan(cluster, recipe.parallel, models, training, stages, sizing.assumptions)
 
 
 def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> TrainingPlan:
@@ -82,35 +91,35 @@ def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> Traini
     try:
         own = own_layout(arch, recipe.parallel, cluster, training)
     except ConfigError as error:
-        return TrainingPlan(name, None, smallest, f"{name}: {error}")
+        return TrainingPlan(name, None, smallest, str(error))
     if own.fits(cluster):
         return TrainingPlan(name, own, smallest, None)
     over = (own.memory.total - cluster.gpu.memory_bytes) / GB
     part = getattr(own.memory, own.memory.largest.replace("-", "_")) / GB
     problem = (
-        f"{name}: parallel ({_axes(own)}) takes {own.memory.total / GB:.1f} GB of each GPU, {over:.1f} GB "
+        f"parallel ({_axes(own)}) takes {own.memory.total / GB:.1f} GB of each GPU, {over:.1f} GB "
         f"more than {cluster.gpu.name} has, most of it {own.memory.largest} ({part:.1f} GB): "
     )
     if smallest is not None:
-        return TrainingPlan(name, own, smallest, f"{problem}set {overrides(smallest.parallel)}")
+        return TrainingPlan(name, own, smallest, f"{problem}set {overrides(smallest, recipe.parallel)}")
     least = least_layout(arch, cluster, training)
     assert least is not None  # `own` divides the model, and so do candidates
     still = (least.memory.total - cluster.gpu.memory_bytes) / GB
     remedy = (
-        f"no layout fits; the least, {_axes(least)}, is {still:.1f} GB over: give more GPUs or larger ones, "
+        f"no layout fits; the least, {_axes(least)}, is {still:.1f} GB over: give more GPUs or larger ones"
     )
-    return TrainingPlan(name, own, None, f"{problem}{remedy}or lower {name}.micro_batch_tokens")
+    if (least.memory.activations + least.memory.log_probs) / GB > still:
+        remedy += ", or lower micro_batch_tokens"
+    return TrainingPlan(name, own, None, problem + remedy)
 
 
-def overrides(parallel: ParallelConfig) -> str:
-    """The layout as overrides of a recipe, those at their defaults left out but for tensor."""
-    names = ("tensor", "pipeline", "context", "expert", "expert_tensor", "recompute", "processes")
-    default = ParallelConfig()
-    values = {name: getattr(parallel, name) for name in names}
+def overrides(layout: Layout, parallel: ParallelConfig) -> str:
+    """What makes `layout` of a recipe's `parallel`, as overrides."""
+    values, given = asdict(layout.parallel), asdict(parallel)
     return " ".join(
-        f"parallel.{name}={value}"
+        f"parallel.{name}={'' if value is None else value}"
         for name, value in values.items()
-        if name == "tensor" or value != getattr(default, name)
+        if value != given[name]
     )
 
 
@@ -169,7 +178,7 @@ def table(plan: Plan) -> Iterator[str]:
     peak = f"{gpu.flops / 1e12:.0f} TFLOP/s bf16"
     yield f"{plan.cluster.count} x {gpu.name}: {gpu.memory_bytes / GB:.0f} GB each, {peak}"
     for name, shape in plan.models.items():
-        yield f"{name}: {shape.parameters / GB:.2f} billion weights"
+        yield f"{name}: {shape.parameters / 1e6:,.1f} million weights"
     yield ""
     yield from _memory_table(plan)
     yield ""
@@ -200,7 +209,7 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         yield f"  {stage:6}{whose:10}{values}{layout.memory.total / GB:9.1f}  {_axes(layout)}{verdict}"
     for part in plan.training:
         if part.smallest is not None and part.smallest != part.own:
-            yield f"  smallest for {part.stage}: {overrides(part.smallest.parallel)}"
+            yield f"  smallest for {part.stage}: {overrides(part.smallest, plan.parallel)}"
 
 
 def _engine_table(plan: Plan) -> Iterator[str]:

@@ -148,7 +148,7 @@ class Sizing:
             weights = shape.parameters * _element(config) / 1e9
             gpus = f"{self.cluster.node_size} x {self.cluster.gpu.name} ({memory / 1e9:.0f} GB each)"
             raise ConfigError(
-                f"{name}: the model's {weights:.0f} GB of {config.dtype} weights and one sequence of {length} "
+                f"{name}: the model's {weights:.0f} GB of {config.dtype} weights and a sequence of {length} "
                 f"tokens do not fit {gpus}: set {name}.engine.dtype=bf16, lower max_new_tokens, or plan for "
                 "larger GPUs"
             )
