@@ -100,7 +100,7 @@ def published_hours(case: Published) -> dict[str, float]:
     and train, and neither generate nor sft; every response reaches 4,096 tokens; bf16; engines as
     `engine_memory` lays them out, up to 256 sequences at once.
     """
-    student, teacher = (Shape(PUBLISHED[name], name) for name in (case.student, case.teacher))
+    student, teacher = (Shape(PUBLISHED[name]) for name in (case.student, case.teacher))
     gpu, work = GPUS["h100"], PUBLISHED_WORK
     engine = engine_memory(student, 2, PUBLISHED_BATCH, work.length, gpu.memory_bytes, most=8)
     assert engine is not None  # an 8B model fits an H100

@@ -141,7 +141,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu": asdict(plan.cluster.gpu),
         "gpus": plan.cluster.count,
         "models": {
-            name: {"parameters": shape.parameters, "source": shape.source}
+            name: {"parameters": shape.parameters, "assumed": shape.assumed}
             for name, shape in plan.models.items()
         },
         "training": [

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import Architecture, Experts, Family
+from megatron_lopd.mcore.architecture import SUPPORTED_OPTIONS, Architecture, Experts, Family
 
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's architecture, and where it was read: its config.json, or the table below."""
+    """A model's architecture. `assumed`: why it is from the table below; None where config.json was read."""
 
     arch: Architecture
-    source: str
+    assumed: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -58,25 +58,29 @@ def read_shape(model_dir: str) -> Shape:
                 f"{path}: no such file, and {Path(model_dir).name} is not a published shape: give a Hugging "
                 f"Face model directory, or a path that ends in one of {', '.join(PUBLISHED)}"
             )
-        return Shape(PUBLISHED[name], f"published shape of {name}: {model_dir} is not here")
+        return Shape(PUBLISHED[name], f"{model_dir}: not here, taken to have the published shape of {name}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-    return Shape(_architecture(path, raw), str(path))
+    return Shape(_architecture(path, raw))
 
 
 def _architecture(path: Path, raw: Any) -> Architecture:
     family = raw.get("model_type") if isinstance(raw, dict) else None
     if family not in FAMILIES:
         raise ConfigError(f"{path}: model_type {family!r} is not supported, only {', '.join(FAMILIES)} are")
+    for option, supported in SUPPORTED_OPTIONS.items():
+        if raw.get(option) not in (None, supported):
+            raise ConfigError(f"{path}: {option}={raw[option]!r} is not supported, only {supported!r} is")
     heads, hidden = _count(path, raw, "num_attention_heads"), _count(path, raw, "hidden_size")
     # transformers' own defaults for keys that old checkpoints leave out.
     head_dim = raw.get("head_dim") or (128 if family in ("qwen3", "qwen3_moe") else hidden // heads)
     experts = None
     if family == "qwen3_moe":
         experts = Experts(
-            count=_count(path, raw, "num_experts"),
+            # transformers 5 writes the second name, the published files have the first.
+            count=_count(path, raw, "num_experts" if "num_experts" in raw else "num_local_experts"),
             top_k=_count(path, raw, "num_experts_per_tok"),
             ffn_size=_count(path, raw, "moe_intermediate_size"),
             normalize_top_k=bool(raw.get("norm_topk_prob", False)),

@@ -208,8 +208,8 @@ class Sizing:
 
     def _shape(self, model_dir: str) -> Shape:
         shape = read_shape(model_dir)
-        if shape.source.startswith("published"):
-            self.assume(shape.source)
+        if shape.assumed is not None:
+            self.assume(shape.assumed)
         return shape
 
     def assume(self, text: str) -> None:

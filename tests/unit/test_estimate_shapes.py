@@ -57,7 +57,7 @@ def test_published_shapes() -> None:
     """The sizes that the model cards round to, and the one config.json of them that is here."""
     here = read_shape("tools/bench/qwen3_0.6b").arch
     assert here == PUBLISHED["Qwen3-0.6B"]
-    billions = {name: Shape(arch, name).parameters / 1e9 for name, arch in PUBLISHED.items()}
+    billions = {name: Shape(arch).parameters / 1e9 for name, arch in PUBLISHED.items()}
     printed = {"0.6B": 0.6, "1.7B": 1.7, "4B": 4.0, "8B": 8.2, "14B": 14.8, "32B": 32.8, "30B-A3B": 30.5}
     assert {name: round(value, 1) for name, value in billions.items()} == {
         f"Qwen3-{name}": value for name, value in printed.items()
@@ -71,6 +71,7 @@ def test_published_shapes() -> None:
         ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
     ],
 )
