@@ -221,6 +221,7 @@ class Sizing:
         """What stands behind every figure in hours."""
         share = "reaches max_new_tokens" if self.fill == 1 else f"has {self.fill:g} of max_new_tokens"
         self.assume(f"the average response {share} (--fill)")
+        self.assume("layers are Transformer Engine's: native ones keep about twice the activations")
         self.assume(f"training and scoring at {UTILIZATION:.0%} of bf16 peak, fitted to two published runs")
         if self.recipe.fp8 is not None:
             self.assume("fp8: hours are counted at the bf16 rate, an upper bound")

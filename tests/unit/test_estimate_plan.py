@@ -68,6 +68,14 @@ def test_the_stages_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(stage["hours"] == stage["gpu_hours"] / 8 for stage in plan["stages"])
 
 
+def test_a_layer_made_again_costs_a_forward_more() -> None:
+    none, full = (
+        make_plan(load_recipe(RECIPE, [f"parallel.recompute={kind}"]), parse_cluster("h100:8")).stages[-1]
+        for kind in ("none", "full")
+    )
+    assert full.gpu_hours == pytest.approx(none.gpu_hours * 4 / 3)
+
+
 def test_shorter_responses_take_less_of_everything() -> None:
     recipe, cluster = load_recipe(RECIPE), parse_cluster("h100:8")
     whole, half = (make_plan(recipe, cluster, fill).stages for fill in (1.0, 0.5))

@@ -76,8 +76,8 @@ def show(name: str, predicted: float, measured: float) -> float:
 
 
 def online_hours(case: Published) -> float:
-    """GPU-hours of standard OPD, if half of the GPUs are the teacher's and half the student's, and one half is
-    idle while the other works. Nothing is fitted to it, and the halves are an assumption."""
+    """GPU-hours of standard OPD, if half of the GPUs are the teacher's and half the student's, and each half
+    idles while the other works. Nothing is fitted to it, and the halves are an assumption."""
     return 2 * sum(published_hours(case).values())
 
 
@@ -115,9 +115,10 @@ def native_extra(arch: Architecture) -> int:
     """Bytes a token and dense fp32 layer that native layers keep and Transformer Engine's fused ones do not.
 
     Of each norm the normed input before the weight, of q and k too, which are copied out of their common
-    projection; q, k and v put in order for attention, and its output put back; the rotary cosines and sines of
-    q and k; and SwiGLU's gate, before and after its activation, as tensors of their own. The list was read off
-    what autograd kept: with it the comparison checks the rest of the formula, and not Transformer Engine.
+    projection; q, k and v put in order for attention, and its output put back; the rotary cosines and
+    sines of q and k; and SwiGLU's gate, before and after its activation, as tensors of their own. The list
+    was read off what autograd kept: with it, the comparison checks the rest of the formula, and not
+    Transformer Engine.
     """
     inner, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     rotary = 4 * arch.head_dim
