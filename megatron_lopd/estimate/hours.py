@@ -5,7 +5,7 @@ each token of a running batch, all weights once and each sequence's keys and val
 arXiv 2211.05102, section 3): (weights + running x context x KV bytes of a token) / (bandwidth x DECODING). Of
 a mixture of experts a batch of b tokens reads the share 1 - (1 - top_k / count)^b of the experts, as if the
 router chose evenly. What is not here: loading and starting, evaluation between steps, waiting on disk, and
-the pipeline's bubble and the traffic between ranks but for what UTILIZATION holds of both.
+the traffic between ranks but for what UTILIZATION holds of it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ def forward_flops(arch: Architecture, work: Work) -> float:
 def training_flops(arch: Architecture, work: Work, parallel: ParallelConfig) -> float:
     """FLOPs spent on forward and backward, and on the forward made again where layers are recomputed."""
     return forward_flops(arch, work) * (4 if parallel.recompute == "full" else 3)
+
+
+def bubble(parallel: ParallelConfig, micro_batches: float) -> float:
+    """Time a pipeline's ranks wait, as a share of that in which they work: (p - 1) / (v m).
+
+    m = `micro_batches` of a step on a rank, v its model chunks (Narayanan et al. 2021, arXiv 2104.04473,
+    section 2.2).
+    """
+    return (parallel.pipeline - 1) / (parallel.virtual_pipeline * max(1.0, micro_batches))
 
 
 def compute_hours(flops: float, gpu: Gpu) -> float:

@@ -13,6 +13,7 @@ from megatron_lopd.estimate.gpus import Cluster
 from megatron_lopd.estimate.hours import (
     UTILIZATION,
     Work,
+    bubble,
     compute_hours,
     decoding_hours,
     forward_flops,
@@ -140,6 +141,11 @@ class Sizing:
         return StageEstimate(name, model, work, forward_flops(shape.arch, work), hours, engine, disk)
 
     def _engine(self, name: str, shape: Shape, config: EngineConfig, length: int) -> EngineMemory:
+        if config.name == "transformers":
+            self.assume(
+                "engine.name=transformers is planned as vLLM would run, with a paged KV cache over "
+                "several GPUs: itself it takes one GPU, and all of batch_size at once"
+            )
         memory = self.cluster.gpu.memory_bytes
         found = engine_memory(
             shape, _element(config), config.batch_size, length, memory, self.cluster.node_size
@@ -158,12 +164,17 @@ class Sizing:
         arch = self.student.arch
         steps = config.steps or (config.epochs or 0) * data.samples / config.global_batch_size
         work = Work(steps * config.global_batch_size, data.prompt, data.response)
-        flops = training_flops(arch, work, self.recipe.parallel)
+        parallel = self.recipe.parallel
+        flops = training_flops(arch, work, parallel)
+        replicas = max(1, self.cluster.count // (parallel.tensor * parallel.pipeline * parallel.context))
+        step_tokens = config.global_batch_size * work.length
+        waiting = bubble(parallel, step_tokens / (config.micro_batch_tokens * replicas))
+        hours = compute_hours(flops, self.cluster.gpu) * (1 + waiting)
         # A checkpoint is the fp32 master weights and Adam's two moments; the export is bf16 or as the base
         # was.
         element = 2 if self.recipe.precision == "bf16" else 4
         disk = self.student.parameters * (12 * config.keep_checkpoints + element)
-        return StageEstimate(name, "student", work, flops, compute_hours(flops, self.cluster.gpu), None, disk)
+        return StageEstimate(name, "student", work, flops, hours, None, disk)
 
     def _sampled(
         self, split: str, source: PromptSource | None, sampling: Sampling, config: TrainingConfig

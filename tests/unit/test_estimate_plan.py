@@ -76,6 +76,15 @@ def test_a_layer_made_again_costs_a_forward_more() -> None:
     assert full.gpu_hours == pytest.approx(none.gpu_hours * 4 / 3)
 
 
+def test_a_pipeline_waits_for_its_first_and_last_micro_batches() -> None:
+    none, split = (
+        make_plan(load_recipe(RECIPE, ["parallel.tensor=1", *axes]), parse_cluster("h100:8")).stages[-1]
+        for axes in ([], ["parallel.pipeline=4", "parallel.virtual_pipeline=3"])
+    )
+    micro_batches = 256 * (150 + 4096) / 16384 / 2
+    assert split.gpu_hours / none.gpu_hours == pytest.approx(1 + 3 / (3 * micro_batches))
+
+
 def test_shorter_responses_take_less_of_everything() -> None:
     recipe, cluster = load_recipe(RECIPE), parse_cluster("h100:8")
     whole, half = (make_plan(recipe, cluster, fill).stages for fill in (1.0, 0.5))
