@@ -11,6 +11,7 @@ from megatron_lopd.config import EngineConfig, PromptSource, Recipe, Sampling, T
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.estimate.gpus import Cluster
 from megatron_lopd.estimate.hours import (
+    DECODING,
     UTILIZATION,
     Work,
     bubble,
@@ -26,6 +27,8 @@ from megatron_lopd.estimate.shapes import Shape, read_shape
 PROMPT_TOKENS = 150
 # Of English text and mathematics, by Qwen3's and Llama 3's tokenizers, roughly.
 BYTES_A_TOKEN = 4
+# A checkpoint's bytes of a weight beside the weight itself: its fp32 master, and Adam's two moments.
+CHECKPOINT = 12
 # Bytes kept of a response token (tools/bench/README.md, store.py): ids, behaviour and teacher log-probs; then
 # a tail log-prob, and of each of the top k an id and a log-prob.
 STORED, STORED_TAIL, STORED_TOP_K = 11.4, 4.0, 4.25
@@ -170,10 +173,8 @@ class Sizing:
         step_tokens = config.global_batch_size * work.length
         waiting = bubble(parallel, step_tokens / (config.micro_batch_tokens * replicas))
         hours = compute_hours(flops, self.cluster.gpu) * (1 + waiting)
-        # A checkpoint is the fp32 master weights and Adam's two moments; the export is bf16 or as the base
-        # was.
-        element = 2 if self.recipe.precision == "bf16" else 4
-        disk = self.student.parameters * (12 * config.keep_checkpoints + element)
+        element = 2 if self.recipe.precision == "bf16" else 4  # of the weights, here and as exported
+        disk = self.student.parameters * ((element + CHECKPOINT) * config.keep_checkpoints + element)
         return StageEstimate(name, "student", work, flops, hours, None, disk)
 
     def _sampled(
@@ -233,6 +234,7 @@ class Sizing:
         share = "reaches max_new_tokens" if self.fill == 1 else f"has {self.fill:g} of max_new_tokens"
         self.assume(f"the average response {share} (--fill)")
         self.assume("layers are Transformer Engine's: native ones keep about twice the activations")
+        self.assume(f"decoding at {DECODING:.0%} of memory bandwidth")
         self.assume(f"training and scoring at {UTILIZATION:.0%} of bf16 peak, fitted to two published runs")
         if self.recipe.fp8 is not None:
             self.assume("fp8: hours are counted at the bf16 rate, an upper bound")

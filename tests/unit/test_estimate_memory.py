@@ -18,8 +18,9 @@ from megatron_lopd.estimate.memory import (
     layer_activations,
     training_memory,
 )
-from megatron_lopd.estimate.shapes import PUBLISHED, Shape
-from megatron_lopd.estimate.stages import STORED, STORED_TAIL, STORED_TOP_K
+from megatron_lopd.estimate.shapes import PUBLISHED, Shape, read_shape
+from megatron_lopd.estimate.stages import CHECKPOINT, STORED, STORED_TAIL, STORED_TOP_K
+from tests.training_zoo import make_root, train
 from tools.bench.plan import DENSE, compare_activations, compare_flops
 
 MICRO_BATCH = Training(16384, "bf16", fp8=False)
@@ -103,3 +104,14 @@ def test_disk_is_what_shards_take(top_k: int, tmp_path: Path) -> None:
     predicted = tokens * (STORED + (STORED_TAIL + STORED_TOP_K * top_k if top_k else 0))
     # A record's own bytes, ids and offsets, weigh more on short responses: 3% is what 800 tokens leave.
     assert taken == pytest.approx(predicted, rel=0.03)
+
+
+def test_disk_is_what_a_checkpoint_takes(tmp_path: Path) -> None:
+    from megatron_lopd.convert.torch_dist import TorchDistReader
+
+    root = make_root(tmp_path, samples=4)
+    train(root, steps=1, global_batch_size=4)
+    reader = TorchDistReader(root / "run" / "checkpoints" / "step_00000001")
+    tensors = [reader.read(key, ()) for key in reader.tensors]
+    parameters = read_shape(str(root / "model")).parameters
+    assert sum(x.numel() * x.element_size() for x in tensors) == parameters * (4 + CHECKPOINT)  # fp32
