@@ -29,9 +29,9 @@ PROMPT_TOKENS = 150
 BYTES_A_TOKEN = 4
 # A checkpoint's bytes of a weight beside the weight itself: its fp32 master, and Adam's two moments.
 CHECKPOINT = 12
-# Bytes kept of a response token (tools/bench/README.md, store.py): ids, behaviour and teacher log-probs; then
-# a tail log-prob, and of each of the top k an id and a log-prob.
-STORED, STORED_TAIL, STORED_TOP_K = 11.4, 4.0, 4.25
+# Bytes kept of a response token (tools/bench/README.md, store.py): of a rollout its id and behaviour log-prob;
+# of a score its log-prob, and with a top k a tail log-prob, and an id and a log-prob each.
+ROLLOUT, SCORE, SCORE_TAIL, SCORE_TOP_K = 7.4, 4.0, 4.0, 4.25
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Sizing:
         sampling, source = self.recipe.generate.sampling, self.recipe.prompts.sft
         work = self._sampled("sft", source, sampling, config)
         if self.recipe.sft is not None and self.recipe.sft.data is None:
-            yield self._decode("generate", "teacher", work, self.recipe.generate.engine, STORED)
+            yield self._decode("generate", "teacher", work, self.recipe.generate.engine)
         else:
             self.assume(
                 f"sft.data: answers are as long as generate.sampling.max_new_tokens="
@@ -108,8 +108,8 @@ class Sizing:
         work = self._sampled("opd", recipe.prompts.opd, recipe.rollout.sampling, config)
         if recipe.train is not None and recipe.train.refresh_every is not None:
             self.assume("train.refresh_every: rollout and score are counted once, not at each refresh")
-        yield self._decode("rollout", "student", work, recipe.rollout.engine, STORED - 4)
-        top_k = STORED_TAIL + STORED_TOP_K * score.top_k if score.top_k else 0.0
+        yield self._decode("rollout", "student", work, recipe.rollout.engine)
+        top_k = SCORE_TAIL + SCORE_TOP_K * score.top_k if score.top_k else 0.0
         flops = forward_flops(self.teacher.arch, work)
         yield StageEstimate(
             name="score",
@@ -120,7 +120,7 @@ class Sizing:
             engine=self._engine(
                 "score", self.teacher, score.engine, work.prompt + recipe.rollout.sampling.max_new_tokens
             ),
-            disk=work.samples * work.response * (4 + top_k),
+            disk=work.samples * work.response * (SCORE + top_k),
         )
         yield self._trained("train", config, work)
 
@@ -131,16 +131,14 @@ class Sizing:
         count, prompt = self._prompts("eval", source)
         samples = count * models * (sampling.samples_per_prompt + 1)
         work = Work(samples, prompt, self._response(sampling))
-        return self._decode("evaluate", "student", work, self.recipe.evaluate.engine, STORED - 4)
+        return self._decode("evaluate", "student", work, self.recipe.evaluate.engine)
 
-    def _decode(
-        self, name: str, model: str, work: Work, config: EngineConfig, stored: float
-    ) -> StageEstimate:
+    def _decode(self, name: str, model: str, work: Work, config: EngineConfig) -> StageEstimate:
         shape = self.teacher if model == "teacher" else self.student
         sampling = getattr(self.recipe, name).sampling
         engine = self._engine(name, shape, config, work.prompt + sampling.max_new_tokens)
         hours = decoding_hours(shape, work, engine, _element(config), self.cluster.gpu)
-        disk = work.samples * (work.response * stored + work.prompt * 3)
+        disk = work.samples * (work.response * ROLLOUT + work.prompt * 3)
         return StageEstimate(name, model, work, forward_flops(shape.arch, work), hours, engine, disk)
 
     def _engine(self, name: str, shape: Shape, config: EngineConfig, length: int) -> EngineMemory:

@@ -19,7 +19,7 @@ from megatron_lopd.estimate.memory import (
     training_memory,
 )
 from megatron_lopd.estimate.shapes import PUBLISHED, Shape, read_shape
-from megatron_lopd.estimate.stages import CHECKPOINT, STORED, STORED_TAIL, STORED_TOP_K
+from megatron_lopd.estimate.stages import CHECKPOINT, ROLLOUT, SCORE, SCORE_TAIL, SCORE_TOP_K
 from tests.training_zoo import make_root, train
 from tools.bench.plan import DENSE, compare_activations, compare_flops
 
@@ -101,7 +101,7 @@ def test_disk_is_what_shards_take(top_k: int, tmp_path: Path) -> None:
     write_shard(tmp_path / "rollouts.arrow", ROLLOUTS, rollouts)
     write_shard(tmp_path / "scores.arrow", scores_kind(top_k), scores)
     taken = sum(path.stat().st_size for path in tmp_path.iterdir())
-    predicted = tokens * (STORED + (STORED_TAIL + STORED_TOP_K * top_k if top_k else 0))
+    predicted = tokens * (ROLLOUT + SCORE + (SCORE_TAIL + SCORE_TOP_K * top_k if top_k else 0))
     # A record's own bytes, ids and offsets, weigh more on short responses: 3% is what 800 tokens leave.
     assert taken == pytest.approx(predicted, rel=0.03)
 
