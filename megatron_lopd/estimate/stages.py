@@ -29,7 +29,7 @@ PROMPT_TOKENS = 150
 BYTES_A_TOKEN = 4
 # A checkpoint's bytes of a weight beside the weight itself: its fp32 master, and Adam's two moments.
 CHECKPOINT = 12
-# Bytes kept of a response token (tools/bench/README.md, store.py): of a rollout its id and behaviour log-prob;
+# Bytes kept of a response token (tools/bench/README.md, store.py): of a rollout, id and behaviour log-prob;
 # of a score its log-prob, and with a top k a tail log-prob, and an id and a log-prob each.
 ROLLOUT, SCORE, SCORE_TAIL, SCORE_TOP_K = 7.4, 4.0, 4.0, 4.25
 
