@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import yaml
 
 from megatron_lopd import __version__
 from megatron_lopd.config import Recipe, describe_keys, load_recipe, to_plain
-from megatron_lopd.errors import LopdError, StopRequested
+from megatron_lopd.errors import ConfigError, LopdError, StopRequested
 
 EXIT_CODES = """exit codes:
   0   done
@@ -122,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("recipe", nargs="?", help="YAML recipe (optional)")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     doctor.set_defaults(handler=_doctor)
+    plan = commands.add_parser("plan", help="memory, layout and hours of a recipe, before anything is queued")
+    plan.add_argument("recipe", help="YAML recipe of the whole run")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    plan.add_argument("--gpus", required=True, help="kind:count, as h100:32 (a100-80g, h100, h200, b200)")
+    plan.add_argument(
+        "--fill", type=float, default=1.0, help="average response, as a share of max_new_tokens (default 1)"
+    )
+    plan.add_argument("--json", action="store_true", help="one JSON object: bytes, FLOPs, hours")
+    plan.set_defaults(handler=_plan)
     return parser
 
 
@@ -188,6 +198,18 @@ def _doctor(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     for line in diagnose(recipe):
         print(line)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megatron_lopd.estimate.gpus import parse_cluster
+    from megatron_lopd.estimate.plan import as_json, make_plan, table
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    plan = make_plan(recipe, parse_cluster(options.gpus), options.fill)
+    for line in [json.dumps(as_json(plan))] if options.json else table(plan):
+        print(line)
+    if plan.problems:
+        raise ConfigError("; ".join(plan.problems))
 
 
 if __name__ == "__main__":
