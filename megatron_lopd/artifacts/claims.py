@@ -184,11 +184,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class _Watched:
-    """A claim as it was when it last changed, by this process's clock."""
+    """What a claim last said, when this process last looked (its own clock), and seconds without a change."""
 
     generation: int
     beat: int
-    since: float
+    looked: float
+    quiet: float
 
 
 @dataclass
@@ -203,6 +204,7 @@ class Claims:
     def __post_init__(self) -> None:
         self._watched: dict[str, _Watched] = {}
         (self.directory / CLAIMS).mkdir(parents=True, exist_ok=True)
+        self._at_start = {part: len(states) for part, states in read_claims(self.directory).items()}
 
     def take(self, part: str) -> Claim | None:
         """Claim `part`; None while another has it, or while it waits after a failure.
@@ -222,22 +224,27 @@ class Claims:
             return True
         if newest.status == "working":
             return newest.owner.is_gone(self.owner) or quiet >= self.lease
-        failures = sum(state.status == "failed" for state in states)
+        before = self._at_start.get(newest.part, 0)
+        failures = sum(state.status == "failed" for state in states if state.generation > before)
         if failures >= ATTEMPTS:
             raise PartFailed(
                 f"{self.directory / newest.part}: failed {failures} times, the last on {newest.owner.host} "
-                f"(pid {newest.owner.pid}): {newest.error}: remove {self.directory / CLAIMS} to try again"
+                f"(pid {newest.owner.pid}): {newest.error}"
             )
+        if not failures:  # those of an earlier run: its user has started it again, and knows why
+            return True
         return quiet >= self.backoff * 2.0 ** (failures - 1)
 
     def _quiet_seconds(self, state: ClaimState) -> float:
         """For how long this worker has seen nothing new of a claim."""
         now = time.monotonic()
         seen = self._watched.get(state.part)
-        if seen is None or (seen.generation, seen.beat) != (state.generation, state.beat):
-            self._watched[state.part] = _Watched(state.generation, state.beat, now)
-            return 0.0
-        return now - seen.since
+        quiet = 0.0
+        if seen is not None and (seen.generation, seen.beat) == (state.generation, state.beat):
+            # Where both were suspended, by a scheduler say, the time that passed proves nothing.
+            quiet = seen.quiet + min(now - seen.looked, self.lease / 4)
+        self._watched[state.part] = _Watched(state.generation, state.beat, now, quiet)
+        return quiet
 
     def _create(self, state: ClaimState) -> bool:
         """Whether this process, and no other, made the claim's file."""

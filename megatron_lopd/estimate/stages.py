@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,7 +89,7 @@ class Sizing:
         if recipe.train is not None:
             yield from self._opd(recipe.train)
         if recipe.prompts.eval is not None and recipe.sft is not None:
-            yield self._evaluate(recipe.prompts.eval)
+            yield from self._evaluate(recipe.prompts.eval)
 
     def _sft(self, config: TrainingConfig) -> Iterator[StageEstimate]:
         sampling, source = self.recipe.generate.sampling, self.recipe.prompts.sft
@@ -124,14 +124,22 @@ class Sizing:
         )
         yield self._trained("train", config, work)
 
-    def _evaluate(self, source: PromptSource) -> StageEstimate:
-        """Sampled and greedy, before and after OPD."""
+    def _evaluate(self, sources: Mapping[str, PromptSource]) -> Iterator[StageEstimate]:
+        """Sampled and greedy, before and after OPD, of every set that can be counted."""
         sampling = self.recipe.evaluate.sampling
         models = 2 if self.recipe.train is not None else 1
-        count, prompt = self._prompts("eval", source)
-        samples = count * models * (sampling.samples_per_prompt + 1)
-        work = Work(samples, prompt, self._response(sampling))
-        return self._decode("evaluate", "student", work, self.recipe.evaluate.engine)
+        sets = []
+        for name, source in sources.items():
+            if source.count is None and not _is_here(source):
+                self.assume(f"prompts.eval {name}: {source.path} is not here, and is not counted")
+            else:
+                sets.append(self._prompts(f"eval {name}", source))
+        if sets:
+            count = sum(each for each, _ in sets)
+            prompt = round(sum(each * tokens for each, tokens in sets) / count)
+            samples = count * models * (sampling.samples_per_prompt + 1)
+            work = Work(samples, prompt, self._response(sampling))
+            yield self._decode("evaluate", "student", work, self.recipe.evaluate.engine)
 
     def _decode(self, name: str, model: str, work: Work, config: EngineConfig) -> StageEstimate:
         shape = self.teacher if model == "teacher" else self.student

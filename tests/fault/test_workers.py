@@ -232,9 +232,8 @@ def test_a_shard_that_always_fails_ends_every_worker_with_a_line(
         assert main(["rollout", "recipe.yaml"]) == 1
         line = capsys.readouterr().err.splitlines()[-1]
         assert "rollouts-00000.arrow: failed 3 times" in line
-        assert "killed by SIGKILL: remove run/rollout/.claims to try again" in line
+        assert line.endswith("the student's process was killed by SIGKILL")
     failing[0] = 0
-    shutil.rmtree("run/rollout/.claims")
     assert main(["rollout", "recipe.yaml"]) == 0
 
 
