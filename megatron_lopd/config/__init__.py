@@ -1,13 +1,13 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
 from megatron_lopd.config.engine import EngineConfig
+from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.load import deciding, describe_keys, load_recipe, to_plain
 from megatron_lopd.config.parallel import ParallelConfig
 from megatron_lopd.config.recipe import (
     EvaluateConfig,
     ExportConfig,
-    Fp8Config,
     GenerateConfig,
     OptimizerConfig,
     PromptSource,

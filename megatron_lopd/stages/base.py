@@ -65,9 +65,9 @@ class Output:
 class Stage:
     """A step from committed artifacts to a committed artifact. `name` is also its directory.
 
-    `check(recipe)` returns what would be done, a line each. `distributed` stages are entered by every
-    rank of a training job; rank 0 alone plans, proves and commits, and `run` in the others is given
-    `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
+    `check(recipe)` returns what would be done, a line each. `processes(recipe)` is how many ranks
+    `lopd run` starts for it. Every rank enters; rank 0 alone plans, proves and commits, and `run` in the
+    others is given `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
     `complete(recipe, plan)` adds what a stage was made from that came only while it was at work.
     """
 
@@ -76,7 +76,7 @@ class Stage:
     check: Callable[[Recipe], list[str]]
     plan: Callable[[Recipe], Plan]
     run: Callable[[Recipe, Plan, Path], Output]
-    distributed: bool = False
+    processes: Callable[[Recipe], int] = lambda recipe: 1
     needed: Callable[[Recipe], bool] = lambda recipe: True
     complete: Callable[[Recipe, Plan], Plan] = lambda recipe, plan: plan
 

@@ -163,5 +163,11 @@ def _live_data(recipe: Recipe, student: Path) -> LiveData:
 
 
 STAGE = Stage(
-    "online", "model", check, plan, run, distributed=True, needed=lambda recipe: recipe.train is not None
+    "online",
+    "model",
+    check,
+    plan,
+    run,
+    processes=lambda recipe: recipe.parallel.processes,
+    needed=lambda recipe: recipe.train is not None,
 )

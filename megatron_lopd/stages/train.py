@@ -128,7 +128,7 @@ STAGE = Stage(
     check,
     plan,
     run,
-    distributed=True,
+    processes=lambda recipe: recipe.parallel.processes,
     needed=lambda recipe: recipe.train is not None,
     complete=with_rounds,
 )

@@ -24,6 +24,7 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.flops import peak_flops, step_flops
+from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
@@ -33,13 +34,13 @@ from megatron_lopd.training.agreement import any_rank, on_rank_zero
 from megatron_lopd.training.batches import Batches, CachedBatches
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
 from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
-from megatron_lopd.training.live import LiveBatches, LiveData, StepSamples
+from megatron_lopd.training.live import LiveBatches, LiveData
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
 from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, check_agreement, check_rollouts
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint
-from megatron_lopd.training.step import BatchLoader, run_micro_batches
+from megatron_lopd.training.step import run_micro_batches
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class _Run:
         whole = job.part.plan if job.part else BatchPlan(len(job.data), config.global_batch_size, job.seed)
         self.total_steps = _total_steps(config, whole)
         self.part = job.part or PlanPart(whole, 0, self.total_steps, visited_only=False)
-        samples = StepSamples() if isinstance(job.data, LiveData) else job.data
+        samples = ListedSamples() if isinstance(job.data, LiveData) else job.data
         self.loader = BatchLoader.of(samples, config, job.parallel, ranks, job.fp8)
         self.optimization: Optimization = build_optimization(
             model, config.optimizer, job.precision, self.total_steps

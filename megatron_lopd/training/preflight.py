@@ -14,10 +14,11 @@ from torch import Tensor
 from megatron_lopd.config import Sampling
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.errors import DataError, NumericsError
+from megatron_lopd.mcore.loader import BatchLoader
 from megatron_lopd.mcore.parallel import Ranks
 from megatron_lopd.objectives import KeptLogProbs, Objective, TokenLogProbs
 from megatron_lopd.training.metrics import Counts, summarize
-from megatron_lopd.training.step import BatchLoader, run_micro_batches
+from megatron_lopd.training.step import run_micro_batches
 
 # Mean |trainer - kept|, nats, that rounding may explain. Two fp32 programs differ by 1e-6 to 1e-4 (seen in
 # tests and with SmolLM2). A bf16 factor keeps 8 bits: 0.0085 seen in a tiny random model. e4m3 keeps 4:
