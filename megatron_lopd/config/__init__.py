@@ -1,5 +1,6 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
+from megatron_lopd.config.agreement import AgreementConfig
 from megatron_lopd.config.engine import EngineConfig
 from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
@@ -25,6 +26,7 @@ from megatron_lopd.config.recipe import (
 from megatron_lopd.config.weights import WeightsConfig
 
 __all__ = [
+    "AgreementConfig",
     "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",

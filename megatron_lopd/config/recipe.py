@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lopd.config.agreement import AgreementConfig
 from megatron_lopd.config.engine import EngineConfig
 from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
@@ -91,6 +92,11 @@ class ScoreConfig:
     top_k: int = key(
         "most likely teacher tokens kept at each response position, for the topk objectives; 0 keeps none",
         64,
+    )
+    agreement: AgreementConfig | None = key(
+        "a second engine that must agree before the first score is written; empty: none",
+        None,
+        operational=True,
     )
 
     def __post_init__(self) -> None:

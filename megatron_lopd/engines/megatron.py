@@ -100,6 +100,7 @@ class MegatronEngine:
 
 def serve() -> None:
     """In every rank but 0: take part in the engines that rank 0 opens, until it leaves `leading`."""
+    model: _Model | None = None
     with ExitStack() as opened:
         while not isinstance(message := channel().receive(), _Leave):
             if isinstance(message, _Open):
@@ -108,9 +109,11 @@ def serve() -> None:
                 except LopdError:
                     continue  # every rank has the same, and rank 0 says so
             elif isinstance(message, _Score):
+                assert model is not None
                 model.score(message.requests, message.top_k)
             else:
                 opened.close()
+                model = None
 
 
 @contextmanager

@@ -41,6 +41,10 @@ def check(recipe: Recipe) -> list[str]:
         raise ConfigError(
             f"train.refresh_every={config.refresh_every}: online samples anew at every step: drop that key"
         )
+    if recipe.score.engine.name == "megatron":
+        raise ConfigError(
+            "score.engine.name=megatron: each rank of online has a teacher of its own: set another engine"
+        )
     prompts, teacher = inputs.prompts_of(recipe, "opd")[0], inputs.teacher_directory(recipe)
     inputs.check_model(teacher)
     inputs.check_top_k(recipe)

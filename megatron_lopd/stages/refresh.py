@@ -152,8 +152,7 @@ def _plan_score(recipe: Recipe, each: Round) -> Plan:
 def _run_score(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
     rollout = parent_manifest(recipe, each.stage("rollout"))
     rollout_dir = directory_of(recipe, each.stage("rollout"))
-    files = write_scores(
-        inputs.teacher_directory(recipe), recipe.score, rollout_dir, list(rollout.files), directory
-    )
+    scoring, teacher = inputs.scoring_of(recipe), inputs.teacher_directory(recipe)
+    files = write_scores(teacher, scoring, rollout_dir, list(rollout.files), directory)
     TrainingData(rollout_dir, directory)  # every rollout has its score, of the right length
     return Output(files, {name: rollout.counts[name] for name in ("samples", "response_tokens", "tokens")})

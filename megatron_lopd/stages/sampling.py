@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -91,17 +92,21 @@ def write_scores(
     names = [shard_name(kind, number) for number in range(len(rollout_names))]
     missing = [number for number, name in enumerate(names) if not (directory / name).is_file()]
     if missing:
-        engine = open_engine(config.engine, str(model_dir))
         readers = {number: ShardReader(ROLLOUTS, [rollout_dir / rollout_names[number]]) for number in missing}
         total = sum(len(reader) for reader in readers.values())
-        progress = _Progress("score", total, total)
-        for number in missing:
-            requests = [
-                ScoreRequest(r.sample_id, r.prompt_tokens, r.response_tokens) for r in readers[number]
-            ]
-            write_shard(directory / names[number], kind, progress.count(engine.score(requests, config.top_k)))
-        progress.close()
+        with closing(open_engine(config.engine, str(model_dir))) as engine:
+            progress = _Progress("score", total, total)
+            for number in missing:
+                requests = score_requests(readers[number])
+                scores = engine.score(requests, config.top_k)
+                write_shard(directory / names[number], kind, progress.count(scores))
+            progress.close()
     return names
+
+
+def score_requests(rollouts: Iterable[Rollout]) -> list[ScoreRequest]:
+    """What is asked of an engine that scores them."""
+    return [ScoreRequest(each.sample_id, each.prompt_tokens, each.response_tokens) for each in rollouts]
 
 
 def count_rollouts(directory: Path) -> dict[str, int]:

@@ -40,6 +40,22 @@ class Preflight:
     finds_scales: bool = False
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Of |differences| of log-probs, nats: their mean, what 99 in 100 do not exceed, and the largest."""
+
+    mean: float
+    p99: float
+    max: float
+
+    @staticmethod
+    def of(differences: Tensor) -> Spread:
+        """`differences` [R], R >= 1, of either sign."""
+        ordered = differences.abs().sort().values  # torch.quantile refuses 2^24 values
+        p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
+        return Spread(ordered.double().mean().item(), p99.item(), ordered[-1].item())
+
+
 # What a disagreement comes from, and what to do.
 CACHED_CAUSES = (
     "a checkpoint other than the one that sampled, another chat template or tokenizer, log-probs shifted by "
@@ -68,8 +84,8 @@ class Agreement(Objective):
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
         """Of all tokens: the difference that 99 in 100 do not exceed, and the largest one."""
-        ordered = loss.sort().values  # torch.quantile refuses 2^24 values
-        return {"p99": ordered[math.ceil(0.99 * len(ordered)) - 1].item(), "max": ordered[-1].item()}
+        spread = Spread.of(loss)
+        return {"p99": spread.p99, "max": spread.max}
 
 
 def check_rollouts(
