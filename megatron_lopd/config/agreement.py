@@ -15,8 +15,8 @@ class AgreementConfig:
     engine: EngineConfig = key("the second engine, which scores some rollouts too", factory=EngineConfig)
     samples: int = key("rollouts scored by both, spread evenly over all (count)", 64)
     mean: float | None = key(
-        "largest mean difference, nats; empty: by the coarser precision of the two, 1e-3 for fp32, 0.02 for "
-        "bf16, 0.2 for fp8",
+        "largest mean difference, nats, and half the largest of top-k tokens; empty: by the coarser "
+        "precision of the two, 1e-3 for fp32, 0.05 for bf16, 0.2 for fp8",
         None,
     )
     p99: float | None = key("what 99 in 100 tokens stay within, nats; empty: 10 times the mean's", None)

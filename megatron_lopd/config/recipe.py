@@ -217,7 +217,7 @@ class TrainConfig(TrainingConfig):
     preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
     preflight_tolerance: float | None = key(
         "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats; empty: by the "
-        "coarser precision of trainer and sampler, 1e-3 for fp32, 0.02 for bf16, 0.2 for fp8",
+        "coarser precision of trainer and sampler, 1e-3 for fp32, 0.05 for bf16, 0.2 for fp8",
         None,
     )
 
