@@ -1,11 +1,16 @@
-"""For all tests: hypothesis without a clock, and tests/gpu only when it is named (`make test-gpu`)."""
+"""For all tests: one thread, hypothesis without a clock, tests/gpu only when named (`make test-gpu`)."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Here and in every process started from here, before torch is imported: sums in two threads round
+# differently, and many tests hold two processes to the same bits.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A machine that others use as well may take any time.
 settings.register_profile("unhurried", deadline=None)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from gloo import RankError, run_ranks
 
 from megatron_lopd.config import GuardConfig, ParallelConfig
@@ -46,7 +45,7 @@ def test_killed_at_any_moment_it_ends_bit_identical(root: Path, undisturbed: Any
     context = mp.get_context("forkserver")
     kills = 0
     for _ in range(6):
-        process = context.Process(target=_train_alone, args=(root, {"work": work.name, **OPTIONS}))
+        process = context.Process(target=_train, args=(root, {"work": work.name, **OPTIONS}))
         process.start()
         begun = _newest(work)
         while process.is_alive() and _newest(work) <= begun:
@@ -158,12 +157,6 @@ def test_a_torn_metrics_line_is_dropped(root: Path, undisturbed: Any) -> None:
 
 def _train(root: Path, options: dict[str, Any]) -> Any:
     return train(root, **options)
-
-
-def _train_alone(root: Path, options: dict[str, Any]) -> None:
-    """Outside `run_ranks`, on one thread as its ranks are: two round differently."""
-    torch.set_num_threads(1)
-    train(root, **options)
 
 
 def _train_and_listen(root: Path, options: dict[str, Any]) -> Any:

@@ -61,7 +61,7 @@ def test_no_flip_in_what_is_trained_on_goes_unseen(
 
 def test_no_flip_in_a_checkpoint_goes_unseen(finished: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(finished / "run/train/checkpoints", tmp_path / "checkpoints")
-    earlier, newest = sorted(directory.iterdir())
+    *_, earlier, newest = sorted(directory.iterdir())  # the drift guard kept more
     manifest = load_manifest(newest)
     architecture = read_architecture(finished / "run/sft/model")
     checkpoints = Checkpoints(directory, manifest.config["identity"], architecture, "proved", keep=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,8 +22,7 @@ SECONDS = 120.0  # a start imports torch and Megatron-Core; a hang is what this 
 
 def start(root: Path, *overrides: str) -> subprocess.Popen[bytes]:
     log = (root / "log").open("ab")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*COMMAND, *overrides], cwd=root, stdout=log, stderr=log, env=environment)
+    return subprocess.Popen([*COMMAND, *overrides], cwd=root, stdout=log, stderr=log)
 
 
 def finish(root: Path) -> None:

@@ -34,7 +34,7 @@ def test_wherever_a_save_is_killed_the_newest_whole_checkpoint_is_found(
     result = subprocess.run(
         [sys.executable, "-m", "tests.fault.kill_points", library, model, tmp_path / "work"],
         cwd=ROOT,
-        env=os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()},
+        env=os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": _python_path()},
         capture_output=True,
         text=True,
         check=False,
