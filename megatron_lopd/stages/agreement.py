@@ -30,7 +30,7 @@ CAUSES = (
     "or log-probs shifted by one token"
 )
 # An unlikely token's logit is rounded as much as a likely one's, whose log-prob cannot leave 0 by much: in
-# bf16 against fp32, SmolLM2-135M's top 64 differ 1.6 times (its own samples) to 2.3 times (plain text) as much.
+# bf16 against fp32, SmolLM2-135M's top 64 differ 1.6 (its own samples) to 2.3 times (plain text) as much.
 TOP_K_SCALE = 2.0
 # Of the mean's tolerance. Those same differences had a 99th percentile of 5 to 6 means, and among 20,000
 # top-k tokens a largest one of 28: the tail is long, and a gate sees 100 times as many.

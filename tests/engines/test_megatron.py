@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -10,12 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gloo import run_ranks
+from safetensors.torch import load_file, save_file
 
-from megatron_lopd.config import EngineConfig, ParallelConfig
+from megatron_lopd.artifacts.manifest import load_manifest
+from megatron_lopd.cli import main
+from megatron_lopd.config import EngineConfig, ParallelConfig, Sampling
+from megatron_lopd.data.dataset import open_scores
 from megatron_lopd.data.records import Score
 from megatron_lopd.engines import ScoreRequest, open_engine
+from megatron_lopd.errors import DataError, EngineError
 from tests.model_zoo import make_model_dir
+from tests.pipeline import write_recipe
 
 VOCABULARY = 131
 TOP_K = 5
@@ -114,3 +123,138 @@ def test_packing_does_not_show(models: Path, expected: dict[str, list[Score]], t
         assert_agree(list(engine.score(requests(), TOP_K)), expected["qwen3_moe"])
         plain = list(engine.score(requests()))
     assert_agree(plain, [replace(score, top_k=None) for score in expected["qwen3_moe"]])
+
+
+BAD_REQUESTS = {
+    "longer than a micro-batch": (
+        ScoreRequest("long", np.zeros(60, np.int32), np.ones(37, np.int32)),
+        "sample long has 97 tokens, which this layout pads to 97, above engine.micro_batch_tokens=96: "
+        "raise it to at least 97",
+    ),
+    "longer than the model": (
+        ScoreRequest("longer", np.zeros(500, np.int32), np.ones(37, np.int32)),
+        "sample longer: 537 tokens and 0 new ones do not fit the 512 positions",
+    ),
+    "another vocabulary": (
+        ScoreRequest("alien", np.zeros(2, np.int32), np.array([VOCABULARY], np.int32)),
+        f"sample alien: token {VOCABULARY} is outside the vocabulary of {VOCABULARY}",
+    ),
+    "no response": (
+        ScoreRequest("mute", np.zeros(2, np.int32), np.empty(0, np.int32)),
+        "sample mute: the response to score is empty",
+    ),
+}
+
+
+def test_what_cannot_be_scored_is_named_before_anything_is_run(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(open_engine(megatron(), str(models / "qwen3"))) as engine:
+        for request, message in BAD_REQUESTS.values():
+            with pytest.raises(EngineError) as raised:
+                engine.score([*requests(3), request])
+            assert message in str(raised.value)
+        with pytest.raises(EngineError, match="lower it to at most 129"):
+            engine.score(requests(3), top_k=130)
+        with pytest.raises(EngineError, match="only scores, and cannot sample"):
+            engine.generate([], Sampling(), frozenset())
+
+        def exhausted(*arguments: object, **options: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("megatron_lopd.engines.megatron.response_top_k", exhausted)
+        with pytest.raises(EngineError, match=r"out of memory .*micro_batch_tokens=96\): lower it"):
+            list(engine.score(requests(3)))
+        assert "\n" not in str(raised.value)
+
+
+def test_a_score_that_is_not_finite_names_the_sample(models: Path, tmp_path: Path) -> None:
+    broken = make_model_dir(tmp_path / "broken", vocab_size=VOCABULARY)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][130] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    fine = [ScoreRequest("fine", np.zeros(2, np.int32), np.ones(3, np.int32))]
+    ill = ScoreRequest("ill", np.array([130], np.int32), np.ones(3, np.int32))
+    with closing(open_engine(megatron(), str(broken))) as engine:
+        assert len(list(engine.score(fine, TOP_K))) == 1
+        with pytest.raises(EngineError, match=r"sample ill: .* not finite in fp32: are its weights damaged"):
+            list(engine.score([*fine, ill], TOP_K))
+
+
+def test_a_model_that_one_rank_cannot_read_is_an_error_of_rank_0(models: Path, tmp_path: Path) -> None:
+    """The rank that has the second stage finds its norm missing; all open the next model none the worse."""
+    torn = make_model_dir(tmp_path / "torn", vocab_size=VOCABULARY)
+    weights = load_file(torn / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+    save_file(weights, torn / "model.safetensors", {"format": "pt"})
+    parallel = LAYOUTS["pp2"][1]
+    message, other = run_ranks(2, error_then_score, megatron(parallel), str(torn), str(models / "qwen3"))
+    assert "model.norm.weight" in message
+    assert other is None
+
+
+def error_then_score(config: EngineConfig, torn: str, whole: str) -> str | None:
+    from megatron_lopd.engines.megatron import leading, serve
+
+    if os.environ["RANK"] != "0":
+        serve()
+        return None
+    with leading():
+        with pytest.raises(DataError) as raised:
+            open_engine(config, torn)
+        with closing(open_engine(config, whole)) as engine:
+            assert len(list(engine.score(requests(5)))) == 5
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["generate.engine.name=megatron"], "generate.engine.name=megatron cannot sample, only score"),
+        (["score.engine.parallel={tensor: 2, processes: 2}"], "engine.parallel is of engine.name=megatron"),
+        (["score.engine={name: megatron, fp8: {recipe: tensorwise}}"], "set engine.dtype=bf16"),
+        (["score.engine={name: megatron, dtype: bf16, fp8: {recipe: delayed}}"], "tensorwise or blockwise"),
+        (
+            ["score.engine={name: megatron, parallel: {tensor: 3, processes: 3}}"],
+            "parallel.tensor=3 does not divide the model's num_attention_heads=4",
+        ),
+        (["score.agreement={samples: 0}"], "drop the section for none"),
+    ],
+)
+def test_a_recipe_it_cannot_follow(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    message: str,
+) -> None:
+    recipe = write_recipe(tmp_path).name
+    monkeypatch.chdir(tmp_path)
+    assert main(["score", recipe, *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_scored_by_two_ranks_after_both_engines_agreed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path).name
+    monkeypatch.chdir(tmp_path)
+    settings = ["score.top_k=4", "prompts.opd.count=20"]
+    for stage in ("generate", "sft", "rollout", "score"):
+        assert main([stage, recipe, *settings]) == 0
+    plain = list(open_scores(Path("run/score")))
+    shutil.rmtree("run/score")
+    two_ranks = [
+        *settings,
+        "score.engine.name=megatron",
+        "score.engine.parallel={pipeline: 2, processes: 2}",
+        "score.agreement.samples=7",
+    ]
+    # Refused by both ranks, in one line, before a score is kept; and then let through.
+    assert main(["run", recipe, *two_ranks, "score.agreement.mean=1e-12"]) == 3
+    assert not list(Path("run/score").glob("*.arrow"))
+    assert main(["run", recipe, *two_ranks]) == 0
+    assert_agree(list(open_scores(Path("run/score"))), plain)
+    manifest = load_manifest(Path("run/score"))
+    assert "agreement.json" in manifest.files
+    assert json.loads(Path("run/score/agreement.json").read_text())["samples"] == 7
