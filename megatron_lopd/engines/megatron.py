@@ -122,7 +122,7 @@ def leading() -> Iterator[None]:
     try:
         yield
     finally:
-        channel().send(_Leave())
+        channel().send(_Leave(), last=True)
 
 
 @dataclass(frozen=True)

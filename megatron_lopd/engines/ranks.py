@@ -10,14 +10,19 @@ import functools
 import itertools
 import os
 import pickle
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import DistStoreError
 
 from megatron_lopd.mcore.parallel import world_store
 
 FOREVER = timedelta(days=365)
+# How long rank 0 stays for the others to read its last word: ranks that wait for it read it at once, and
+# ranks that hang in a collective, since another one has failed, never do.
+PARTING = timedelta(seconds=10)
 
 
 class Channel:
@@ -28,11 +33,18 @@ class Channel:
         self._others = int(os.environ.get("WORLD_SIZE", "1")) - 1
         self._numbers = itertools.count()
 
-    def send(self, message: Any) -> None:
-        """To every other rank; may be called before they are there. Messages are this project's own."""
+    def send(self, message: Any, *, last: bool = False) -> None:
+        """To every other rank; may be called before they are there. Messages are this project's own.
+
+        After the `last` one this process may end, and the store with it.
+        """
         number = next(self._numbers)
-        if self._others:
-            self._store.set(f"message{number}", pickle.dumps(message))  # type: ignore[arg-type]  # takes bytes too
+        if not self._others:
+            return
+        self._store.set(f"message{number}", pickle.dumps(message))  # type: ignore[arg-type]  # takes bytes
+        if last:
+            with suppress(DistStoreError):
+                self._store.wait([f"taken{number}"], PARTING)
 
     def receive(self) -> Any:
         """The next message, whenever it comes. The last rank to read it clears it away."""
@@ -42,6 +54,7 @@ class Channel:
         if self._store.add(f"read{number}", 1) == self._others:
             self._store.delete_key(f"message{number}")
             self._store.delete_key(f"read{number}")
+            self._store.set(f"taken{number}", "")
         return message
 
 

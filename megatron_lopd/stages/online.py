@@ -20,15 +20,13 @@ from megatron_lopd.stages.sampling import encode_prompts, sample_seed
 from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
-    identity_of,
     lineage_of,
-    preflight_of,
+    opd_job,
     train_to_checkpoint,
     training_settings,
     write_student,
 )
 from megatron_lopd.training.live import LiveData, Question
-from megatron_lopd.training.loop import TrainingJob
 
 RESULTS = "results.json"
 
@@ -90,22 +88,8 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    config, reference = inputs.train_config(recipe), inputs.reference_directory(recipe)
-    job = TrainingJob(
-        name="online",
-        identity=identity_of(plan),
-        lineage=plan.lineage,
-        config=config,
-        objective=config.objective,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        fp8=recipe.fp8,
-        seed=recipe.seed,
-        model_dir=reference,
-        data=_live_data(recipe, reference),
-        work_dir=directory,
-        preflight=preflight_of(recipe, config),
-    )
+    reference = inputs.reference_directory(recipe)
+    job = opd_job(recipe, plan, reference, _live_data(recipe, reference), directory)
     checkpoint, counts = train_to_checkpoint(job)
     counts["teacher_tokens"] = counts["tokens"]  # it reads every sample whole, once
     if not is_main_rank():

@@ -37,7 +37,7 @@ from megatron_lopd.training.guards import check_drift, check_skipped, checkpoint
 from megatron_lopd.training.live import LiveBatches, LiveData
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
-from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, check_agreement, check_rollouts
+from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, PreflightCheck
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint
 from megatron_lopd.training.step import run_micro_batches
@@ -169,14 +169,7 @@ class _Run:
         live = isinstance(self.job.data, LiveData)
         if self.job.preflight is not None and progress.step == self.part.first_step and not live:
             finds_scales = self.job.preflight.finds_scales and newest is None  # a checkpoint brings its own
-            check_rollouts(
-                replace(self.job.preflight, finds_scales=finds_scales),
-                self.optimization.chunks,
-                self.loader,
-                self.ranks,
-                self.device,
-                self.reporter.note,
-            )
+            self._preflight_check(replace(self.job.preflight, finds_scales=finds_scales)).check_cached()
         self.reporter.begin(progress.step, self.total_steps)
         try:
             with self._batches(progress.step) as batches:
@@ -226,16 +219,12 @@ class _Run:
     def _check_sampler(self, micro_batches: list[MicroBatch]) -> None:
         """Raise NumericsError unless trainer and live sampler give the first step the same log-probs."""
         if self.job.preflight is not None:
-            check_agreement(
-                self.job.preflight,
-                self.optimization.chunks,
-                micro_batches,
-                self.loader,
-                self.ranks,
-                self.device,
-                self.reporter.note,
-                LIVE_CAUSES,
-            )
+            self._preflight_check(self.job.preflight).check(micro_batches, LIVE_CAUSES)
+
+    def _preflight_check(self, preflight: Preflight) -> PreflightCheck:
+        return PreflightCheck(
+            preflight, self.optimization.chunks, self.loader, self.ranks, self.device, self.reporter.note
+        )
 
     def _save_after_engine(self, error: EngineError, progress: Progress) -> None:
         """Save what was done. Raises StopRequested when the same command may well go through."""

@@ -30,6 +30,8 @@ VOCABULARY = 131
 TOP_K = 5
 # Two fp32 programs, in nats: up to 2e-5 seen in these models, whose logits are as large as 40.
 CLOSE = 1e-4
+# Of top-k log-probs that went through a shard, where they are kept in 16 bits: a step is 5e-4 at -3 nats.
+KEPT = 1e-3
 LAYOUTS = {
     "tp2": ("qwen3", ParallelConfig(tensor=2, processes=2)),
     "pp2": ("qwen3", ParallelConfig(pipeline=2, processes=2)),
@@ -60,17 +62,17 @@ def requests(count: int = 23) -> list[ScoreRequest]:
     return made
 
 
-def assert_agree(scores: Sequence[Score], expected: Sequence[Score], close: float = CLOSE) -> None:
+def assert_agree(scores: Sequence[Score], expected: Sequence[Score], top_k_close: float = CLOSE) -> None:
     assert [score.sample_id for score in scores] == [score.sample_id for score in expected]
     for score, other in zip(scores, expected, strict=True):
-        np.testing.assert_allclose(score.log_probs, other.log_probs, rtol=0, atol=close)
+        np.testing.assert_allclose(score.log_probs, other.log_probs, rtol=0, atol=CLOSE)
         assert (score.top_k is None) == (other.top_k is None)
         if score.top_k is not None and other.top_k is not None:
             # Ids may swap where two tokens are as likely, to rounding: by the k-th largest, not by name.
-            np.testing.assert_allclose(score.top_k.log_probs, other.top_k.log_probs, rtol=0, atol=close)
+            np.testing.assert_allclose(score.top_k.log_probs, other.top_k.log_probs, rtol=0, atol=top_k_close)
             assert (score.top_k.ids == other.top_k.ids).mean() > 0.99
             np.testing.assert_allclose(
-                score.top_k.tail_log_probs, other.top_k.tail_log_probs, rtol=0, atol=close
+                score.top_k.tail_log_probs, other.top_k.tail_log_probs, rtol=0, atol=CLOSE
             )
 
 
@@ -254,7 +256,7 @@ def test_a_run_scored_by_two_ranks_after_both_engines_agreed(
     assert main(["run", recipe, *two_ranks, "score.agreement.mean=1e-12"]) == 3
     assert not list(Path("run/score").glob("*.arrow"))
     assert main(["run", recipe, *two_ranks]) == 0
-    assert_agree(list(open_scores(Path("run/score"))), plain)
+    assert_agree(list(open_scores(Path("run/score"))), plain, KEPT)
     manifest = load_manifest(Path("run/score"))
     assert "agreement.json" in manifest.files
     assert json.loads(Path("run/score/agreement.json").read_text())["samples"] == 7
