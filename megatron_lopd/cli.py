@@ -41,7 +41,7 @@ _SECTIONS = {
     "tokenize": ("student", "sft.data", "sft.teacher"),
     "sft": ("student", "sft", "precision", "parallel"),
     "rollout": ("prompts.opd", "rollout"),
-    "score": ("teacher", "score"),
+    "score": ("teacher", "score", "parallel"),
     "train": ("train", "precision", "parallel"),
     "refresh": ("teacher", "prompts.opd", "rollout", "score", "train.refresh_every"),
     "export": ("export",),

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ CLAIMS = ".claims"
 PARTS = "parts"  # no dot in it, as there is in every claim
 LEASE_SECONDS = 60.0
 BEATS_A_LEASE = 12
+POLL_SECONDS = 1.0  # between two looks at what others have claimed
 # A part that failed this often fails for good. Deaths do not count: a lost node is no fault of the part.
 ATTEMPTS = 3
 BACKOFF_SECONDS = 5.0  # after the first failure; twice as long after each further one
@@ -106,6 +107,24 @@ def announced(directory: Path) -> dict[str, int]:
     """What `announce` told of the artifact in `directory`; nothing where nobody works."""
     path = directory / CLAIMS / PARTS
     return dict(read_json(path)) if path.is_file() else {}
+
+
+def pause() -> None:
+    """Wait a moment, where there is nothing to take, before looking again."""
+    time.sleep(POLL_SECONDS)
+
+
+def make_once(path: Path, make: Callable[[], None]) -> None:
+    """Return once `path` is there: made here, by `make()`, or by another worker."""
+    claims = Claims(path.parent)
+    while not path.is_file():
+        claim = claims.take(path.name)
+        if claim is None:
+            pause()
+            continue
+        with claim:
+            if not path.is_file():
+                make()
 
 
 def remove_claims(directory: Path) -> None:

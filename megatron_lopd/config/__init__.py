@@ -1,6 +1,8 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
+from megatron_lopd.config.agreement import AgreementConfig
 from megatron_lopd.config.engine import EngineConfig
+from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.load import deciding, describe_keys, load_recipe, to_plain
 from megatron_lopd.config.parallel import ParallelConfig
@@ -8,7 +10,6 @@ from megatron_lopd.config.prompts import PromptSource, PromptSources
 from megatron_lopd.config.recipe import (
     EvaluateConfig,
     ExportConfig,
-    Fp8Config,
     GenerateConfig,
     OptimizerConfig,
     Recipe,
@@ -24,6 +25,7 @@ from megatron_lopd.config.recipe import (
 from megatron_lopd.config.weights import WeightsConfig
 
 __all__ = [
+    "AgreementConfig",
     "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",

@@ -9,11 +9,15 @@ __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engi
 
 
 def open_engine(config: EngineConfig, model_dir: str) -> Engine:
-    """Load a Hugging Face checkpoint into the engine that `config.name` asks for.
+    """Load a Hugging Face checkpoint into the engine that `config.name` asks for; `close` it when done.
 
     Raises EngineError when the model does not load.
     """
-    # Here, for importing it takes seconds of torch and transformers.
+    # Here, for importing either takes seconds.
+    if config.name == "megatron":
+        from megatron_lopd.engines.megatron import MegatronEngine
+
+        return MegatronEngine(config, model_dir)
     from megatron_lopd.engines.hf import TransformersEngine
 
     return TransformersEngine(config, model_dir)

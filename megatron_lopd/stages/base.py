@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import megatron_lopd
-from megatron_lopd.artifacts.claims import Claims, remove_claims
+from megatron_lopd.artifacts.claims import make_once, remove_claims
 from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import (
@@ -40,8 +40,6 @@ from megatron_lopd.training.preemption import stopping_at_once
 PLAN_FILE = "plan.json"
 TIMING_FILE = "timing.json"
 LOCK_FILE = ".lock"
-COMMIT = "commit"  # what the last step of a shared stage is claimed as
-POLL_SECONDS = 1.0  # between two looks at what other workers do
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,9 @@ class Output:
 class Stage:
     """A step from committed artifacts to a committed artifact. `name` is also its directory.
 
-    `check(recipe)` returns what would be done, a line each. `distributed` stages are entered by every
-    rank of a training job; rank 0 alone plans, proves and commits, and `run` in the others is given
-    `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
+    `check(recipe)` returns what would be done, a line each. `processes(recipe)` is how many ranks
+    `lopd run` starts for it. Every rank enters; rank 0 alone plans, proves and commits, and `run` in the
+    others is given `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
     `complete(recipe, plan)` adds what a stage was made from that came only while it was at work.
     A stage with `share` may be made by several processes at once: `share(recipe, plan, directory)` returns
     once all that they make together is there, and `run` then makes the rest in one of them; `workers(recipe)`
@@ -83,7 +81,7 @@ class Stage:
     check: Callable[[Recipe], list[str]]
     plan: Callable[[Recipe], Plan]
     run: Callable[[Recipe, Plan, Path], Output]
-    distributed: bool = False
+    processes: Callable[[Recipe], int] = lambda recipe: 1
     needed: Callable[[Recipe], bool] = lambda recipe: True
     complete: Callable[[Recipe, Plan], Plan] = lambda recipe, plan: plan
     share: Callable[[Recipe, Plan, Path], None] | None = None
@@ -155,20 +153,12 @@ def _execute_shared(
     directory, started = directory_of(recipe, stage.name), time.monotonic()
     with stopping_at_once(f"{stage.name}: stopped on request: the shards that were whole are kept"):
         _open_lock(directory).close()
-        claims = Claims(directory)
         _begin(stage, directory, plan)
         _verify_parents(recipe, plan)
         share(recipe, plan, directory)
-        while not is_committed(directory):
-            claim = claims.take(COMMIT)
-            if claim is None:
-                time.sleep(POLL_SECONDS)
-                continue
-            with claim:
-                if not is_committed(directory):
-                    _make(stage, recipe, plan, started)
-                clear_temporaries(directory)
+        make_once(directory / MANIFEST, lambda: _make(stage, recipe, plan, started))
     remove_claims(directory)
+    clear_temporaries(directory)
 
 
 def _verify_parents(recipe: Recipe, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +27,11 @@ from megatron_lopd.artifacts.manifest import (
     load_manifest,
 )
 from megatron_lopd.config import (
+    EngineConfig,
     PromptSource,
     Recipe,
     Sampling,
+    ScoreConfig,
     SftConfig,
     StudentConfig,
     TrainConfig,
@@ -75,6 +78,21 @@ def check_top_k(recipe: Recipe) -> None:
             f"score.top_k={top_k} leaves none of the teacher's vocab_size={vocabulary} tokens over "
             f"beside the response token: lower it to at most {vocabulary - 2}"
         )
+
+
+def scoring_of(recipe: Recipe) -> ScoreConfig:
+    """The score section; what its engines leave empty of `parallel` is the recipe's."""
+
+    def split(engine: EngineConfig) -> EngineConfig:
+        is_split = engine.name == "megatron" and engine.parallel is None
+        return replace(engine, parallel=recipe.parallel) if is_split else engine
+
+    agreement = recipe.score.agreement
+    return replace(
+        recipe.score,
+        engine=split(recipe.score.engine),
+        agreement=agreement and replace(agreement, engine=split(agreement.engine)),
+    )
 
 
 def base_student(recipe: Recipe) -> StudentConfig:

@@ -20,16 +20,14 @@ from megatron_lopd.stages.sampling import encode_prompts, sample_seed
 from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
-    identity_of,
     lineage_of,
-    preflight_of,
+    opd_job,
     train_to_checkpoint,
     training_settings,
     write_student,
 )
 from megatron_lopd.tasks.graders import open_grader
 from megatron_lopd.training.live import LiveData, Question
-from megatron_lopd.training.loop import TrainingJob
 
 RESULTS = "results.json"
 
@@ -41,6 +39,10 @@ def check(recipe: Recipe) -> list[str]:
     if config.refresh_every is not None:
         raise ConfigError(
             f"train.refresh_every={config.refresh_every}: online samples anew at every step: drop that key"
+        )
+    if recipe.score.engine.name == "megatron":
+        raise ConfigError(
+            "score.engine.name=megatron: each rank of online has a teacher of its own: set another engine"
         )
     prompts, teacher = inputs.prompts_of(recipe, "opd")[0], inputs.teacher_directory(recipe)
     inputs.check_model(teacher)
@@ -89,22 +91,8 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    config, reference = inputs.train_config(recipe), inputs.reference_directory(recipe)
-    job = TrainingJob(
-        name="online",
-        identity=identity_of(plan),
-        lineage=plan.lineage,
-        config=config,
-        objective=config.objective,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        fp8=recipe.fp8,
-        seed=recipe.seed,
-        model_dir=reference,
-        data=_live_data(recipe, reference),
-        work_dir=directory,
-        preflight=preflight_of(recipe, config),
-    )
+    reference = inputs.reference_directory(recipe)
+    job = opd_job(recipe, plan, reference, _live_data(recipe, reference), directory)
     checkpoint, counts = train_to_checkpoint(job)
     counts["teacher_tokens"] = counts["tokens"]  # it reads every sample whole, once
     if not is_main_rank():
@@ -172,5 +160,11 @@ def _live_data(recipe: Recipe, student: Path) -> LiveData:
 
 
 STAGE = Stage(
-    "online", "model", check, plan, run, distributed=True, needed=lambda recipe: recipe.train is not None
+    "online",
+    "model",
+    check,
+    plan,
+    run,
+    processes=lambda recipe: recipe.parallel.processes,
+    needed=lambda recipe: recipe.train is not None,
 )

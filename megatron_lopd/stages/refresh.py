@@ -160,12 +160,10 @@ def _plan_score(recipe: Recipe, each: Round) -> Plan:
 def _share_score(recipe: Recipe, each: Round, directory: Path) -> None:
     stage, teacher = each.stage("rollout"), inputs.teacher_directory(recipe)
     files = list(parent_manifest(recipe, stage).files)
-    make_parts([score_work(teacher, recipe.score, directory_of(recipe, stage), files, directory)])
+    scoring = inputs.scoring_of(recipe)
+    make_parts([score_work(teacher, scoring, directory_of(recipe, stage), files, directory)])
 
 
 def _run_score(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
-    rollout, rollout_dir = (
-        parent_manifest(recipe, each.stage("rollout")),
-        directory_of(recipe, each.stage("rollout")),
-    )
-    return score_output(rollout, rollout_dir, directory)
+    stage = each.stage("rollout")
+    return score_output(parent_manifest(recipe, stage), directory_of(recipe, stage), directory)

@@ -75,7 +75,7 @@ def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
         if stage in waiting:
             _say(f"[{number}/{len(needed)}] {stage.name}: {'; '.join(stage.check(recipe))}")
         started = time.monotonic()
-        if stage in waiting and stage.distributed and recipe.parallel.processes > 1:
+        if stage in waiting and stage.processes(recipe) > 1:
             _refreshing(stage, recipe, partial(_launch, stage, recipe, recipe_path, overrides))
             done += 1
         elif stage in waiting and _is_divided(stage, recipe):
@@ -99,7 +99,7 @@ def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str
     if is_main_rank():
         check_run_dir(recipe)
         stage.check(recipe)
-    if stage in ALONE and recipe.parallel.processes > 1 and "RANK" not in os.environ:
+    if stage in ALONE and stage.processes(recipe) > 1 and "RANK" not in os.environ:
         stage.plan(recipe)
         _launch(stage, recipe, recipe_path, overrides)
         return
@@ -175,7 +175,7 @@ def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
 
 def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> bool:
     """Run a stage in as many processes as the recipe says. They have printed what went wrong, if anything."""
-    code, asked_to_stop = launch([stage.name, recipe_path, *overrides], recipe.parallel.processes)
+    code, asked_to_stop = launch([stage.name, recipe_path, *overrides], stage.processes(recipe))
     if (
         code == RefreshDue.exit_code
         and not asked_to_stop

@@ -7,7 +7,7 @@ begun it before, the finished files are the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +83,7 @@ def score_work(
         reader = ShardReader(ROLLOUTS, [rollouts])
 
         def write(engine: Engine, path: Path, count: Count[Score]) -> None:
-            requests = [ScoreRequest(r.sample_id, r.prompt_tokens, r.response_tokens) for r in reader]
-            write_shard(path, kind, count(engine.score(requests, config.top_k)))
+            write_shard(path, kind, count(engine.score(score_requests(reader), config.top_k)))
 
         return Part(directory / shard_name(kind, number), len(reader), write)
 
@@ -103,6 +102,11 @@ def score_output(rollout: Manifest, rollout_dir: Path, directory: Path) -> Outpu
 def shards_in(directory: Path) -> list[str]:
     """The names of the shards in a directory, in order."""
     return sorted(path.name for path in directory.glob("*.arrow"))
+
+
+def score_requests(rollouts: Iterable[Rollout]) -> list[ScoreRequest]:
+    """What is asked of an engine that scores them."""
+    return [ScoreRequest(each.sample_id, each.prompt_tokens, each.response_tokens) for each in rollouts]
 
 
 def count_rollouts(directory: Path) -> dict[str, int]:

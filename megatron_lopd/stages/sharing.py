@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lopd.artifacts.claims import Claim, ClaimLost, Claims, announce
+from megatron_lopd.artifacts.claims import Claim, ClaimLost, Claims, announce, pause
 from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, publish
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine
 from megatron_lopd.errors import EngineDied, LopdError
-from megatron_lopd.stages.base import POLL_SECONDS
 from megatron_lopd.training.progress import ProgressDisplay
 
 R = TypeVar("R", Rollout, Score)
@@ -53,11 +53,10 @@ def make_parts(works: Sequence[Work]) -> None:
     An engine that is killed and a read or write that fails are tried again after a while, here or elsewhere;
     raises PartFailed when that has happened too often, and any other error at once.
     """
-    worker = _Worker(works)
-    while worker.missing():
-        if not worker.make_some():
-            time.sleep(POLL_SECONDS)
-    worker.close()
+    with closing(_Worker(works)) as worker:
+        while worker.missing():
+            if not worker.make_some():
+                pause()
 
 
 class _Worker:
@@ -89,9 +88,18 @@ class _Worker:
         return found
 
     def close(self) -> None:
-        """End the display."""
+        """End the display and the engine."""
+        self._close_display()
+        self._close_engine()
+
+    def _close_display(self) -> None:
         if self._progress is not None:
             self._progress.close()
+
+    def _close_engine(self) -> None:
+        if self._open is not None:
+            self._open[2].close()
+        self._open = None
 
     def _make(self, work: Work, part: Part, claim: Claim) -> None:
         if part.path.is_file():  # published between the look and the claim
@@ -105,7 +113,7 @@ class _Worker:
         except ClaimLost as lost:
             progress.note(f"{lost}: dropped here")
         except (EngineDied, OSError) as error:
-            self._open = None
+            self._close_engine()
             claim.fail(str(error))
             progress.note(f"{part.path.name}: {error}: to be tried again")
         except LopdError:
@@ -114,13 +122,13 @@ class _Worker:
 
     def _engine(self, work: Work) -> Engine:
         if self._open is None or self._open[:2] != (work.engine, work.model_dir):
-            self._open = None  # before the next is loaded: both may not fit
+            self._close_engine()  # before the next is loaded: both may not fit
             self._open = work.engine, work.model_dir, open_engine(work.engine, str(work.model_dir))
         return self._open[2]
 
     def _show(self, work: Work) -> _Progress:
         if self._progress is None or self._progress.label != work.label:
-            self.close()
+            self._close_display()
             done = sum(part.samples for part in work.parts if part.path.is_file())
             self._progress = _Progress(work.label, done, sum(part.samples for part in work.parts))
         return self._progress

@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 
+from megatron_lopd.artifacts import claims as claims_module
 from megatron_lopd.artifacts.claims import Claims, read_claims
 from megatron_lopd.cli import main
 from megatron_lopd.engines.hf import TransformersEngine
 from megatron_lopd.errors import EngineDied
-from megatron_lopd.stages import base, sharing
+from megatron_lopd.stages import sharing
 from tests.pipeline import write_recipe
 
 # As tests/dist/gloo.py: the server imports these once, and a worker starts in milliseconds.
@@ -89,9 +90,9 @@ def work(root: Path, stage: str, lease: float | None = None, slow: bool = False)
                 yield completion
 
         TransformersEngine.generate = slowly  # type: ignore[method-assign]
-    base.POLL_SECONDS = sharing.POLL_SECONDS = 0.02  # type: ignore[misc]
+    claims_module.POLL_SECONDS = 0.02
     if lease is not None:
-        base.Claims = sharing.Claims = functools.partial(Claims, lease=lease)  # type: ignore[assignment,misc]
+        sharing.Claims = functools.partial(Claims, lease=lease)  # type: ignore[assignment,misc]
     with Path("log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         code = main([stage, "recipe.yaml"])
     sys.exit(code)
@@ -203,8 +204,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return generate(self, *arguments)
 
     monkeypatch.setattr(TransformersEngine, "generate", dying)
-    for module in (base, sharing):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(claims_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(sharing, "Claims", functools.partial(Claims, backoff=0.05))
     return left
 
