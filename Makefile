@@ -34,6 +34,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck --external-sources .ci/run $(wildcard launcher/*.sh launcher/*.sbatch)
+	$(BIN)/hadolint Dockerfile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

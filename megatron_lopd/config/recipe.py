@@ -248,9 +248,14 @@ def _require_refresh(every: int, steps: int | None) -> None:
 @dataclass(frozen=True)
 class ExportConfig:
     max_shard_bytes: int = key("largest safetensors file, bytes", 4_000_000_000)
+    quantization: Literal["none", "fp8"] = key(
+        "fp8: beside the exact model, one in NVIDIA modelopt's FP8 that vLLM loads (export/model-fp8)", "none"
+    )
+    calibration_samples: int = key("rollouts that set the scales of FP8 activations", 256)
 
     def __post_init__(self) -> None:
         require(self.max_shard_bytes >= 1, "export.max_shard_bytes must be at least 1")
+        require(self.calibration_samples >= 1, "export.calibration_samples must be at least 1")
 
 
 @dataclass(frozen=True)

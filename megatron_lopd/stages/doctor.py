@@ -45,6 +45,7 @@ def _machine(recipe: Recipe | None) -> Iterator[tuple[str, str]]:
         yield "GPU", "none: everything runs on the CPU"
     yield "versions", ", ".join(f"{name} {text}" for name, text in base_versions().items())
     yield "vLLM", "installed" if find_spec("vllm") else "absent"
+    yield "modelopt", "installed" if find_spec("modelopt") else "absent: no export.quantization=fp8"
 
 
 def choices(machine: Capabilities) -> Iterator[tuple[str, str]]:

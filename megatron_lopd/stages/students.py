@@ -123,6 +123,11 @@ def write_student(
     if out_dir.exists():
         shutil.rmtree(out_dir)
     megatron_to_hf(checkpoint, out_dir, export.max_shard_bytes, hf_dir)
+    return seal_model(out_dir, lineage)
+
+
+def seal_model(out_dir: Path, lineage: ModelLineage) -> list[str]:
+    """Write the lineage of the model in `out_dir`, with its fingerprint; returns its files, relative."""
     model = fingerprint_model(out_dir).parts()
     write_model_lineage(out_dir, ModelLineage(**(vars(lineage) | {"model": model})))
     files = (path for path in out_dir.rglob("*") if path.is_file() and path.name != CACHE_NAME)
