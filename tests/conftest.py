@@ -1,17 +1,23 @@
-"""For all tests: hypothesis without a clock, and tests/gpu only when it is named (`make test-gpu`)."""
+"""For all tests: hypothesis without a clock; tests/gpu only when it is named (`make test-gpu`); tests/slurm
+only where a SLURM can be started, and where LOPD_REQUIRE names slurm, whether it can or not."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.slurm.cluster import installed
 
 # A machine that others use as well may take any time.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+SLURM_TESTS = Path(__file__).parent / "slurm"
+SLURM_WANTED = "SLURM's slurmctld, slurmd and munged, and root (apt-get install slurm-wlm munge)"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,12 +30,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path == SLURM_TESTS and not installed():
+        if "slurm" in os.environ.get("LOPD_REQUIRE", "").split(","):
+            raise pytest.UsageError(f"LOPD_REQUIRE names slurm, and tests/slurm needs {SLURM_WANTED}")
+        return True
     return True if collection_path == GPU_TESTS and not _named(config) else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not _named(config):
         terminalreporter.write_line("tests/gpu not collected: it needs an NVIDIA GPU (make test-gpu)")
+    if not installed():
+        terminalreporter.write_line(f"tests/slurm not collected: it needs {SLURM_WANTED}")
 
 
 def _named(config: pytest.Config) -> bool:

@@ -1,8 +1,9 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
+from megatron_lopd.config.cluster import Cluster
 from megatron_lopd.config.engine import EngineConfig
 from megatron_lopd.config.guard import GuardConfig
-from megatron_lopd.config.load import deciding, describe_keys, load_recipe, to_plain
+from megatron_lopd.config.load import deciding, describe_keys, load_cluster, load_recipe, to_plain
 from megatron_lopd.config.parallel import ParallelConfig
 from megatron_lopd.config.recipe import (
     EvaluateConfig,
@@ -25,6 +26,7 @@ from megatron_lopd.config.recipe import (
 from megatron_lopd.config.weights import WeightsConfig
 
 __all__ = [
+    "Cluster",
     "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "WeightsConfig",
     "deciding",
     "describe_keys",
+    "load_cluster",
     "load_recipe",
     "to_plain",
 ]
