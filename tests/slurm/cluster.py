@@ -15,22 +15,22 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SECONDS = 60.0  # for a daemon to answer: they take one or two
 
+# Two nodes, both this machine: the first has its name, which torchrun must be able to look up.
 # Two partitions: a job in `urgent` takes the node from one in `batch`, which is queued again.
 # cred_expire: a job that is queued again is held off for as long as its credential lives, 120 s by default.
 CONFIGURATION = """
 ClusterName=lopdtest
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={root}/munge.socket,cred_expire=5
 StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool
+SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
-SlurmdPidFile={root}/slurmd.pid
+SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
-SlurmdLogFile={root}/slurmd.log
+SlurmdLogFile={root}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -45,7 +45,8 @@ KillWait=5
 OverTimeLimit=0
 JobRequeue=1
 MinJobAge=3600
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} RealMemory={memory} State=UNKNOWN
+NodeName={host}-b NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} RealMemory={memory} State=UNKNOWN
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -68,7 +69,9 @@ class Slurm:
         return os.environ | {"SLURM_CONF": str(self.root / "slurm.conf")}
 
     def start(self) -> None:
-        for name in ("state", "spool"):
+        host = socket.gethostname().split(".")[0]
+        nodes = (host, f"{host}-b")
+        for name in ("state", *(f"spool-{node}" for node in nodes)):
             (self.root / name).mkdir()
         key = self.root / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
@@ -76,10 +79,9 @@ class Slurm:
         (self.root / "slurm.conf").write_text(
             CONFIGURATION.format(
                 root=self.root,
-                host=socket.gethostname().split(".")[0],
+                host=host,
                 controller_port=_free_port(),
-                node_port=_free_port(),
-                cpus=os.cpu_count(),
+                ports=[_free_port(), _free_port()],
                 memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20 * 9 // 10,
             )
         )
@@ -90,10 +92,9 @@ class Slurm:
         )  # fmt: skip
         self.wait_for("munge", lambda: (self.root / "munge.socket").exists())
         self._daemon("slurmctld", "-D")
-        self._daemon("slurmd", "-D")
-        self.wait_for(
-            "an idle node", lambda: "idle" in self.ask("sinfo", "--noheader", "--format=%t", check=False)
-        )
+        for node in nodes:
+            self._daemon("slurmd", "-D", "-N", node)
+        self.wait_for("idle nodes", lambda: self._node_states() == {"idle"})
 
     def stop(self) -> None:
         self.ask("scancel", "--user=root", check=False)
@@ -120,12 +121,15 @@ class Slurm:
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}\n{self._last_lines()}"
             time.sleep(0.05)
 
+    def _node_states(self) -> set[str]:
+        return set(self.ask("sinfo", "--noheader", "--format=%t", check=False).split())
+
     def _last_lines(self) -> str:
         log = self.root / "slurmctld.log"
         return "\n".join(log.read_text().splitlines()[-20:]) if log.exists() else ""
 
     def _daemon(self, name: str, *arguments: str) -> None:
-        log = (self.root / f"{name}.out").open("wb")
+        log = (self.root / f"{name}.out").open("ab")
         program = _program(name)
         assert program
         self.processes.append(

@@ -1,6 +1,6 @@
 """What a cluster does to a job in the middle of its stage.
 
-The rank is held still (SIGSTOP) until the disturbance has reached it: the stages of a tiny model are over
+The ranks are held still (SIGSTOP) until the disturbance has reached one: the stages of a tiny model are over
 sooner than SLURM acts.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.slurm.submission import MINUTES, Run
+from tests.slurm.submission import MINUTES, NODES, Run
 
 STEPS, CHECKPOINT_EVERY = 20, 4
 TRAINING = ("sft", "train")
@@ -35,33 +35,35 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def _requeue(run: Run, stage: str, rank: psutil.Process) -> None:
+def _requeue(run: Run, stage: str, ranks: list[psutil.Process]) -> None:
     run.slurm.ask("scontrol", "requeue", run.jobs[stage])
 
 
-def _usr1(run: Run, stage: str, rank: psutil.Process) -> None:
+def _usr1(run: Run, stage: str, ranks: list[psutil.Process]) -> None:
     run.slurm.ask("scancel", "--signal=USR1", run.jobs[stage])
 
 
-def _term(run: Run, stage: str, rank: psutil.Process) -> None:
+def _term(run: Run, stage: str, ranks: list[psutil.Process]) -> None:
     run.slurm.ask("scancel", "--signal=TERM", run.jobs[stage])
 
 
-def _kill(run: Run, stage: str, rank: psutil.Process) -> None:
-    rank.kill()
+def _kill(run: Run, stage: str, ranks: list[psutil.Process]) -> None:
+    ranks[-1].kill()
 
 
-def _preempt(run: Run, stage: str, rank: psutil.Process) -> None:
-    run.slurm.ask("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+def _preempt(run: Run, stage: str, ranks: list[psutil.Process]) -> None:
+    run.slurm.ask(
+        "sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1"
+    )
 
 
-def _time_limit(run: Run, stage: str, rank: psutil.Process) -> None:
+def _time_limit(run: Run, stage: str, ranks: list[psutil.Process]) -> None:
     """Limits are of whole minutes, and SLURM looks at them twice a minute: leave it 40 s."""
-    seconds = time.time() - rank.create_time() + 40
+    seconds = time.time() - ranks[0].create_time() + 40
     run.slurm.ask("scontrol", "update", f"JobId={run.jobs[stage]}", f"TimeLimit={math.ceil(seconds / 60)}")
 
 
-KINDS: dict[str, Callable[[Run, str, psutil.Process], None]] = {
+KINDS: dict[str, Callable[[Run, str, list[psutil.Process]], None]] = {
     "scontrol requeue": _requeue,
     "scancel USR1": _usr1,
     "scancel TERM": _term,
@@ -77,15 +79,17 @@ def disturb(run: Run, stage: str, kind: str) -> None:
     At most one shard is made again, or one checkpoint interval. Returns when the stage is done.
     """
     attempts = run.attempts(stage)
-    run.wait_for(f"{stage} to start", lambda: bool(run.ranks(stage)))
-    (rank,) = run.ranks(stage)
+    run.wait_for(f"{stage} to start", lambda: len(run.ranks(stage)) == NODES.get(stage, 1))
+    ranks = run.ranks(stage)
     run.wait_for(f"{stage} to come to its moment", lambda: MOMENTS[stage](run.directory))
-    rank.suspend()
+    for rank in ranks:
+        rank.suspend()
     shards, steps = _shards(run, stage), _lines(run.directory / stage / "metrics.jsonl")
-    KINDS[kind](run, stage, rank)
-    run.wait_for(f"{kind} to reach {stage}", lambda: _reached(rank))
-    with contextlib.suppress(psutil.NoSuchProcess):
-        rank.resume()
+    KINDS[kind](run, stage, ranks)
+    run.wait_for(f"{kind} to reach {stage}", lambda: any(map(_reached, ranks)))
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.resume()
     if kind == "time limit":
         run.wait_for(f"{stage} to be queued again", lambda: run.slurm.state(run.jobs[stage]) == "PENDING")
         run.slurm.ask("scontrol", "update", f"JobId={run.jobs[stage]}", f"TimeLimit={MINUTES}")

@@ -16,6 +16,7 @@ from tests.slurm.cluster import Slurm
 
 REPOSITORY = Path(__file__).parents[2]
 STAGES = ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report")
+NODES = {"sft": 2, "train": 2}  # a rank on each: write_recipe's parallel.processes is to be 2
 SIGNAL_SECONDS = 50  # of a limit of a minute, the shortest there is: the signal comes soon after the start
 MINUTES = 30
 SECONDS = 240.0  # for a stage to end: a start imports torch and Megatron-Core, on two cores others use too
@@ -25,7 +26,7 @@ def write_cluster(root: Path, **keys: object) -> Path:
     """A cluster file for the tests' SLURM: no GPUs, the Python that runs the tests."""
     cluster = {
         "gpus_per_node": 0,
-        "stages": {stage: {"minutes": MINUTES} for stage in STAGES},
+        "stages": {stage: {"minutes": MINUTES, "nodes": NODES.get(stage, 1)} for stage in STAGES},
         "setup": [f"export PATH={Path(sys.executable).parent}:$PATH"],
         "env": [f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=1"],
         "signal_seconds": SIGNAL_SECONDS,

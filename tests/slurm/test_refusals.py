@@ -14,7 +14,7 @@ from tests.slurm.submission import Run, begin, submit, write_cluster
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    write_recipe(tmp_path)
+    write_recipe(tmp_path, parallel={"processes": 2})
     return tmp_path
 
 
@@ -23,7 +23,7 @@ def root(tmp_path: Path) -> Path:
     [
         ({"partition": "nowhere"}, "partition nowhere is not there: this cluster has batch, urgent"),
         ({"gpus_per_node": 8}, "gpus_per_node=8, and the nodes of partition batch have 0"),
-        ({"stages": {"sft": {"nodes": 2}}, "gpus_per_node": 0}, "does not divide parallel.processes=1"),
+        ({"stages": {"sft": {"nodes": 3}}}, "stages.sft.nodes=3 does not divide parallel.processes=2"),
         ({"memory": "900T"}, "SLURM refuses the job"),
         ({"container": {"image": "/nowhere/image.sqsh"}}, "/nowhere/image.sqsh is not there"),
     ],
