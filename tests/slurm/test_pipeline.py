@@ -40,7 +40,7 @@ def prepare(root: Path) -> Path:
 
 
 def outcome(run: Run) -> dict[str, object]:
-    """Manifest ids, which stand for every byte of an artifact; of the report, which tells seconds, its parents."""
+    """Manifest ids, each for every byte of an artifact; of the report, which tells seconds, the parents."""
     found: dict[str, object] = {stage: load_manifest(run.directory / stage).id for stage in STAGES[:-1]}
     return found | {"report": load_manifest(run.directory / "report").parents}
 

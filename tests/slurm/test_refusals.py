@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ def test_a_failed_stage_holds_what_follows_and_a_second_submission(slurm: Slurm,
     done = submit(root)
     assert done.returncode == 1
     assert f"scancel {run.jobs['sft']} {run.jobs['rollout']}" in done.stderr
+    cancel(run)
+
+
+def test_a_node_that_does_not_see_the_run(slurm: Slurm, root: Path) -> None:
+    run = begin(root, slurm, sbatch=["--hold"])
+    shutil.rmtree(run.directory)
+    job = run.jobs["generate"]
+    slurm.ask("scontrol", "release", job)
+    run.wait_for("generate to fail", lambda: slurm.state(job) == "FAILED")
+    comment = slurm.ask("scontrol", "show", "job", job)
+    assert f"does not see {run.directory / 'slurm'}: put run_dir on a shared directory" in comment
     cancel(run)
 
 
