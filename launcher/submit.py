@@ -10,9 +10,6 @@ from pathlib import Path
 
 from megatron_lopd.config import load_cluster, load_recipe
 from megatron_lopd.errors import LopdError
-from megatron_lopd.slurm.jobs import jobs_of
-from megatron_lopd.slurm.queue import check, submit
-from megatron_lopd.slurm.script import Submission, render
 
 LIBRARY = Path(__file__).resolve().parent / "lib.sh"
 
@@ -37,6 +34,11 @@ def main() -> int:
 def _submit(options: argparse.Namespace) -> list[str]:
     recipe = load_recipe(options.recipe, options.overrides)
     cluster = load_cluster(options.cluster)
+    # These import torch, which takes seconds: a misspelt key need not wait for it.
+    from megatron_lopd.slurm.jobs import jobs_of
+    from megatron_lopd.slurm.queue import check, submit
+    from megatron_lopd.slurm.script import Submission, render
+
     submission = Submission(
         run_dir=Path(os.path.abspath(recipe.run_dir)),
         work_dir=Path.cwd(),
