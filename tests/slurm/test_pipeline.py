@@ -6,7 +6,8 @@ LOPD_SLURM_MATRIX=1 also disturbs every stage in every way (half an hour).
 from __future__ import annotations
 
 import os
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_lopd.artifacts.manifest import load_manifest
 from tests.pipeline import write_recipe
 from tests.slurm.cluster import Slurm
 from tests.slurm.disturbances import CHECKPOINT_EVERY, KINDS, MOMENTS, STEPS, disturb
-from tests.slurm.submission import STAGES, Run, begin
+from tests.slurm.submission import REPOSITORY, STAGES, begin
 
 MIXED = {
     "generate": "kill -9",
@@ -39,36 +40,35 @@ def prepare(root: Path) -> Path:
     return root
 
 
-def outcome(run: Run) -> dict[str, object]:
+def outcome(run: Path) -> dict[str, object]:
     """Manifest ids, each for every byte of an artifact; of the report, which tells seconds, the parents."""
-    found: dict[str, object] = {stage: load_manifest(run.directory / stage).id for stage in STAGES[:-1]}
-    return found | {"report": load_manifest(run.directory / "report").parents}
+    found: dict[str, object] = {stage: load_manifest(run / stage).id for stage in STAGES[:-1]}
+    return found | {"report": load_manifest(run / "report").parents}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that nothing happened to, from submission to its report."""
-    run = begin(prepare(tmp_path_factory.mktemp("undisturbed") / "run"), slurm)
-    run.finish()
-    return run
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the run is to come to: `lopd run` of the same recipe on this machine, without SLURM."""
+    root = prepare(tmp_path_factory.mktemp("undisturbed") / "run")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_lopd.cli", "run", "recipe.yaml"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return root
 
 
-@pytest.mark.timeout(900)  # nine starts of a Python that imports torch, on two cores
-def test_a_submitted_run_ends_in_its_report(undisturbed: Run) -> None:
-    assert list(undisturbed.jobs) == list(STAGES)
-    assert (undisturbed.directory / "report/summary.json").exists()
-    assert [undisturbed.attempts(stage) for stage in STAGES] == [1] * len(STAGES)
-
-
-@pytest.mark.timeout(1800)  # twice as many starts, and SLURM holds off a job that is queued again
+@pytest.mark.timeout(1800)  # some twenty starts of torch; SLURM holds requeued jobs off
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_disturbances_change_nothing(schedule: str, undisturbed: Run, tmp_path: Path) -> None:
+def test_disturbances_change_nothing(
+    schedule: str, undisturbed: Path, slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = prepare(tmp_path / "run")
-    for name in ("teacher", "student"):
-        shutil.copytree(undisturbed.root / name, root / name, dirs_exist_ok=True)
-    run = begin(root, undisturbed.slurm)
+    run = begin(root, slurm)
+    assert list(run.jobs) == list(STAGES)
     for stage, kind in SCHEDULES[schedule].items():
         disturb(run, stage, kind)
-        print(f"{stage:9} {kind:17} {run.attempts(stage)} attempts")
+        with capsys.disabled():
+            print(f"{stage:9} {kind:17} {run.attempts(stage)} attempts")
     run.finish()
-    assert outcome(run) == outcome(undisturbed)
+    assert (run.directory / "report/summary.json").exists()
+    assert outcome(run.directory) == outcome(undisturbed / "run")
