@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0 or not isinstance(error, StopRequested):  # that one every rank raises
             where = f" (rank {rank})" if rank else ""
             print(f"lopd {options.command}{where}: {error}", file=sys.stderr)
+        _record_end(error)
         return error.exit_code
     except BrokenPipeError:  # `lopd inspect ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lopd {options.command}: interrupted: run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _record_end(error: LopdError) -> None:
+    """Add a line `code name` to the file named by LOPD_EXIT_FILE: torchrun turns every exit code into 1."""
+    if path := os.environ.get("LOPD_EXIT_FILE"):
+        with open(path, "a", encoding="ascii") as file:
+            file.write(f"{error.exit_code} {type(error).__name__}\n")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

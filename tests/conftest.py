@@ -1,4 +1,7 @@
-"""For all tests: one thread, hypothesis without a clock, tests/gpu only when named (`make test-gpu`)."""
+"""For all tests: one thread; hypothesis without a clock; tests/gpu only when named (`make test-gpu`).
+
+tests/slurm only where a SLURM can be started; where LOPD_REQUIRE names slurm, whether it can or not.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.slurm.cluster import installed
 
 # Here and in every process started from here, before torch is imported: sums in two threads round
 # differently, and many tests hold two processes to the same bits.
@@ -17,6 +22,8 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+SLURM_TESTS = Path(__file__).parent / "slurm"
+SLURM_WANTED = "SLURM's slurmctld, slurmd and munged, and root (apt-get install slurm-wlm munge)"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,12 +36,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path == SLURM_TESTS and not installed():
+        if "slurm" in os.environ.get("LOPD_REQUIRE", "").split(","):
+            raise pytest.UsageError(f"LOPD_REQUIRE names slurm, and tests/slurm needs {SLURM_WANTED}")
+        return True
     return True if collection_path == GPU_TESTS and not _named(config) else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not _named(config):
         terminalreporter.write_line("tests/gpu not collected: it needs an NVIDIA GPU (make test-gpu)")
+    if not installed():
+        terminalreporter.write_line(f"tests/slurm not collected: it needs {SLURM_WANTED}")
 
 
 def _named(config: pytest.Config) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from megatron_lopd.config.cluster import Cluster
 from megatron_lopd.config.recipe import Recipe
 from megatron_lopd.errors import ConfigError
 
@@ -49,6 +50,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def load_cluster(path: str | Path) -> Cluster:
+    """Read a cluster file. Raises ConfigError as `load_recipe` does."""
+    raw = _unshared(_read_yaml(Path(path), "cluster file"))
+    try:
+        return _build(Cluster, raw, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def to_plain(config: Any) -> Any:
     """A dataclass tree as plain dicts, lists and scalars, in declared order (for YAML and JSON)."""
     return dataclasses.asdict(config)
@@ -80,9 +90,9 @@ def describe_keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, s
         yield f"{prefix}{item.name}", f"{_type_name(hints[item.name])}, {default}", item.metadata["help"]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe: give the path of a YAML recipe")
+        raise ConfigError(f"{path}: no such {what}: give the path of a YAML {what}")
     try:
         with path.open(encoding="utf-8") as stream:
             raw = yaml.load(stream, _UniqueKeyLoader)  # a SafeLoader: no objects are built
@@ -91,7 +101,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
+        raise ConfigError(f"{path}: a {what} is a mapping of keys to values, not {type(raw).__name__}")
     return raw
 
 
@@ -171,6 +181,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             hint_text = f": did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}{hint_text}")
         return value
+    if get_origin(inner) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name}: expected a list, got {value!r}")
+        return tuple(_convert(get_args(inner)[0], item, f"{name}[{n}]") for n, item in enumerate(value))
     converted = _scalar(inner, value)
     if converted is None:
         raise ConfigError(f"{name}: expected {_type_name(hint)}, got {value!r}")

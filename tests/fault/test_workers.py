@@ -232,7 +232,9 @@ def test_a_shard_that_always_fails_ends_every_worker_with_a_line(
     for _ in range(2):
         assert main(["rollout", "recipe.yaml"]) == 1
         line = capsys.readouterr().err.splitlines()[-1]
-        assert re.search(r"run/rollout/rollouts-\d{5}\.arrow: failed 3 times, the last on .* \(pid \d+\)", line)
+        assert re.search(
+            r"run/rollout/rollouts-\d{5}\.arrow: failed 3 times, the last on .* \(pid \d+\)", line
+        )
         assert line.endswith("the student's process was killed by SIGKILL")
     failing[0] = 0
     assert main(["rollout", "recipe.yaml"]) == 0
