@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_lopd.artifacts.manifest import is_committed
-from megatron_lopd.config import Cluster, Recipe
+from megatron_lopd.config import Cluster, ParallelConfig, Recipe
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.stages.base import directory_of
+from megatron_lopd.stages.inputs import scoring_of
 from megatron_lopd.stages.rounds import is_made, rounds_of
 from megatron_lopd.stages.run import STAGES
 
-WORKER_STAGES = ("generate", "rollout", "score", "evaluate")  # several processes may share one
+SHARED = tuple(stage.name for stage in STAGES if stage.share is not None)
 CPU_STAGES = ("tokenize", "export", "report")
 
 
@@ -60,24 +61,32 @@ def _rounds(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _job(name: str, command: str, recipe: Recipe, cluster: Cluster) -> Job:
     resources = getattr(cluster.stages, command)
-    megatron_score = command == "score" and str(recipe.score.engine.name) == "megatron"
-    torchrun = command in ("sft", "train") or megatron_score
-    workers = resources.nodes if command in WORKER_STAGES and not torchrun else 0
+    layout = _layout(command, recipe)
+    workers = resources.nodes if command in SHARED and layout is None else 0
     return Job(
         name=name,
         command=command,
         nodes=1 if workers else resources.nodes,
         workers=workers,
-        ranks=_ranks(command, resources.nodes, recipe, cluster) if torchrun else 0,
+        ranks=_ranks(command, resources.nodes, layout, cluster) if layout is not None else 0,
         gpus=0 if command in CPU_STAGES else cluster.gpus_per_node,
         minutes=resources.minutes,
         partition=resources.partition or cluster.partition,
     )
 
 
-def _ranks(command: str, nodes: int, recipe: Recipe, cluster: Cluster) -> int:
+def _layout(command: str, recipe: Recipe) -> ParallelConfig | None:
+    """How the ranks of a command divide a model; None where it takes no ranks."""
+    if command in ("sft", "train"):
+        return recipe.parallel
+    if command != "score":
+        return None
+    scoring = scoring_of(recipe)
+    return scoring.engine.parallel or (scoring.agreement and scoring.agreement.engine.parallel)
+
+
+def _ranks(command: str, nodes: int, parallel: ParallelConfig, cluster: Cluster) -> int:
     """Processes on each node. ConfigError when the parallel layout does not divide their number."""
-    parallel = recipe.parallel
     if not cluster.gpus_per_node:
         if parallel.processes % nodes:
             raise ConfigError(
