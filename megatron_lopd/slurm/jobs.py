@@ -82,7 +82,8 @@ def _layout(command: str, recipe: Recipe) -> ParallelConfig | None:
     if command != "score":
         return None
     scoring = scoring_of(recipe)
-    return scoring.engine.parallel or (scoring.agreement and scoring.agreement.engine.parallel)
+    second = scoring.agreement.engine if scoring.agreement is not None else None
+    return scoring.engine.parallel or (second.parallel if second is not None else None)
 
 
 def _ranks(command: str, nodes: int, parallel: ParallelConfig, cluster: Cluster) -> int:
