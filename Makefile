@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := $(VENV)/megatron-core-newest
+VLLM := $(VENV)/vllm
 recipe := examples/quickstart/recipe.yaml
 # `make quickstart seed=3 run_dir=runs/other`: any of these, as overrides of the recipe.
 overrides := $(if $(seed),seed=$(seed)) $(if $(run_dir),run_dir=$(run_dir))
@@ -16,7 +17,7 @@ core_tests := tests/unit/test_mcore_*.py tests/unit/test_convert_*.py tests/unit
 quickstart: $(VENV)/.base
 	$(BIN)/lopd run $(recipe) $(overrides)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VLLM)/.installed
 	$(BIN)/python -m pytest
 
 test-newest: $(VENV)/.dev $(NEWEST)/.installed
@@ -55,6 +56,12 @@ $(NEWEST)/.installed: $(VENV)/bin/python requirements-newest.txt
 	rm -rf $(NEWEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
 		--target $(NEWEST) --requirement requirements-newest.txt
+	touch $@
+
+$(VLLM)/.installed: requirements-vllm.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-vllm.txt
 	touch $@
 
 clean:

@@ -12,11 +12,11 @@ from megatron_lopd.config.parallel import ParallelConfig
 
 @dataclass(frozen=True)
 class EngineConfig:
-    name: Literal["transformers", "megatron"] = key(
-        "what runs the model: transformers; or to score, megatron, the trainer's own model, over many ranks",
+    name: Literal["transformers", "vllm", "megatron"] = key(
+        "what runs the model: transformers; vllm; or to score, megatron, the trainer's own model over ranks",
         "transformers",
     )
-    batch_size: int = key("sequences run together (transformers)", 64)
+    batch_size: int = key("sequences run together (transformers, vllm)", 64)
     dtype: Literal["fp32", "bf16"] = key("compute precision of the engine", "fp32")
     workers: int = key(
         "processes that share the stage on each machine, its GPUs and cores divided among them (count)",
@@ -25,6 +25,9 @@ class EngineConfig:
     )
     shard_samples: int = key("samples in a shard: what a killed worker can lose at most", 4096)
     trust_remote_code: bool = key("run code that comes with the model", False)
+    python: str = key("vllm: the Python that has it; empty: this one", "", operational=True)
+    tensor: int = key("vllm: GPUs that hold one copy of the model", 1, operational=True)
+    memory_fraction: float = key("vllm: share of a GPU's memory it takes", 0.85, operational=True)
     micro_batch_tokens: int = key("token budget of a packed micro-batch (megatron)", 16384, operational=True)
     parallel: ParallelConfig | None = key(
         "how megatron's model is split over ranks; empty: the recipe's parallel", None, operational=True
@@ -35,6 +38,13 @@ class EngineConfig:
         require(self.batch_size >= 1, "engine.batch_size must be at least 1")
         require(self.workers >= 1, "engine.workers must be at least 1")
         require(self.shard_samples >= 1, "engine.shard_samples must be at least 1")
+        require(self.tensor >= 1, "engine.tensor must be at least 1")
+        require(0 < self.memory_fraction <= 1, "engine.memory_fraction must be above 0 and at most 1")
+        for option, plain in (("python", ""), ("tensor", 1)):
+            require(
+                self.name == "vllm" or getattr(self, option) == plain,
+                f"engine.{option} is of engine.name=vllm alone, not of {self.name}: drop it",
+            )
         require(self.micro_batch_tokens >= 1, "engine.micro_batch_tokens must be at least 1")
         for option in ("parallel", "fp8"):
             require(

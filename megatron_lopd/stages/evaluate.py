@@ -11,6 +11,7 @@ from megatron_lopd.artifacts.files import atomic_write_json
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
 from megatron_lopd.stages.grading import answering, check_sets, grade_answers, share_right
@@ -22,6 +23,7 @@ RESULTS = "results.json"
 
 
 def check(recipe: Recipe) -> list[str]:
+    require_library(recipe.evaluate.engine, "evaluate")
     models, k = ", ".join(_models(recipe)), recipe.evaluate.sampling.samples_per_prompt
     return [
         f"grade {models} on {len(prompts)} prompts of {name}, {k} sampled and 1 greedy each"
@@ -69,7 +71,7 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     results = {"accuracy": accuracy, "grader": recipe.evaluate.grader, "teacher_answers": answers}
     atomic_write_json(directory / RESULTS, results)
     files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.arrow"))
-    return Output([*files, RESULTS], dict(counts))
+    return Output([*files, RESULTS], dict(counts), library_versions(recipe.evaluate.engine))
 
 
 def _role(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
+from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage
 from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, rollout_work, shards_in
@@ -14,6 +15,7 @@ from megatron_lopd.stages.sharing import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:
+    require_library(recipe.generate.engine, "generate")
     prompts = inputs.prompts_of(recipe, "sft")[0]
     per_prompt = recipe.generate.sampling.samples_per_prompt
     teacher = inputs.teacher_directory(recipe)
@@ -51,7 +53,7 @@ def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     voice = copy_files(inputs.teacher_directory(recipe), directory / "tokenizer", VOICE)
     files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
-    return Output(files, count_rollouts(directory))
+    return Output(files, count_rollouts(directory), library_versions(recipe.generate.engine))
 
 
 STAGE = Stage(

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.chat import Chat
+from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, parent_manifest
 from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, rollout_work, shards_in
@@ -14,6 +15,7 @@ from megatron_lopd.stages.sharing import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:
+    require_library(recipe.rollout.engine, "rollout")
     prompts, sampling = inputs.prompts_of(recipe, "opd")[0], recipe.rollout.sampling
     student = inputs.reference_directory(recipe)
     if not student.exists():  # sft has not run: it will speak like the teacher, and be shaped like the base
@@ -58,7 +60,7 @@ def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    return Output(shards_in(directory), count_rollouts(directory))
+    return Output(shards_in(directory), count_rollouts(directory), library_versions(recipe.rollout.engine))
 
 
 STAGE = Stage(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import EngineConfig, Recipe, ScoreConfig, deciding
+from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.agreement import AGREEMENT_FILE, check_agreement, check_engine
 from megatron_lopd.stages.base import OTHER_RANK, Output, Plan, Stage, directory_of, parent_manifest
@@ -16,6 +17,9 @@ from megatron_lopd.stages.students import identity_of
 
 
 def check(recipe: Recipe) -> list[str]:
+    require_library(recipe.score.engine, "score")
+    if recipe.score.agreement is not None:
+        require_library(recipe.score.agreement.engine, "score.agreement")
     teacher, top_k, scoring = inputs.teacher_directory(recipe), recipe.score.top_k, inputs.scoring_of(recipe)
     if teacher.exists():  # once it has scored, it may be gone
         inputs.check_top_k(recipe)
@@ -74,7 +78,8 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
             serve()
         return Output([], {})
     output = score_output(parent_manifest(recipe, "rollout"), directory_of(recipe, "rollout"), directory)
-    return output if scoring.agreement is None else replace(output, files=[*output.files, AGREEMENT_FILE])
+    gate = [AGREEMENT_FILE] if scoring.agreement is not None else []
+    return replace(output, files=[*output.files, *gate], versions=library_versions(scoring.engine))
 
 
 def _has_ranks(scoring: ScoreConfig) -> bool:
