@@ -25,7 +25,7 @@ settings.load_profile("unhurried")
 
 TESTS = Path(__file__).parent
 GPU_TESTS = TESTS / "gpu"
-# What cannot run everywhere: (tests, what they need, by what name LOPD_REQUIRE asks for them, whether it is here).
+# What cannot run everywhere: (tests, what they need, its name in LOPD_REQUIRE, whether it is here).
 OPTIONAL = (
     (
         TESTS / "slurm",
@@ -33,7 +33,12 @@ OPTIONAL = (
         "slurm",
         slurm_installed,
     ),
-    (TESTS / "engines" / "test_vllm.py", "vLLM's CPU build (make .venv/vllm/.installed)", "vllm", VLLM_PYTHON.exists),
+    (
+        TESTS / "engines" / "test_vllm.py",
+        "vLLM's CPU build (make .venv/vllm/.installed)",
+        "vllm",
+        VLLM_PYTHON.exists,
+    ),
 )
 
 

@@ -112,13 +112,16 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def publish(private: Path, path: Path) -> bool:
-    """Give a whole file its final name unless that is taken; the private name goes. Whether it was not."""
+    """Give a whole file its final name unless that is taken; the private name goes. Whether it got it.
+
+    Not where the private file is gone: whoever took the work over has committed, and cleared up.
+    """
     try:
         os.link(private, path)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):
         return False
     finally:
-        private.unlink()
+        private.unlink(missing_ok=True)
     fsync_directory(path.parent)
     return True
 

@@ -1,4 +1,4 @@
-"""The library behind an engine, which may be in another Python's environment: is it there, and which version."""
+"""The library behind an engine, maybe in another Python's environment: is it there, and which version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_lopd.config import EngineConfig
 from megatron_lopd.errors import ConfigError
 
 SECONDS = 60.0
-# By what is installed under the name: vLLM's CPU build is another distribution. Importing it would take seconds.
+# By what is installed under the name: its CPU build is another distribution. Importing it takes seconds.
 _ASK = """
 import importlib.metadata, json
 names = importlib.metadata.packages_distributions().get("vllm", [])
@@ -25,12 +25,12 @@ def library_versions(config: EngineConfig) -> dict[str, str]:
 
 
 def require_library(config: EngineConfig, section: str) -> None:
-    """Raise ConfigError unless the engine's library is installed where `config` says. `section` is its key."""
+    """Raise ConfigError unless the engine's library is where `config` says. `section` is its key."""
     if config.name == "vllm" and vllm_version(config.python) is None:
         where = config.python or "this Python"
         raise ConfigError(
-            f"{section}.engine.name=vllm: {where} has no vllm: install it there, set {section}.engine.python to "
-            f"the Python of an environment that has it, or {section}.engine.name=transformers"
+            f"{section}.engine.name=vllm: {where} has no vllm: install it there, set {section}.engine.python "
+            f"to the Python of an environment that has it, or {section}.engine.name=transformers"
         )
 
 
@@ -42,9 +42,15 @@ def vllm_version(python: str) -> str | None:
     """
     try:
         answer = subprocess.run(
-            [python or sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=SECONDS, check=True
+            [python or sys.executable, "-c", _ASK],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"engine.python: {python} does not run: {error}: give a Python interpreter") from None
+        raise ConfigError(
+            f"engine.python: {python} does not run: {error}: give a Python interpreter"
+        ) from None
     version: str | None = json.loads(answer.stdout)
     return version

@@ -11,7 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,6 +52,7 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
             )
         self.pid = self._process.pid
+        self._latest: _Results | None = None
         self._send((config, model_dir))
 
     def __enter__(self) -> EngineProcess:
@@ -87,13 +89,12 @@ class EngineProcess:
 
     def _ask(self, method: str, *arguments: Any) -> Iterator[Any]:
         """What `method` over there yields, one at a time. The first error it has is raised at once."""
+        if self._latest is not None:
+            self._latest.read_all()  # else its answers would be taken for this request's
         self._send((method, arguments))
         self._receive()
-        return self._results()
-
-    def _results(self) -> Iterator[Any]:
-        while (result := self._receive()) is not None:
-            yield result
+        self._latest = _Results(self._receive)
+        return self._latest
 
     def _send(self, message: Any) -> None:
         try:
@@ -119,6 +120,34 @@ class EngineProcess:
         return EngineError(
             f"{self._name}'s process (pid {self.pid}) ended with exit code {code}: its own message is above"
         )
+
+
+class _Results(Iterator[Any]):
+    """The answers to one request, up to the None that ends them."""
+
+    def __init__(self, receive: Callable[[], Any]) -> None:
+        self._receive = receive
+        self._read: deque[Any] = deque()
+        self._ended = False
+
+    def __next__(self) -> Any:
+        if not self._read and not self._ended:
+            self._read_one()
+        if not self._read:
+            raise StopIteration
+        return self._read.popleft()
+
+    def read_all(self) -> None:
+        """Keep what is still to come, so that the pipe is free."""
+        while not self._ended:
+            self._read_one()
+
+    def _read_one(self) -> None:
+        self._ended = True  # an error ends them too
+        result = self._receive()
+        if result is not None:
+            self._ended = False
+            self._read.append(result)
 
 
 def _python_path() -> str:

@@ -1,4 +1,4 @@
-"""The `vllm` engine: offline `vllm.LLM`, token ids in and out. Opened in a process of its own (process.py)."""
+"""The `vllm` engine: offline `vllm.LLM`, token ids in and out. Run in a process of its own (process.py)."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import fcntl
 import os
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import IO, Any
 
 import megatron_lopd
 from megatron_lopd.artifacts.claims import make_once, remove_claims
-from megatron_lopd.artifacts.files import atomic_write_json, read_json
+from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, atomic_write_json, publish, read_json
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import (
     MANIFEST,
@@ -155,7 +156,11 @@ def _execute_shared(
         _open_lock(directory).close()
         _begin(stage, directory, plan)
         _verify_parents(recipe, plan)
-        share(recipe, plan, directory)
+        try:
+            share(recipe, plan, directory)
+        except StopRequested:
+            _record_seconds(directory, time.monotonic() - started)
+            raise
         make_once(directory / MANIFEST, lambda: _make(stage, recipe, plan, started))
     remove_claims(directory)
     clear_temporaries(directory)
@@ -241,12 +246,14 @@ def seconds_of(directory: Path) -> float:
 
 def _begin(stage: Stage, directory: Path, plan: Plan) -> None:
     """Note what is being made, or check that what was begun here before is the same thing."""
+    if begun_plan(directory) is None:
+        parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
+        private = directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        atomic_write_json(private, {"config": plan.config, "parents": parents_plain})
+        publish(private, directory / PLAN_FILE)  # of two workers that begin, the first
     begun = begun_plan(directory)
     if begun is not None:
         _refuse_change(stage.name, directory, begun.config, begun.parents, plan)
-        return
-    parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
-    atomic_write_json(directory / PLAN_FILE, {"config": plan.config, "parents": parents_plain})
 
 
 def begun_plan(directory: Path) -> Plan | None:

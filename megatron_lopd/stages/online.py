@@ -40,6 +40,11 @@ def check(recipe: Recipe) -> list[str]:
         raise ConfigError(
             f"train.refresh_every={config.refresh_every}: online samples anew at every step: drop that key"
         )
+    if recipe.rollout.engine.name == "vllm":
+        raise ConfigError(
+            "rollout.engine.name=vllm: it takes no new weights, which online hands over at every step: set "
+            "rollout.engine.name=transformers"
+        )
     if recipe.score.engine.name == "megatron":
         raise ConfigError(
             "score.engine.name=megatron: each rank of online has a teacher of its own: set another engine"
