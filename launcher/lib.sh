@@ -86,7 +86,8 @@ finish() {
     if [ -n "$failed" ]; then
         give_up "$stage failed with exit code ${failed%% *}" "${failed%% *}"
     fi
-    if [ -n "$noted" ]; then reason="stopped as asked"; else reason="was killed or crashed (exit code $code)"; fi
+    reason="was killed or crashed (exit code $code)"
+    if [[ $noted == *StopRequested* ]]; then reason="stopped as asked"; fi
     if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
         say "$stage $reason: SLURM is ending this job or queueing it again by itself"
         exit "$code"
