@@ -47,8 +47,10 @@ task() {
         exec python -m megatron_lopd.cli "${arguments[@]}"
     fi
     trap '' USR1
+    # Jobs that share a node differ, and so do attempts: one that finds its port taken is queued again.
+    local port=$((20000 + (SLURM_JOB_ID + 997 * ${SLURM_RESTART_COUNT:-0}) % 10000))
     exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
-        --node-rank="$SLURM_NODEID" --master-addr="$(first_host)" --master-port="$((20000 + SLURM_JOB_ID % 10000))" \
+        --node-rank="$SLURM_NODEID" --master-addr="$(first_host)" --master-port="$port" \
         -m megatron_lopd.cli "${arguments[@]}"
 }
 
