@@ -47,8 +47,10 @@ task() {
         exec python -m megatron_lopd.cli "${arguments[@]}"
     fi
     trap '' USR1
+    # Jobs that share a node differ, and so do attempts: one that finds its port taken is queued again.
+    local port=$((20000 + (SLURM_JOB_ID + 997 * ${SLURM_RESTART_COUNT:-0}) % 10000))
     exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
-        --node-rank="$SLURM_NODEID" --master-addr="$(first_host)" --master-port="$((20000 + SLURM_JOB_ID % 10000))" \
+        --node-rank="$SLURM_NODEID" --master-addr="$(first_host)" --master-port="$port" \
         -m megatron_lopd.cli "${arguments[@]}"
 }
 
@@ -86,7 +88,8 @@ finish() {
     if [ -n "$failed" ]; then
         give_up "$stage failed with exit code ${failed%% *}" "${failed%% *}"
     fi
-    if [ -n "$noted" ]; then reason="stopped as asked"; else reason="was killed or crashed (exit code $code)"; fi
+    reason="was killed or crashed (exit code $code)"
+    if [[ $noted == *StopRequested* ]]; then reason="stopped as asked"; fi
     if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
         say "$stage $reason: SLURM is ending this job or queueing it again by itself"
         exit "$code"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_lopd.config import load_cluster, load_recipe
-from megatron_lopd.errors import LopdError
+from megatron_lopd.errors import ConfigError, LopdError
 
 LIBRARY = Path(__file__).resolve().parent / "lib.sh"
 
@@ -45,6 +45,11 @@ def _submit(options: argparse.Namespace) -> list[str]:
         recipe=Path(os.path.abspath(options.recipe)),
         overrides=options.overrides,
     )
+    if cluster.container and cluster.container.workdir and not os.path.isabs(recipe.run_dir):
+        raise ConfigError(
+            f"container.workdir={cluster.container.workdir} would move run_dir={recipe.run_dir}: give run_dir "
+            "from the root, or leave workdir empty"
+        )
     jobs = jobs_of(recipe, cluster)
     if not jobs:
         return [f"nothing to do: every stage in {submission.run_dir} is committed"]

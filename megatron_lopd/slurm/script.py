@@ -34,7 +34,7 @@ class Submission:
 def render(job: Job, submission: Submission, cluster: Cluster) -> str:
     """The text of the script. It is also what every task runs, with the argument `task`."""
     where = cluster.container.workdir if cluster.container else None
-    arguments = [job.command, str(submission.recipe), *submission.overrides, f"run_dir={submission.run_dir}"]
+    arguments = [job.command, str(submission.recipe), *submission.overrides]
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in _options(job, submission, cluster)),

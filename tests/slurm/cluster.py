@@ -98,10 +98,13 @@ class Slurm:
 
     def stop(self) -> None:
         self.ask("scancel", "--user=root", check=False)
-        for process in reversed(self.processes):
-            process.terminate()
-        for process in self.processes:
-            process.wait(SECONDS)
+        try:  # a daemon that is gone ends no job: its processes would go on
+            self.wait_for("jobs to end", lambda: not self.ask("squeue", "--noheader", check=False))
+        finally:
+            for process in reversed(self.processes):
+                process.terminate()
+            for process in self.processes:
+                process.wait(SECONDS)
 
     def ask(self, *command: str, check: bool = True) -> str:
         """What a SLURM command prints."""

@@ -35,7 +35,8 @@ def prepare(root: Path) -> Path:
     root.mkdir()
     training = {"steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY, "global_batch_size": 8}
     training |= {"micro_batch_tokens": 96, "optimizer": {"lr": 1e-3}}
-    train = training | {"objective": "sampled_reverse_kl"}
+    # a student that drifts is stopped by train.guard
+    train = training | {"objective": "sampled_reverse_kl", "optimizer": {"lr": 1e-4}}
     write_recipe(root, sft=training, train=train, parallel={"processes": 2})
     return root
 
