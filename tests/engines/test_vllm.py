@@ -37,9 +37,7 @@ pytestmark = pytest.mark.timeout(900)  # starting takes a minute on a machine wi
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model")
-    make_model_dir(
-        path, vocab_size=VOCABULARY, initializer_range=0.3, max_position_embeddings=64, head_dim=HEAD
-    )
+    make_model_dir(path, vocab_size=VOCABULARY, max_position_embeddings=64, head_dim=HEAD)
     return str(path)
 
 
