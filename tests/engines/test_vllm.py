@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.config import EngineConfig, Sampling
+from megatron_lopd.data.records import Score
 from megatron_lopd.engines import Completion, GenerateRequest, ScoreRequest, open_engine
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.errors import EngineDied, EngineError
 from tests.model_zoo import make_model_dir
 from tests.pipeline import SMALL, write_recipe
+from tests.smollm2 import TOP_K, assert_agree
 from tests.vllm_python import VLLM_PYTHON
 
 CONFIG = EngineConfig(name="vllm", python=str(VLLM_PYTHON), batch_size=8)
@@ -143,6 +146,14 @@ def test_greedy_is_the_other_engines_and_has_the_log_probs_of_temperature_1(
     for one, other in zip(engine.generate(asked, greedy, END), expected, strict=True):
         np.testing.assert_array_equal(one.response_tokens, other.response_tokens)
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=NATS, rtol=0)
+
+
+def test_a_real_model_is_scored_as_by_transformers(
+    smollm2: Path, smollm2_asked: list[ScoreRequest], smollm2_scores: list[Score]
+) -> None:
+    """SmolLM2-135M on text; test_smollm2.py holds the megatron engine to the same scores."""
+    with closing(open_engine(CONFIG, str(smollm2))) as opened:
+        assert_agree(list(opened.score(smollm2_asked, TOP_K)), smollm2_scores)
 
 
 def test_what_cannot_be_run_is_refused_in_a_line(engine: EngineProcess) -> None:

@@ -16,7 +16,7 @@ from tests.slurm.cluster import Slurm
 
 REPOSITORY = Path(__file__).parents[2]
 STAGES = ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report")
-# A rank of training on each (write_recipe's parallel.processes is to be 2), a worker of rollout and score on each.
+# A rank of training on each (write_recipe's parallel.processes is to be 2), or a worker.
 NODES = {"sft": 2, "rollout": 2, "score": 2, "train": 2}
 SIGNAL_SECONDS = 50  # of a limit of a minute, the shortest there is: the signal comes soon after the start
 MINUTES = 30

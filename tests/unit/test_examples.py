@@ -67,6 +67,14 @@ def test_the_layout_divides_the_published_model(path: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("path", QWEN3, ids=lambda path: path.parent.name)
+def test_engines_take_the_gpus_of_a_node(path: Path) -> None:
+    recipe = load_recipe(str(path), [])
+    for section in (recipe.generate, recipe.rollout, recipe.score, recipe.evaluate):
+        assert section.engine.name == "vllm"
+        assert section.engine.tensor * section.engine.workers == GPUS_A_NODE
+
+
+@pytest.mark.parametrize("path", QWEN3, ids=lambda path: path.parent.name)
 def test_what_is_sampled_fits_what_is_packed(path: Path) -> None:
     recipe = load_recipe(str(path), [])
     assert recipe.sft is not None
