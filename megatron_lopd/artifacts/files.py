@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,8 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
     Raises DataError when the disk is full, leaving nothing behind under either name.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    # A name of its own: two writers of one file may have the same pid, on two machines.
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
@@ -107,6 +109,21 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def publish(private: Path, path: Path) -> bool:
+    """Give a whole file its final name unless that is taken; the private name goes. Whether it got it.
+
+    Not where the private file is gone: whoever took the work over has committed, and cleared up.
+    """
+    try:
+        os.link(private, path)
+    except (FileExistsError, FileNotFoundError):
+        return False
+    finally:
+        private.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return True
 
 
 def atomic_write_json(path: Path, value: Any) -> None:

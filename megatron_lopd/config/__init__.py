@@ -1,17 +1,18 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
+from megatron_lopd.config.agreement import AgreementConfig
+from megatron_lopd.config.cluster import Cluster
 from megatron_lopd.config.engine import EngineConfig
+from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
-from megatron_lopd.config.load import deciding, describe_keys, load_recipe, to_plain
+from megatron_lopd.config.load import deciding, describe_keys, load_cluster, load_recipe, to_plain
 from megatron_lopd.config.parallel import ParallelConfig
+from megatron_lopd.config.prompts import PromptSource, PromptSources
 from megatron_lopd.config.recipe import (
     EvaluateConfig,
     ExportConfig,
-    Fp8Config,
     GenerateConfig,
     OptimizerConfig,
-    PromptSource,
-    PromptSources,
     Recipe,
     RolloutConfig,
     Sampling,
@@ -25,6 +26,8 @@ from megatron_lopd.config.recipe import (
 from megatron_lopd.config.weights import WeightsConfig
 
 __all__ = [
+    "AgreementConfig",
+    "Cluster",
     "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "WeightsConfig",
     "deciding",
     "describe_keys",
+    "load_cluster",
     "load_recipe",
     "to_plain",
 ]

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from megatron_lopd.config.cluster import Cluster
 from megatron_lopd.config.recipe import Recipe
 from megatron_lopd.errors import ConfigError
 
@@ -49,6 +50,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def load_cluster(path: str | Path) -> Cluster:
+    """Read a cluster file. Raises ConfigError as `load_recipe` does."""
+    raw = _unshared(_read_yaml(Path(path), "cluster file"))
+    try:
+        return _build(Cluster, raw, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def to_plain(config: Any) -> Any:
     """A dataclass tree as plain dicts, lists and scalars, in declared order (for YAML and JSON)."""
     return dataclasses.asdict(config)
@@ -69,6 +79,9 @@ def describe_keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, s
     hints = get_type_hints(cls)
     for item in dataclasses.fields(cls):
         inner = _strip_optional(hints[item.name])
+        if get_origin(inner) is dict:
+            yield f"{prefix}{item.name}.<name>", "one section, or several by name", item.metadata["help"]
+            inner = get_args(inner)[1]
         if dataclasses.is_dataclass(inner):
             assert isinstance(inner, type)
             yield from describe_keys(inner, f"{prefix}{item.name}.")
@@ -77,9 +90,9 @@ def describe_keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, s
         yield f"{prefix}{item.name}", f"{_type_name(hints[item.name])}, {default}", item.metadata["help"]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe: give the path of a YAML recipe")
+        raise ConfigError(f"{path}: no such {what}: give the path of a YAML {what}")
     try:
         with path.open(encoding="utf-8") as stream:
             raw = yaml.load(stream, _UniqueKeyLoader)  # a SafeLoader: no objects are built
@@ -88,7 +101,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
+        raise ConfigError(f"{path}: a {what} is a mapping of keys to values, not {type(raw).__name__}")
     return raw
 
 
@@ -159,6 +172,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(inner):
         assert isinstance(inner, type)
         return _build(inner, value, f"{name}.")
+    if get_origin(inner) is dict:
+        return _build_named(get_args(inner)[1], value, name)
     if get_origin(inner) is Literal:
         choices = get_args(inner)
         if value not in choices:
@@ -166,10 +181,21 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             hint_text = f": did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}{hint_text}")
         return value
+    if get_origin(inner) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name}: expected a list, got {value!r}")
+        return tuple(_convert(get_args(inner)[0], item, f"{name}[{n}]") for n, item in enumerate(value))
     converted = _scalar(inner, value)
     if converted is None:
         raise ConfigError(f"{name}: expected {_type_name(hint)}, got {value!r}")
     return converted
+
+
+def _build_named(cls: type[T], value: Any, name: str) -> dict[str, T]:
+    """Sections by name. One section given bare is the only one, under the name of its own key."""
+    if isinstance(value, dict) and all(isinstance(section, dict) for section in value.values()):
+        return {str(each): _build(cls, section, f"{name}.{each}.") for each, section in value.items()}
+    return {name.rpartition(".")[2]: _build(cls, value, f"{name}.")}
 
 
 def _scalar(kind: Any, value: Any) -> Any:

@@ -11,10 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lopd.config.agreement import AgreementConfig
 from megatron_lopd.config.engine import EngineConfig
+from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.keys import key, require
 from megatron_lopd.config.parallel import ParallelConfig
+from megatron_lopd.config.prompts import PromptSources
 from megatron_lopd.config.weights import WeightsConfig
 
 
@@ -30,30 +33,6 @@ class StudentConfig:
         "pretrained: read the weights; random: read config.json alone and draw weights from the seed",
         "pretrained",
     )
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Where prompts come from: a JSONL file, or a built-in task that makes them."""
-
-    path: str | None = key("JSONL file: {prompt | messages, answer?, id?} a line", None)
-    task: str | None = key("built-in task that makes the prompts: arithmetic", None)
-    count: int | None = key("prompts to take (tasks need it; files: the first so many)", None)
-
-    def __post_init__(self) -> None:
-        require(
-            (self.path is None) != (self.task is None),
-            "prompts: give either path (a JSONL file) or task (a built-in task), and not both",
-        )
-        require(self.task is None or self.count is not None, f"prompts: task {self.task} needs count")
-        require(self.count is None or self.count > 0, f"prompts.count must be at least 1, not {self.count}")
-
-
-@dataclass(frozen=True)
-class PromptSources:
-    sft: PromptSource | None = key("prompts the teacher answers for SFT", None)
-    opd: PromptSource | None = key("prompts the student rolls out for OPD", None)
-    eval: PromptSource | None = key("prompts with answers, to evaluate on", None)
 
 
 @dataclass(frozen=True)
@@ -91,36 +70,14 @@ class ScoreConfig:
         "most likely teacher tokens kept at each response position, for the topk objectives; 0 keeps none",
         64,
     )
+    agreement: AgreementConfig | None = key(
+        "a second engine that must agree before the first score is written; empty: none",
+        None,
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         require(self.top_k >= 0, "score.top_k must be at least 0 (0 keeps none)")
-
-
-@dataclass(frozen=True)
-class Fp8Config:
-    """Transformer Engine's FP8 in the linear layers; log-probs and master weights stay fp32."""
-
-    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = key(
-        "how scales are found: from earlier steps, by tensor, by block, or in blocks of 32 (Blackwell)"
-    )
-    format: Literal["e4m3", "hybrid"] | None = key(
-        "hybrid: e4m3 forward, e5m2 backward; empty: hybrid for delayed and tensorwise, e4m3 for the others",
-        None,
-    )
-    bf16_first_last_layers: int = key("layers kept in bf16 at each end (count; not with delayed)", 0)
-
-    def __post_init__(self) -> None:
-        require(self.bf16_first_last_layers >= 0, "fp8.bf16_first_last_layers must be at least 0")
-        require(
-            self.recipe != "delayed" or self.bf16_first_last_layers == 0,
-            f"fp8.bf16_first_last_layers={self.bf16_first_last_layers} does not go with fp8.recipe=delayed: "
-            "set it to 0, or fp8.recipe to tensorwise or blockwise",
-        )
-
-    @property
-    def number_format(self) -> Literal["e4m3", "hybrid"]:
-        """`format`, or Transformer Engine's default for the recipe: small blocks need no wider exponent."""
-        return self.format or ("hybrid" if self.recipe in ("delayed", "tensorwise") else "e4m3")
 
 
 @dataclass(frozen=True)
@@ -237,7 +194,7 @@ class TrainConfig(TrainingConfig):
     preflight_samples: int = key("rollouts re-scored by the trainer before step 1", 64)
     preflight_tolerance: float | None = key(
         "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats; empty: by the "
-        "coarser precision of trainer and sampler, 1e-3 for fp32, 0.02 for bf16, 0.2 for fp8",
+        "coarser precision of trainer and sampler, 1e-3 for fp32, 0.05 for bf16, 0.2 for fp8",
         None,
     )
 
@@ -291,18 +248,28 @@ def _require_refresh(every: int, steps: int | None) -> None:
 @dataclass(frozen=True)
 class ExportConfig:
     max_shard_bytes: int = key("largest safetensors file, bytes", 4_000_000_000)
+    quantization: Literal["none", "fp8"] = key(
+        "fp8: beside the exact model, one in NVIDIA modelopt's FP8 that vLLM loads (export/model-fp8)", "none"
+    )
+    calibration_samples: int = key("rollouts that set the scales of FP8 activations", 256)
 
     def __post_init__(self) -> None:
         require(self.max_shard_bytes >= 1, "export.max_shard_bytes must be at least 1")
+        require(self.calibration_samples >= 1, "export.calibration_samples must be at least 1")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     grader: str = key(
-        "what checks an answer: arithmetic, or arithmetic_dialects, which takes both ways to write it",
+        "what checks an answer: math (math-verify, the last \\boxed{} first), arithmetic, or "
+        "arithmetic_dialects, which takes both ways to write it",
         "arithmetic",
     )
-    sampling: Sampling = key("how the sampled accuracy is drawn", factory=Sampling)
+    teacher: bool = key("grade the teacher too: the score that the student is distilled towards", False)
+    sampling: Sampling = key(
+        "how the sampled accuracy is drawn; samples_per_prompt=n gives avg@n and pass@1, 2, 4, ... n",
+        factory=Sampling,
+    )
     engine: EngineConfig = key("what runs the models", factory=EngineConfig)
 
 
@@ -339,6 +306,13 @@ class Recipe:
         )
         if self.train is not None:
             _check_cache(self.train, self.score, self.rollout.sampling)
+        for section in ("generate", "rollout", "evaluate"):
+            name = getattr(self, section).engine.name
+            require(
+                name != "megatron",
+                f"{section}.engine.name={name} cannot sample, only score: set {section}.engine.name to "
+                "another, and score.engine.name to it",
+            )
         require(
             self.train is None or self.train.refresh_every is None or self.teacher is not None,
             "train.refresh_every needs the teacher, to score the student's new samples: give teacher.model",

@@ -57,7 +57,8 @@ VOICE = (
 )
 # What makes a model directory whole beside its weights; anything else in it (caches, logs,
 # manifests) belongs to that directory alone.
-_CARRIED = ("config.json", *VOICE, "LICENSE*", "NOTICE*")
+COMPANIONS = (*VOICE, "LICENSE*", "NOTICE*")
+_CARRIED = ("config.json", *COMPANIONS)
 
 
 class HFWeights:

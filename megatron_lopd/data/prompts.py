@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from megatron_lopd.artifacts.files import canonical_json
 from megatron_lopd.errors import DataError
 
 Message = Mapping[str, Any]
+
+# What prompt files in the wild call these two.
+PROMPT_FIELDS = ("prompt", "problem", "question", "messages")
+ANSWER_FIELDS = ("answer", "expected_answer")
 
 
 @dataclass(frozen=True)
@@ -70,21 +74,34 @@ def _require_encodable(where: str, row: dict[str, Any]) -> None:
         raise DataError(f"{where}: {half!a} is half a character (a lone surrogate): remove it") from None
 
 
-def read_prompts(path: Path, count: int | None = None) -> list[Prompt]:
-    """Prompts to answer, from lines of {prompt | messages, answer?, id?}; other keys are left alone.
+def read_prompts(
+    path: Path,
+    count: int | None = None,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    suffix: str | None = None,
+) -> list[Prompt]:
+    """Prompts to answer, from the lines of a JSONL file; keys that are not asked for are left alone.
 
-    `count` takes the first so many. An id that is not given is a digest of the messages.
+    The prompt, text or a list of messages, is in `prompt_field`, or in the one of PROMPT_FIELDS that is
+    there; the answer, which may be absent, in `answer_field`, or in the one of ANSWER_FIELDS. `count` takes
+    the first so many. An id that is not given is a digest of the messages as they are in the file: `suffix`,
+    which is put after the last message on a line of its own, does not change it.
 
-    Raises DataError naming file:line for a malformed line, a last message that is already an answer, and a
-    prompt or id met twice; and when there are fewer than `count`.
+    Raises DataError naming file:line for a malformed line, a field that is missing or could be either of two,
+    a last message that is already an answer, and a prompt or id met twice; and when there are fewer than
+    `count`.
     """
     prompts = []
-    for where, prompt in _read(path, count):
-        if prompt.messages[-1]["role"] == "assistant":
+    for where, row, prompt in _read(path, count, prompt_field):
+        *before, last = prompt.messages
+        if last["role"] == "assistant":
             raise DataError(
                 f"{where}: the last message is the assistant's: a prompt must end before the answer"
             )
-        prompts.append(prompt)
+        if suffix is not None:
+            last = {**last, "content": f"{last['content']}\n{suffix}"}
+        prompts.append(Prompt(prompt.id, (*before, last), _answer(where, row, answer_field)))
     return prompts
 
 
@@ -94,47 +111,71 @@ def read_conversations(path: Path) -> list[Prompt]:
     Raises DataError as `read_prompts` does, and for a last message that is not the assistant's.
     """
     conversations = []
-    for where, conversation in _read(path, None):
+    for where, _, conversation in _read(path, None, "messages"):
         if len(conversation.messages) < 2 or conversation.messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: messages must be a question and, last, the assistant's answer to it")
         conversations.append(conversation)
     return conversations
 
 
-def _read(path: Path, count: int | None) -> Iterator[tuple[str, Prompt]]:
-    """("file:line", prompt) with unique ids."""
+def _read(
+    path: Path, count: int | None, prompt_field: str | None
+) -> Iterator[tuple[str, dict[str, Any], Prompt]]:
+    """("file:line", the line's object, its prompt without the answer) with unique ids."""
     lines: dict[str, int] = {}
     for number, row in read_jsonl(path):
         if len(lines) == count:
             return
-        prompt = _parse(f"{path}:{number}", row)
+        where = f"{path}:{number}"
+        prompt = _parse(where, row, prompt_field)
         if prompt.id in lines:
             raise DataError(
-                f"{path}:{number}: repeats line {lines[prompt.id]} (id {prompt.id}): "
+                f"{where}: repeats line {lines[prompt.id]} (id {prompt.id}): "
                 "drop one, or give each an id of its own"
             )
         lines[prompt.id] = number
-        yield f"{path}:{number}", prompt
+        yield where, row, prompt
     if count is not None and len(lines) < count:
         raise DataError(f"{path}: has {len(lines)} prompts, fewer than the {count} asked for: lower count")
 
 
-def _parse(where: str, row: dict[str, Any]) -> Prompt:
-    if ("prompt" in row) == ("messages" in row):
-        raise DataError(f"{where}: must have either prompt or messages, and not both")
-    messages = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages must be a list of {{role, content}}, with at least one")
+def _parse(where: str, row: dict[str, Any], prompt_field: str | None) -> Prompt:
+    field = prompt_field or _known_field(where, row, PROMPT_FIELDS, "prompt_field")
+    if field is None or field not in row:
+        wanted = prompt_field or " or ".join(PROMPT_FIELDS)
+        raise DataError(f"{where}: must have {wanted}: it has {', '.join(map(repr, row)) or 'nothing'}")
+    value = row[field]
+    messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    if not messages:
+        raise DataError(f"{where}: {field} must be text, or a list of {{role, content}} with at least one")
     for message in messages:
         if not (isinstance(message, dict) and all(_is_text(message.get(key)) for key in ("role", "content"))):
-            raise DataError(f"{where}: each message must have a role and a content, both text and not empty")
-    answer = row.get("answer")
-    if answer is not None and not isinstance(answer, str | int | float):
-        raise DataError(f"{where}: answer must be text or a number, not {type(answer).__name__}")
+            raise DataError(
+                f"{where}: {field} must be text, or messages with a role and a content each, both text, "
+                "and none of them empty"
+            )
     given = row.get("id", xxh3_128_hexdigest(canonical_json(messages)))
     if not isinstance(given, str | int) or given == "":
         raise DataError(f"{where}: id must be text or a whole number, and not empty")
-    return Prompt(str(given), tuple(messages), None if answer is None else str(answer))
+    return Prompt(str(given), tuple(messages))
+
+
+def _answer(where: str, row: dict[str, Any], answer_field: str | None) -> str | None:
+    field = answer_field or _known_field(where, row, ANSWER_FIELDS, "answer_field")
+    if answer_field is not None and answer_field not in row:
+        raise DataError(f"{where}: must have {answer_field}, which answer_field names")
+    answer = None if field is None else row[field]
+    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, str | int | float)):
+        raise DataError(f"{where}: {field} must be text or a number, not {type(answer).__name__}")
+    return None if answer is None else str(answer)
+
+
+def _known_field(where: str, row: dict[str, Any], names: Sequence[str], setting: str) -> str | None:
+    """The one of `names` that is in the row, or None. DataError where two are."""
+    present = [name for name in names if name in row]
+    if len(present) > 1:
+        raise DataError(f"{where}: has both {' and '.join(present)}: say which to take with {setting}")
+    return present[0] if present else None
 
 
 def _is_text(value: Any) -> bool:

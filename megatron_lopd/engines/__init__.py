@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.errors import EngineError
 
 __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engine"]
 
 
 def open_engine(config: EngineConfig, model_dir: str) -> Engine:
-    """Load a Hugging Face checkpoint into the engine that `config.name` asks for.
+    """Load a Hugging Face checkpoint into the engine that `config.name` asks for; `close` it when done.
 
-    Raises EngineError when the model does not load.
+    vLLM runs in a process of its own, under the Python of `config.python`. Raises EngineError when the model
+    does not load.
     """
-    # Here, for importing it takes seconds of torch and transformers.
+    if config.name != "vllm":
+        return load_engine(config, model_dir)
+    from megatron_lopd.engines.process import EngineProcess
+
+    process = EngineProcess("vLLM", config, model_dir, torch.get_num_threads())
+    try:
+        process.ready()
+    except EngineError:
+        process.close()
+        raise
+    return process
+
+
+def load_engine(config: EngineConfig, model_dir: str) -> Engine:
+    """`open_engine`, in this process whatever the engine."""
+    # Here, for importing any takes seconds.
+    if config.name == "vllm":
+        from megatron_lopd.engines.vllm import VllmEngine
+
+        return VllmEngine(config, model_dir)
+    if config.name == "megatron":
+        from megatron_lopd.engines.megatron import MegatronEngine
+
+        return MegatronEngine(config, model_dir)
     from megatron_lopd.engines.hf import TransformersEngine
 
     return TransformersEngine(config, model_dir)

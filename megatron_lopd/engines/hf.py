@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -19,14 +18,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score, TopK
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.requests import check_finite, check_scoring, check_tokens, memory_advice, windows
 from megatron_lopd.engines.sampling import BLOCK, draw, uniforms
 from megatron_lopd.errors import EngineError
 
 # Elements of a [tokens, vocabulary] block of logits: 128 MB in fp32, and 220 tokens of a vocabulary of 152 k.
 LOGITS_ELEMENTS = 1 << 25
-
-# Bytes of scores held while they wait for their turn: requests are sorted by length within such a window.
-SCORED_BYTES = 1 << 28
 
 # Finished rows leave the batch once this share of it is still running: leaving costs a copy of the cache.
 COMPACT_BELOW = 0.75
@@ -54,6 +51,7 @@ class TransformersEngine:
         self._head_weight = head.weight.detach().float()  # [V, h]; fp32 weights are shared, not copied
         self._head_bias = None if head.bias is None else head.bias.detach().float()
         self._model_config = model.config
+        self._positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self._check_head(model)
 
     def generate(
@@ -66,7 +64,14 @@ class TransformersEngine:
         logits that are not finite; and when memory runs out.
         """
         for request in requests:
-            self._check_request(request.sample_id, request.prompt_tokens, sampling.max_new_tokens)
+            check_tokens(
+                request.sample_id,
+                request.prompt_tokens,
+                sampling.max_new_tokens,
+                len(self._head_weight),
+                self._positions,
+                self._model_dir,
+            )
         for start in range(0, len(requests), self._config.batch_size):
             with self._memory_advice("lower engine.batch_size or sampling.max_new_tokens"):
                 batch = requests[start : start + self._config.batch_size]
@@ -75,19 +80,12 @@ class TransformersEngine:
 
     def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
         """Scores of given responses, run together by length, the longest first. Raises as `generate`."""
-        vocabulary = len(self._head_weight)
-        if top_k > vocabulary - 2:
-            raise EngineError(
-                f"score.top_k={top_k} leaves none of the {vocabulary} tokens of {self._model_dir} over "
-                f"beside the response token: lower it to at most {vocabulary - 2}"
-            )
-        for request in requests:
-            if not len(request.response_tokens):
-                raise EngineError(f"sample {request.sample_id}: the response to score is empty")
-            tokens = np.concatenate([request.prompt_tokens, request.response_tokens])
-            self._check_request(request.sample_id, tokens, 0)
-        windows = _windows(requests, top_k, self._config.batch_size)
-        return (score for window in windows for score in self._score_window(window, top_k))
+        check_scoring(requests, top_k, len(self._head_weight), self._positions, self._model_dir)
+        return (
+            score
+            for window in windows(requests, top_k, self._config.batch_size)
+            for score in self._score_window(window, top_k)
+        )
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -112,6 +110,9 @@ class TransformersEngine:
             self._head_weight.copy_(self._head.weight)
             if self._head_bias is not None:
                 self._head_bias.copy_(self._head.bias)
+
+    def close(self) -> None:
+        """Nothing runs elsewhere; its memory goes with the last reference to it."""
 
     def _score_window(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
         lengths = [len(request.prompt_tokens) + len(request.response_tokens) for request in requests]
@@ -191,7 +192,7 @@ class TransformersEngine:
         for request, part in zip(requests, zip(*parts, strict=True), strict=True):
             log_probs, *likeliest = (each.cpu().numpy() for each in part)
             for values in (log_probs, *likeliest[1:]):
-                self._check_finite(request.sample_id, values)
+                check_finite(request.sample_id, values, self._model_dir, self._config.dtype)
             scores.append(Score(request.sample_id, log_probs, TopK(*likeliest) if top_k else None))
         return scores
 
@@ -267,7 +268,7 @@ class TransformersEngine:
         for row, request in enumerate(requests):
             length = int(lengths[row])
             kept = all_log_probs[row, :length].copy()
-            self._check_finite(request.sample_id, kept)
+            check_finite(request.sample_id, kept, self._model_dir, self._config.dtype)
             completions.append(
                 Completion(
                     sample_id=request.sample_id,
@@ -292,57 +293,9 @@ class TransformersEngine:
                 f"layer (by up to {float(error):.3g}), which the transformers engine does not do"
             )
 
-    def _check_request(self, sample_id: str, tokens: NDArray[np.int32], new_tokens: int) -> None:
-        if not len(tokens):
-            raise EngineError(f"sample {sample_id}: the prompt is empty")
-        vocabulary = len(self._head_weight)
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
-            outside = int(tokens.max() if tokens.max() >= vocabulary else tokens.min())
-            raise EngineError(
-                f"sample {sample_id}: token {outside} is outside the vocabulary of {vocabulary} of "
-                f"{self._model_dir}: was it made with another tokenizer?"
-            )
-        positions = getattr(self._model_config, "max_position_embeddings", None)
-        if positions is not None and len(tokens) + new_tokens > positions:
-            raise EngineError(
-                f"sample {sample_id}: {len(tokens)} tokens and {new_tokens} new ones do not fit the "
-                f"{positions} positions of {self._model_dir}: shorten it or lower sampling.max_new_tokens"
-            )
-
-    def _check_finite(self, sample_id: str, log_probs: NDArray[np.float32]) -> None:
-        if not np.isfinite(log_probs).all():
-            raise EngineError(
-                f"sample {sample_id}: {self._model_dir} gives log-probs that are not finite in "
-                f"{self._config.dtype}: are its weights damaged? engine.dtype=fp32 rules out overflow"
-            )
-
-    @contextmanager
-    def _memory_advice(self, advice: str) -> Iterator[None]:
-        """Turn running out of memory, on either device, into one line that says what to lower."""
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not is_memory and "can't allocate memory" not in str(error):  # what torch's CPU allocator says
-                raise
-            raise EngineError(
-                f"{self._model_dir}: out of memory on {self._device} "
-                f"(engine.batch_size={self._config.batch_size}): {advice}"
-            ) from error
-
-
-def _windows(
-    requests: Sequence[ScoreRequest], top_k: int, batch_size: int
-) -> Iterator[Sequence[ScoreRequest]]:
-    """Consecutive requests whose scores take about SCORED_BYTES; whole batches, so at least one."""
-    begin, held = 0, 0
-    for index, request in enumerate(requests):
-        held += len(request.response_tokens) * (4 if top_k == 0 else 8 + 8 * top_k)
-        if held >= SCORED_BYTES and (index + 1 - begin) % batch_size == 0:
-            yield requests[begin : index + 1]
-            begin, held = index + 1, 0
-    if begin < len(requests):
-        yield requests[begin:]
+    def _memory_advice(self, advice: str) -> AbstractContextManager[None]:
+        setting = f"engine.batch_size={self._config.batch_size}"
+        return memory_advice(self._model_dir, self._device, setting, advice)
 
 
 def _load_model(config: EngineConfig, model_dir: str) -> Any:

@@ -11,14 +11,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from megatron_lopd.config import EngineConfig
+from torch import Tensor
+
+from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score
-from megatron_lopd.engines.protocol import ScoreRequest
+from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
 from megatron_lopd.errors import EngineDied, EngineError
 
 # A process whose pipe has closed is as good as gone: how long its exit code may take to appear.
@@ -37,18 +41,28 @@ class EngineProcess:
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_lopd.engines.process", str(theirs.fileno())],
+                [
+                    config.python or sys.executable,
+                    "-m",
+                    "megatron_lopd.engines.process",
+                    str(theirs.fileno()),
+                ],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path()},
                 stdin=subprocess.DEVNULL,
             )
         self.pid = self._process.pid
+        self._latest: _Results | None = None
         self._send((config, model_dir))
 
     def __enter__(self) -> EngineProcess:
         return self
 
     def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
         self._process.kill()
         self._process.wait()
         self._pipe.close()
@@ -58,10 +72,29 @@ class EngineProcess:
         self._receive()
 
     def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
-        """As `Engine.score`, all at once. Raises EngineDied too, when a signal killed the process."""
-        self._send((list(requests), top_k))
-        scores: list[Score] = self._receive()
-        return iter(scores)
+        """As `Engine.score`. Raises EngineDied too, when a signal killed the process."""
+        return self._ask("score", list(requests), top_k)
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Iterator[Completion]:
+        """As `Engine.generate`. Raises as `score`."""
+        return self._ask("generate", list(requests), sampling, end_tokens)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Refused: no weights go over the pipe."""
+        raise EngineError(
+            f"{self._name} runs in another process and cannot take new weights: set engine.name=transformers"
+        )
+
+    def _ask(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """What `method` over there yields, one at a time. The first error it has is raised at once."""
+        if self._latest is not None:
+            self._latest.read_all()  # else its answers would be taken for this request's
+        self._send((method, arguments))
+        self._receive()
+        self._latest = _Results(self._receive)
+        return self._latest
 
     def _send(self, message: Any) -> None:
         try:
@@ -89,22 +122,63 @@ class EngineProcess:
         )
 
 
+class _Results(Iterator[Any]):
+    """The answers to one request, up to the None that ends them."""
+
+    def __init__(self, receive: Callable[[], Any]) -> None:
+        self._receive = receive
+        self._read: deque[Any] = deque()
+        self._ended = False
+
+    def __next__(self) -> Any:
+        if not self._read and not self._ended:
+            self._read_one()
+        if not self._read:
+            raise StopIteration
+        return self._read.popleft()
+
+    def read_all(self) -> None:
+        """Keep what is still to come, so that the pipe is free."""
+        while not self._ended:
+            self._read_one()
+
+    def _read_one(self) -> None:
+        self._ended = True  # an error ends them too
+        result = self._receive()
+        if result is not None:
+            self._ended = False
+            self._read.append(result)
+
+
+def _python_path() -> str:
+    """This package first, for a Python that it is not installed in."""
+    package = str(Path(__file__).parents[2])
+    return os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def serve(pipe: Connection) -> None:
-    """Load the engine that is asked for, then answer requests to score until the pipe closes."""
-    from megatron_lopd.engines import open_engine
+    """Load the engine that is asked for, then answer what is asked of it until the pipe closes.
+
+    An answer is None once the requests are looked at, the results one by one, and None; or an EngineError.
+    """
+    from megatron_lopd.engines import load_engine
 
     try:
         config, model_dir = pipe.recv()
         try:
-            engine = open_engine(config, model_dir)
+            engine = load_engine(config, model_dir)
             pipe.send(None)
         except EngineError as error:
             pipe.send(error)
             return
         while True:
-            requests, top_k = pipe.recv()
+            method, arguments = pipe.recv()
             try:
-                pipe.send(list(engine.score(requests, top_k)))
+                results = getattr(engine, method)(*arguments)
+                pipe.send(None)
+                for result in results:
+                    pipe.send(result)
+                pipe.send(None)
             except EngineError as error:
                 pipe.send(error)
     except (EOFError, ConnectionError):

@@ -66,3 +66,7 @@ class Engine(Protocol):
         another shape; the model is then of no use until another call succeeds.
         """
         ...
+
+    def close(self) -> None:
+        """End what it has running beyond this process, and give back its memory; it is then of no use."""
+        ...

@@ -201,9 +201,24 @@ def _detach_from_model(sharded: dict[str, Any]) -> None:
 
 
 def _saved(value: Any) -> bytes:
+    """The one pickle of a value: equal strings and tuples in it become one object.
+
+    A pickle tells of two equal values whether they are one object, which after a resume they may not be.
+    """
     stream = BytesIO()
-    torch.save(value, stream)
+    torch.save(_with_one_of_each(value, {}), stream)
     return stream.getvalue()
+
+
+def _with_one_of_each(value: Any, known: dict[Any, Any]) -> Any:
+    if isinstance(value, dict):
+        return {_with_one_of_each(k, known): _with_one_of_each(v, known) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_one_of_each(each, known) for each in value]
+    if type(value) is tuple:
+        whole = tuple(_with_one_of_each(each, known) for each in value)
+        return known.setdefault(repr(whole), whole)  # by its text, for which 1 and 1.0 are not the same
+    return known.setdefault(value, value) if isinstance(value, str) else value
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce
 
 from megatron_lopd.mcore.compat import matmul_fp32
 
@@ -78,6 +78,60 @@ def vocab_parallel_log_probs(
         hidden, weight, ids, vocab
     )
     return ResponseLogProbs(log_probs[:, 0], log_sum_exp, entropy, log_probs[:, 1:], tail)
+
+
+@torch.no_grad()
+def vocab_parallel_top_k(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    vocab_size: int,
+    group: ProcessGroup | None = None,
+    chunk_elements: int | None = None,
+) -> Tensor:
+    """Ids of each row's `k` largest logits, the largest first: int64 [R, k], the same on every rank.
+
+    Arguments as of `vocab_parallel_log_probs`; `k` at most `vocab_size`.
+    """
+    elements = chunk_elements or CHUNK_ELEMENTS[hidden.device.type]
+    vocab = _Slice.of(weight, vocab_size, group, 1.0, max(1, elements // max(1, len(hidden))))
+    ids = torch.empty((len(hidden), 0), dtype=torch.int64, device=hidden.device)
+    likeliest = _Likeliest.of(ids.to(torch.promote_types(hidden.dtype, torch.float32)), ids, k)
+    for block in vocab.blocks(hidden, weight, ids):
+        columns = torch.arange(block.logits.shape[1], device=ids.device) + (vocab.start + block.rows.start)
+        likeliest = likeliest.merge(_Likeliest.of(block.logits, columns.expand_as(block.logits), k), k)
+    if group is not None and group.size() > 1:
+        likeliest = likeliest.gather(k, group)
+    return likeliest.ids
+
+
+@dataclass(frozen=True)
+class _Likeliest:
+    """The largest of some of each row's logits, at most k, the largest first: `values`, `ids` [R, any]."""
+
+    values: Tensor
+    ids: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, ids: Tensor, k: int) -> _Likeliest:
+        top = values.topk(min(k, values.shape[1]), dim=1)
+        return cls(top.values, ids.gather(1, top.indices))
+
+    def merge(self, other: _Likeliest, k: int) -> _Likeliest:
+        return self.of(torch.cat([self.values, other.values], 1), torch.cat([self.ids, other.ids], 1), k)
+
+    def gather(self, k: int, group: ProcessGroup) -> _Likeliest:
+        """Of all ranks' slices, of which the last can hold fewer than k tokens."""
+        missing = k - self.values.shape[1]
+        parts: list[Tensor] = []
+        for own, filler in ((self.values, -torch.inf), (self.ids, 0)):
+            padded = torch.nn.functional.pad(own, (0, missing), value=filler).contiguous()
+            ranks = [torch.empty_like(padded) for _ in range(group.size())]
+            all_gather(ranks, padded, group=group)
+            parts.append(torch.cat(ranks, dim=1))
+        values, ids = parts
+        return self.of(values, ids, k)
 
 
 @dataclass(frozen=True)

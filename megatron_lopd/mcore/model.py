@@ -21,7 +21,7 @@ from megatron_lopd.mcore.attention import PackedDocuments
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
-from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs
+from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs, vocab_parallel_top_k
 from megatron_lopd.mcore.precision import check_precision, fp8_options
 from megatron_lopd.mcore.spec import decoder_spec
 
@@ -216,13 +216,7 @@ def response_log_probs(
     position whose hidden state predicts each token, and the token. top_k_ids: int64 [R, k], any device, more
     tokens to take log-probs of. All tensor parallel ranks must call.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
-    index = predict_index.to(hidden.device, non_blocking=True)
-    if model.config.sequence_parallel:
-        # The backward of this gather sums what each rank's slice of the vocabulary contributes.
-        chosen = gather_from_sequence_parallel_region(hidden, group=group).squeeze(1).index_select(0, index)
-    else:
-        chosen = copy_to_tensor_model_parallel_region(hidden.squeeze(1).index_select(0, index), group=group)
+    chosen = _predicting_states(model, hidden, predict_index)
     return vocab_parallel_log_probs(
         chosen,
         model.output_weight(),
@@ -230,5 +224,37 @@ def response_log_probs(
         None if top_k_ids is None else top_k_ids.to(hidden.device, non_blocking=True),
         vocab_size=model.arch.vocab_size,
         temperature=temperature,
-        group=group,
+        group=parallel_state.get_tensor_model_parallel_group(),
     )
+
+
+@torch.no_grad()
+def response_top_k(
+    model: PackedGPTModel, hidden: torch.Tensor, predict_index: torch.Tensor, k: int
+) -> torch.Tensor:
+    """The `k` likeliest tokens at each response token's place, likeliest first: int64 [R, k]; k may be 0.
+
+    Arguments as of `response_log_probs`.
+    """
+    return vocab_parallel_top_k(
+        _predicting_states(model, hidden, predict_index),
+        model.output_weight(),
+        k,
+        vocab_size=model.arch.vocab_size,
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def _predicting_states(
+    model: PackedGPTModel, hidden: torch.Tensor, predict_index: torch.Tensor
+) -> torch.Tensor:
+    """The hidden states that predict a response token, on every tensor parallel rank: [R, h]."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    index = predict_index.to(hidden.device, non_blocking=True)
+    if model.config.sequence_parallel:
+        # The backward of this gather sums what each rank's slice of the vocabulary contributes.
+        whole: torch.Tensor = gather_from_sequence_parallel_region(hidden, group=group)
+        return whole.squeeze(1).index_select(0, index)
+    own = hidden.squeeze(1).index_select(0, index)
+    chosen: torch.Tensor = copy_to_tensor_model_parallel_region(own, group=group)
+    return chosen

@@ -62,7 +62,7 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses.
-    store = PrefixStore(f"lopd{next(_entries)}", _store(rank, world_size))
+    store = PrefixStore(f"lopd{next(_entries)}", world_store())
     torch.distributed.init_process_group(compat.backend(), store=store, rank=rank, world_size=world_size)
     chunks = parallel.virtual_pipeline
     try:
@@ -88,6 +88,11 @@ def _check_world(parallel: ParallelConfig, world_size: int) -> None:
             f"parallel: {parallel.product} needs a multiple of {needed} processes, not {world_size}: start "
             f"{needed} (torchrun --nproc-per-node {needed}, or parallel.processes={needed}) or lower a size"
         )
+
+
+def world_store() -> Store:
+    """The store over which the ranks found each other; it outlives every `model_parallel`."""
+    return _store(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 @functools.cache

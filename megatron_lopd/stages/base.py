@@ -11,15 +11,17 @@ import fcntl
 import os
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import megatron_lopd
-from megatron_lopd.artifacts.files import atomic_write_json, read_json
+from megatron_lopd.artifacts.claims import make_once, remove_claims
+from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, atomic_write_json, publish, read_json
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import (
     MANIFEST,
@@ -34,6 +36,7 @@ from megatron_lopd.artifacts.manifest import (
 )
 from megatron_lopd.config import Recipe
 from megatron_lopd.errors import ConfigError, DataError, LineageError, LopdError, StopRequested
+from megatron_lopd.training.preemption import stopping_at_once
 
 PLAN_FILE = "plan.json"
 TIMING_FILE = "timing.json"
@@ -65,10 +68,13 @@ class Output:
 class Stage:
     """A step from committed artifacts to a committed artifact. `name` is also its directory.
 
-    `check(recipe)` returns what would be done, a line each. `distributed` stages are entered by every
-    rank of a training job; rank 0 alone plans, proves and commits, and `run` in the others is given
-    `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
+    `check(recipe)` returns what would be done, a line each. `processes(recipe)` is how many ranks
+    `lopd run` starts for it. Every rank enters; rank 0 alone plans, proves and commits, and `run` in the
+    others is given `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
     `complete(recipe, plan)` adds what a stage was made from that came only while it was at work.
+    A stage with `share` may be made by several processes at once: `share(recipe, plan, directory)` returns
+    once all that they make together is there, and `run` then makes the rest in one of them; `workers(recipe)`
+    is how many processes share it on this machine.
     """
 
     name: str
@@ -76,9 +82,11 @@ class Stage:
     check: Callable[[Recipe], list[str]]
     plan: Callable[[Recipe], Plan]
     run: Callable[[Recipe, Plan, Path], Output]
-    distributed: bool = False
+    processes: Callable[[Recipe], int] = lambda recipe: 1
     needed: Callable[[Recipe], bool] = lambda recipe: True
     complete: Callable[[Recipe, Plan], Plan] = lambda recipe, plan: plan
+    share: Callable[[Recipe, Plan, Path], None] | None = None
+    workers: Callable[[Recipe], int] = lambda recipe: 1
 
 
 def directory_of(recipe: Recipe, stage: str) -> Path:
@@ -106,28 +114,56 @@ def execute(stage: Stage, recipe: Recipe) -> bool:
         check_unchanged(stage, recipe)
         return False
     plan = stage.plan(recipe)
+    if stage.share is not None:
+        _execute_shared(stage, stage.share, recipe, plan)
+        return True
     with _sole_worker(directory):
+        clear_temporaries(directory)
         _begin(stage, directory, plan)
         _verify_parents(recipe, plan)
-        started = time.monotonic()
+        _make(stage, recipe, plan, time.monotonic())
+    return True
+
+
+def _make(stage: Stage, recipe: Recipe, plan: Plan, started: float) -> None:
+    """Run the stage and commit what it made. `started`: when this process began with it."""
+    directory = directory_of(recipe, stage.name)
+    try:
+        output = stage.run(recipe, plan, directory)
+    except StopRequested:
+        _record_seconds(directory, time.monotonic() - started)
+        raise
+    _record_seconds(directory, time.monotonic() - started)
+    plan = stage.complete(recipe, plan)
+    commit(
+        directory,
+        stage.kind,
+        files=output.files,
+        config=plan.config,
+        counts=output.counts,
+        versions=base_versions() | output.versions,
+        parents=plan.parents,
+        lineage=plan.lineage,
+    )
+
+
+def _execute_shared(
+    stage: Stage, share: Callable[[Recipe, Plan, Path], None], recipe: Recipe, plan: Plan
+) -> None:
+    """As one worker of however many there are: return once the stage is committed, by whichever of them."""
+    directory, started = directory_of(recipe, stage.name), time.monotonic()
+    with stopping_at_once(f"{stage.name}: stopped on request: the shards that were whole are kept"):
+        _open_lock(directory).close()
+        _begin(stage, directory, plan)
+        _verify_parents(recipe, plan)
         try:
-            output = stage.run(recipe, plan, directory)
+            share(recipe, plan, directory)
         except StopRequested:
             _record_seconds(directory, time.monotonic() - started)
             raise
-        _record_seconds(directory, time.monotonic() - started)
-        plan = stage.complete(recipe, plan)
-        commit(
-            directory,
-            stage.kind,
-            files=output.files,
-            config=plan.config,
-            counts=output.counts,
-            versions=base_versions() | output.versions,
-            parents=plan.parents,
-            lineage=plan.lineage,
-        )
-    return True
+        make_once(directory / MANIFEST, lambda: _make(stage, recipe, plan, started))
+    remove_claims(directory)
+    clear_temporaries(directory)
 
 
 def _verify_parents(recipe: Recipe, plan: Plan) -> None:
@@ -141,17 +177,21 @@ def _verify_parents(recipe: Recipe, plan: Plan) -> None:
 @contextmanager
 def _sole_worker(directory: Path) -> Iterator[None]:
     """Hold the stage's directory against a second run of it. The lock goes with the process."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / LOCK_FILE).open("w")
-    except OSError as error:
-        raise ConfigError(f"run_dir: {directory} cannot be written: {error.strerror}") from None
-    with lock as stream:
+    with _open_lock(directory) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LopdError(f"{directory}: another lopd is at work here: wait for it, or end it") from None
         yield
+
+
+def _open_lock(directory: Path) -> IO[str]:
+    """The stage's lock file, its directory made if need be. ConfigError where that cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return (directory / LOCK_FILE).open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {directory} cannot be written: {error.strerror}") from None
 
 
 def unchanged_manifest(recipe: Recipe, stage: str, kind: str | None = None) -> Manifest:
@@ -206,13 +246,14 @@ def seconds_of(directory: Path) -> float:
 
 def _begin(stage: Stage, directory: Path, plan: Plan) -> None:
     """Note what is being made, or check that what was begun here before is the same thing."""
-    clear_temporaries(directory)
+    if begun_plan(directory) is None:
+        parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
+        private = directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        atomic_write_json(private, {"config": plan.config, "parents": parents_plain})
+        publish(private, directory / PLAN_FILE)  # of two workers that begin, the first
     begun = begun_plan(directory)
     if begun is not None:
         _refuse_change(stage.name, directory, begun.config, begun.parents, plan)
-        return
-    parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
-    atomic_write_json(directory / PLAN_FILE, {"config": plan.config, "parents": parents_plain})
 
 
 def begun_plan(directory: Path) -> Plan | None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_lopd.config import Fp8Config, ParallelConfig, Recipe
+from megatron_lopd.config import EngineConfig, Fp8Config, ParallelConfig, Recipe
+from megatron_lopd.engines.library import library_versions, require_library, vllm_version
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.capabilities import FP8_RECIPES, Capabilities, capabilities
@@ -44,7 +45,8 @@ def _machine(recipe: Recipe | None) -> Iterator[tuple[str, str]]:
     if not torch.cuda.is_available():
         yield "GPU", "none: everything runs on the CPU"
     yield "versions", ", ".join(f"{name} {text}" for name, text in base_versions().items())
-    yield "vLLM", "installed" if find_spec("vllm") else "absent"
+    yield "vLLM", vllm_version("") or "absent from this Python"
+    yield "modelopt", "installed" if find_spec("modelopt") else "absent: no export.quantization=fp8"
 
 
 def choices(machine: Capabilities) -> Iterator[tuple[str, str]]:
@@ -106,6 +108,9 @@ def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
         yield "pipeline", f"{parallel.virtual_pipeline} interleaved parts on each rank"
     if parallel.expert > 1 or parallel.expert_tensor is not None:
         yield "expert layout", f"expert {parallel.expert} x tensor {parallel.expert_tensor_size}"
+    engines = ("generate", recipe.generate), ("rollout", recipe.rollout), ("score", recipe.score)
+    for section, settings in (*engines, ("evaluate", recipe.evaluate)):
+        yield f"{section} engine", _engine(settings.engine, section)
     yield "recompute", parallel.recompute
     for name, config in (("sft", recipe.sft), ("train", recipe.train)):
         if config is not None:
@@ -114,6 +119,15 @@ def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
                 f"{name} checkpoints",
                 f"every {every} steps, in the background, the newest {keep} kept",
             )
+
+
+def _engine(engine: EngineConfig, section: str) -> str:
+    """What would run a stage's model. ConfigError when it is not installed."""
+    require_library(engine, section)
+    versions = "".join(f" {version}" for version in library_versions(engine).values())
+    place = f" of {engine.python}" if engine.python else ""
+    shared = f", {engine.workers} workers on each machine" if engine.workers > 1 else ""
+    return f"{engine.name}{versions}{place}, {engine.dtype}{shared}"
 
 
 def _precision(precision: str, fp8: Fp8Config | None) -> str:

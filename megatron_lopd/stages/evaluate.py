@@ -1,7 +1,8 @@
-"""7. evaluate: how good the student's answers are before and after OPD, and the teacher's."""
+"""7. evaluate: how good the student's answers are before and after OPD, and the teacher's, on each set."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,61 +11,95 @@ from megatron_lopd.artifacts.files import atomic_write_json
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.stages.grading import grade_model, share_right
+from megatron_lopd.stages.grading import answering, check_sets, grade_answers, share_right
 from megatron_lopd.stages.sampling import count_rollouts
-from megatron_lopd.tasks.prompts import grader
+from megatron_lopd.stages.sharing import Work, make_parts
+from megatron_lopd.tasks.graders import Grader, open_grader
 
 RESULTS = "results.json"
 
 
 def check(recipe: Recipe) -> list[str]:
-    prompts = inputs.prompts_of(recipe, "eval")[0]
-    grader(recipe.evaluate.grader)
-    return [f"grade {', '.join(_models(recipe))} on {len(prompts)} prompts, sampled and greedy"]
+    require_library(recipe.evaluate.engine, "evaluate")
+    models, k = ", ".join(_models(recipe)), recipe.evaluate.sampling.samples_per_prompt
+    return [
+        f"grade {models} on {len(prompts)} prompts of {name}, {k} sampled and 1 greedy each"
+        for name, prompts in check_sets(recipe).items()
+    ]
 
 
 def plan(recipe: Recipe) -> Plan:
-    parents = {"prompts": inputs.prompts_of(recipe, "eval")[1]}
+    parents = {_role(name): parent for name, (_, parent) in inputs.evaluation_sets(recipe).items()}
     for name, directory in _models(recipe).items():
-        parents[name] = inputs.parent_of_model(directory)
+        is_teacher = name == "teacher"
+        parents[name] = (
+            inputs.teacher_parent(recipe, "evaluate") if is_teacher else inputs.parent_of_model(directory)
+        )
     stage = parent_manifest(recipe, "train" if recipe.train is not None else "sft")
     return Plan(deciding(recipe.evaluate) | {"seed": recipe.seed}, parents, stage.lineage)
 
 
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    prompts = inputs.prompts_of(recipe, "eval")[0]
-    accuracy: dict[str, dict[str, Any]] = {}
-    tokens = 0
+def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
+    settings, seed = recipe.evaluate, recipe.seed
+    works: list[Work] = []
     for model, model_dir in _models(recipe).items():
-        grades = grade_model(model_dir, prompts, recipe.evaluate, recipe.seed, directory / model, model)
-        accuracy[model] = asdict(grades)
-        tokens += sum(count_rollouts(directory / model / mode)["tokens"] for mode in ("sampled", "greedy"))
-    results = {
-        "accuracy": accuracy,
-        "grader": recipe.evaluate.grader,
-        "teacher_answers": _teacher_answers(recipe),
-    }
+        for name, (prompts, _) in inputs.evaluation_sets(recipe).items():
+            label = f"{model} on {name}"
+            works += answering(model_dir, prompts, settings, seed, directory / model / name, label)
+    make_parts(works)
+
+
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    accuracy: dict[str, dict[str, Any]] = {}
+    counts: Counter[str] = Counter()
+    with open_grader(recipe.evaluate.grader) as grader:
+        for name, (prompts, _) in inputs.evaluation_sets(recipe).items():
+            counts["prompts"] += len(prompts)
+            accuracy[name] = {}
+            for model, model_dir in _models(recipe).items():
+                place = directory / model / name
+                grades = grade_answers(place, model_dir, prompts, recipe.evaluate, grader)
+                print(f"lopd: {model} on {name}: {grades}", flush=True)
+                accuracy[name][model] = asdict(grades)
+                counts["ungraded"] += grades.ungraded
+                for mode in ("sampled", "greedy"):
+                    counts["tokens"] += count_rollouts(place / mode)["tokens"]
+        answers = _teacher_answers(recipe, grader)
+    results = {"accuracy": accuracy, "grader": recipe.evaluate.grader, "teacher_answers": answers}
     atomic_write_json(directory / RESULTS, results)
     files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.arrow"))
-    return Output([*files, RESULTS], {"prompts": len(prompts), "tokens": tokens})
+    return Output([*files, RESULTS], dict(counts), library_versions(recipe.evaluate.engine))
+
+
+def _role(name: str) -> str:
+    """What a set is called among the parents: only the one that has no name of its own is just prompts."""
+    return "prompts" if name == inputs.ONLY_SET else f"prompts {name}"
 
 
 def _models(recipe: Recipe) -> dict[str, Path]:
     models = {"sft": inputs.reference_directory(recipe)}
     if recipe.train is not None:
         models["lightning_opd"] = directory_of(recipe, "export") / "model"
+    if recipe.evaluate.teacher:
+        models["teacher"] = inputs.teacher_directory(recipe)
     return models
 
 
-def _teacher_answers(recipe: Recipe) -> dict[str, Any] | None:
-    """How often the teacher's answers that SFT learned from are right; None unless generate ran."""
+def _teacher_answers(recipe: Recipe, grader: Grader) -> dict[str, Any] | None:
+    """How often the teacher's answers that SFT learned from are right; None unless generate ran.
+
+    None too where the SFT prompts come without answers to grade by.
+    """
     directory = directory_of(recipe, "generate")
     if recipe.prompts.sft is None or not (directory / "manifest.json").is_file():
         return None
     prompts, _ = inputs.prompts_of(recipe, "sft")
-    share = share_right(directory, directory / "tokenizer", prompts, recipe.evaluate)
+    if any(prompt.answer is None for prompt in prompts):
+        return None
+    share = share_right(directory, directory / "tokenizer", prompts, recipe.evaluate, grader)
     return {"sampled": share, "n": len(open_shards(ROLLOUTS, directory))}
 
 
@@ -75,4 +110,6 @@ STAGE = Stage(
     plan,
     run,
     needed=lambda recipe: recipe.prompts.eval is not None and recipe.sft is not None,
+    share=share,
+    workers=lambda recipe: recipe.evaluate.engine.workers,
 )

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from megatron_lopd.artifacts.lineage import artifact_parent
+from megatron_lopd.artifacts.lineage import ModelLineage, artifact_parent
 from megatron_lopd.config import Recipe, deciding
+from megatron_lopd.convert.quantize import quantize_fp8, require_modelopt
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.stages.students import lineage_of, write_student
+from megatron_lopd.stages.students import lineage_of, seal_model, write_student
+
+EXACT, QUANTIZED = "model", "model-fp8"
 
 
 def check(recipe: Recipe) -> list[str]:
-    return [f"write the trained student to {directory_of(recipe, 'export') / 'model'}"]
+    directory = directory_of(recipe, "export")
+    lines = [f"write the trained student to {directory / EXACT}"]
+    if recipe.export.quantization == "fp8":
+        require_modelopt()
+        samples = recipe.export.calibration_samples
+        lines.append(f"and in FP8, calibrated on {samples} rollouts, to {directory / QUANTIZED}")
+    return lines
 
 
 def plan(recipe: Recipe) -> Plan:
     train = parent_manifest(recipe, "train")
-    return Plan(deciding(recipe.export), {"train": artifact_parent("train", train)}, train.lineage)
+    parents = {"train": artifact_parent("train", train)}
+    if recipe.export.quantization == "fp8":  # calibration reads them again
+        parents["rollout"] = artifact_parent("rollout", parent_manifest(recipe, "rollout"))
+    return Plan(deciding(recipe.export), parents, train.lineage)
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
@@ -30,8 +43,21 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     }
     lineage = lineage_of("train", plan.lineage, ancestors["score"].parents["teacher"], ancestors)
     reference = inputs.reference_directory(recipe)
-    files = write_student(checkpoint, reference, directory / "model", recipe.export, lineage)
-    return Output([f"model/{name}" for name in files], {"files": len(files)})
+    exact = write_student(checkpoint, reference, directory / EXACT, recipe.export, lineage)
+    files = [f"{EXACT}/{name}" for name in exact]
+    if recipe.export.quantization == "fp8":
+        files += [f"{QUANTIZED}/{name}" for name in _write_quantized(recipe, directory, lineage)]
+    return Output(files, {"files": len(files)})
+
+
+def _write_quantized(recipe: Recipe, directory: Path, lineage: ModelLineage) -> list[str]:
+    """The exact model in FP8 beside it, with the same lineage but its own fingerprint; returns its files."""
+    out_dir = directory / QUANTIZED
+    if out_dir.exists():  # a killed attempt's
+        shutil.rmtree(out_dir)
+    samples = recipe.export.calibration_samples
+    quantize_fp8(directory / EXACT, out_dir, directory_of(recipe, "rollout"), samples)
+    return seal_model(out_dir, lineage)
 
 
 STAGE = Stage("export", "model", check, plan, run, needed=lambda recipe: recipe.train is not None)

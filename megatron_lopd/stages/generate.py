@@ -7,12 +7,15 @@ from pathlib import Path
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
+from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage
-from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, write_rollouts
+from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, rollout_work, shards_in
+from megatron_lopd.stages.sharing import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:
+    require_library(recipe.generate.engine, "generate")
     prompts = inputs.prompts_of(recipe, "sft")[0]
     per_prompt = recipe.generate.sampling.samples_per_prompt
     teacher = inputs.teacher_directory(recipe)
@@ -32,7 +35,7 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
     settings, teacher = recipe.generate, inputs.teacher_directory(recipe)
     job = SamplingJob(
         model_dir=teacher,
@@ -44,9 +47,13 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         stream="generate",
         label="generate",
     )
-    files = write_rollouts(job, directory)
-    voice = copy_files(teacher, directory / "tokenizer", VOICE)
-    return Output([*files, *(f"tokenizer/{name}" for name in voice)], count_rollouts(directory))
+    make_parts([rollout_work(job, directory)])
+
+
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    voice = copy_files(inputs.teacher_directory(recipe), directory / "tokenizer", VOICE)
+    files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
+    return Output(files, count_rollouts(directory), library_versions(recipe.generate.engine))
 
 
 STAGE = Stage(
@@ -58,4 +65,6 @@ STAGE = Stage(
     needed=lambda recipe: (
         recipe.sft is not None and recipe.sft.data is None and recipe.sft.checkpoint is None
     ),
+    share=share,
+    workers=lambda recipe: recipe.generate.engine.workers,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +27,11 @@ from megatron_lopd.artifacts.manifest import (
     load_manifest,
 )
 from megatron_lopd.config import (
+    EngineConfig,
     PromptSource,
     Recipe,
     Sampling,
+    ScoreConfig,
     SftConfig,
     StudentConfig,
     TrainConfig,
@@ -46,6 +49,7 @@ PROMPT_USES = {
     "opd": "the prompts that the student rolls out",
     "eval": "prompts with answers to evaluate on",
 }
+ONLY_SET = "eval"  # the key of the recipe that it stands under
 SAME_TEACHER = "the teacher that scores is the teacher that answered"
 SAME_STUDENT = "the student that sampled is the student being trained"
 SAME_TOKENS = "teacher and student share one tokenizer and one chat template"
@@ -74,6 +78,21 @@ def check_top_k(recipe: Recipe) -> None:
             f"score.top_k={top_k} leaves none of the teacher's vocab_size={vocabulary} tokens over "
             f"beside the response token: lower it to at most {vocabulary - 2}"
         )
+
+
+def scoring_of(recipe: Recipe) -> ScoreConfig:
+    """The score section; what its engines leave empty of `parallel` is the recipe's."""
+
+    def split(engine: EngineConfig) -> EngineConfig:
+        is_split = engine.name == "megatron" and engine.parallel is None
+        return replace(engine, parallel=recipe.parallel) if is_split else engine
+
+    agreement = recipe.score.agreement
+    return replace(
+        recipe.score,
+        engine=split(recipe.score.engine),
+        agreement=agreement and replace(agreement, engine=split(agreement.engine)),
+    )
 
 
 def base_student(recipe: Recipe) -> StudentConfig:
@@ -244,13 +263,24 @@ def check_model(directory: Path) -> None:
     read_architecture(directory)
 
 
-def prompts_of(recipe: Recipe, use: Literal["sft", "opd", "eval"]) -> tuple[list[Prompt], Parent]:
+def prompts_of(recipe: Recipe, use: Literal["sft", "opd"]) -> tuple[list[Prompt], Parent]:
     """The prompts for one use, and what a manifest says of them. ConfigError when the recipe has none."""
     source: PromptSource | None = getattr(recipe.prompts, use)
     if source is None:
         raise ConfigError(f"missing section prompts.{use}: {PROMPT_USES[use]}")
     prompts = load_prompts(source, use, recipe.seed)
     return prompts, prompts_parent(source, prompts)
+
+
+def evaluation_sets(recipe: Recipe) -> dict[str, tuple[list[Prompt], Parent]]:
+    """As `prompts_of`, of each set to evaluate on, by name; one that has none is called ONLY_SET."""
+    if recipe.prompts.eval is None:
+        raise ConfigError(f"missing section prompts.eval: {PROMPT_USES['eval']}")
+    sets = {}
+    for name, source in recipe.prompts.eval.items():
+        prompts = load_prompts(source, "eval", recipe.seed)
+        sets[name] = (prompts, prompts_parent(source, prompts))
+    return sets
 
 
 def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig | None) -> int:

@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine, as torchrun would start them.
+"""Several processes of one command on this machine: ranks, as torchrun would start them, or workers.
 
 torchrun turns every failure into exit code 1 and gives a stopping worker half a minute before it
 kills it; here a rank's exit code is the command's, and a stop signal waits for the checkpoint.
@@ -13,14 +13,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
+import torch
+
+from megatron_lopd.errors import ConfigError
 from megatron_lopd.training.preemption import STOP_SIGNALS
 
 # Once one rank has failed the others wait for it in a collective: how long they get to notice.
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
+WORKER = "LOPD_WORKER"  # in the environment of a worker: its number on this machine
 
 
 def launch(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
@@ -32,9 +36,40 @@ def launch(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
     rank that signal n killed.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "megatron_lopd.cli", *arguments]
     environments = [_environment(rank, processes, port) for rank in range(processes)]
-    ranks = [subprocess.Popen(command, env=each, preexec_fn=_die_with_parent) for each in environments]
+    return _run(arguments, environments, all_or_none=True)
+
+
+def launch_workers(arguments: Sequence[str], workers: int) -> int:
+    """Run `python -m megatron_lopd.cli *arguments` in `workers` processes, each with its share of the GPUs.
+
+    They know of each other by the stage's directory alone: when one ends the others go on. Returns 0 when one
+    of them ended so, else the first exit code. Raises ConfigError when the GPUs do not divide.
+    """
+    gpus = _visible_gpus()
+    if gpus and len(gpus) % workers:
+        raise ConfigError(
+            f"engine.workers={workers} does not divide this machine's {len(gpus)} GPUs: set it to a number "
+            "that does, or CUDA_VISIBLE_DEVICES to the GPUs to use"
+        )
+    share = len(gpus) // workers
+    environments = []
+    for number in range(workers):
+        mine = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[number * share : (number + 1) * share])} if gpus else {}
+        environments.append(_cores(workers) | os.environ | mine | {WORKER: str(number)})
+    return _run(arguments, environments, all_or_none=False)[0]
+
+
+def is_worker() -> bool:
+    """Whether this process is one that `launch_workers` started."""
+    return WORKER in os.environ
+
+
+def _run(
+    arguments: Sequence[str], environments: Sequence[Mapping[str, str]], *, all_or_none: bool
+) -> tuple[int, bool]:
+    command = [sys.executable, "-m", "megatron_lopd.cli", *arguments]
+    ranks = [subprocess.Popen(command, env=dict(each), preexec_fn=_die_with_parent) for each in environments]
 
     asked: list[int] = []
 
@@ -45,7 +80,7 @@ def launch(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        code = _wait(ranks)
+        code = _wait(ranks) if all_or_none else _wait_for_one(ranks)
         return code, bool(asked)
     finally:
         for number, handler in before.items():
@@ -67,6 +102,20 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(POLL_SECONDS)
 
 
+def _wait_for_one(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+    codes = [worker.wait() for worker in workers]
+    failed = 0 if 0 in codes else codes[0]
+    return failed if failed >= 0 else 128 - failed
+
+
+def _visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or all there are."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [each for each in named.split(",") if each]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def _die_with_parent() -> None:
     """A kill -9 of the launcher must not leave ranks behind that go on writing. Linux's prctl(2)."""
     pr_set_pdeathsig = 1
@@ -74,9 +123,8 @@ def _die_with_parent() -> None:
 
 
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    cores = max(1, (os.cpu_count() or 1) // processes)
     return (
-        {"OMP_NUM_THREADS": str(cores)}
+        _cores(processes)
         | os.environ
         | {
             "RANK": str(rank),
@@ -86,6 +134,10 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
             "MASTER_PORT": str(port),
         }
     )
+
+
+def _cores(processes: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
 
 
 def _free_port() -> int:

@@ -15,20 +15,19 @@ from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, is_main_rank, parent_manifest
-from megatron_lopd.stages.grading import grade_model
+from megatron_lopd.stages.grading import check_sets, grade_model
 from megatron_lopd.stages.sampling import encode_prompts, sample_seed
 from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
-    identity_of,
     lineage_of,
-    preflight_of,
+    opd_job,
     train_to_checkpoint,
     training_settings,
     write_student,
 )
+from megatron_lopd.tasks.graders import open_grader
 from megatron_lopd.training.live import LiveData, Question
-from megatron_lopd.training.loop import TrainingJob
 
 RESULTS = "results.json"
 
@@ -41,6 +40,15 @@ def check(recipe: Recipe) -> list[str]:
         raise ConfigError(
             f"train.refresh_every={config.refresh_every}: online samples anew at every step: drop that key"
         )
+    if recipe.rollout.engine.name == "vllm":
+        raise ConfigError(
+            "rollout.engine.name=vllm: it takes no new weights, which online hands over at every step: set "
+            "rollout.engine.name=transformers"
+        )
+    if recipe.score.engine.name == "megatron":
+        raise ConfigError(
+            "score.engine.name=megatron: each rank of online has a teacher of its own: set another engine"
+        )
     prompts, teacher = inputs.prompts_of(recipe, "opd")[0], inputs.teacher_directory(recipe)
     inputs.check_model(teacher)
     inputs.check_top_k(recipe)
@@ -52,6 +60,8 @@ def check(recipe: Recipe) -> list[str]:
         check_trainable(student, recipe)
     require_fp8(recipe.fp8, capabilities())
     check_budget(recipe, config)
+    if recipe.prompts.eval is not None:
+        check_sets(recipe)
     chat = Chat(str(student), recipe.rollout.engine.trust_remote_code)
     encode_prompts(prompts, chat, inputs.longest_prompt(student, sampling, config))
     length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
@@ -86,22 +96,8 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    config, reference = inputs.train_config(recipe), inputs.reference_directory(recipe)
-    job = TrainingJob(
-        name="online",
-        identity=identity_of(plan),
-        lineage=plan.lineage,
-        config=config,
-        objective=config.objective,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        fp8=recipe.fp8,
-        seed=recipe.seed,
-        model_dir=reference,
-        data=_live_data(recipe, reference),
-        work_dir=directory,
-        preflight=preflight_of(recipe, config),
-    )
+    reference = inputs.reference_directory(recipe)
+    job = opd_job(recipe, plan, reference, _live_data(recipe, reference), directory)
     checkpoint, counts = train_to_checkpoint(job)
     counts["teacher_tokens"] = counts["tokens"]  # it reads every sample whole, once
     if not is_main_rank():
@@ -117,12 +113,14 @@ def _graded(recipe: Recipe, model: Path, directory: Path) -> list[str]:
     """Grade the student as `evaluate` grades the others, where the recipe has prompts for it: the files."""
     if recipe.prompts.eval is None:
         return []
-    prompts = inputs.prompts_of(recipe, "eval")[0]
-    grades = grade_model(model, prompts, recipe.evaluate, recipe.seed, directory / "graded", "online")
-    atomic_write_json(directory / RESULTS, {"accuracy": {"online_opd": asdict(grades)}})
-    print(
-        f"lopd: online: {100 * grades.sampled:.1f} % sampled, {100 * grades.greedy:.1f} % greedy", flush=True
-    )
+    accuracy = {}
+    with open_grader(recipe.evaluate.grader) as grader:
+        for name, (prompts, _) in inputs.evaluation_sets(recipe).items():
+            place, label = directory / "graded" / name, f"online on {name}"
+            grades = grade_model(model, prompts, recipe.evaluate, recipe.seed, place, label, grader)
+            accuracy[name] = {"online_opd": asdict(grades)}
+            print(f"lopd: {label}: {grades}", flush=True)
+    atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
     shards = (directory / "graded").rglob("*.arrow")
     return [RESULTS, *sorted(str(path.relative_to(directory)) for path in shards)]
 
@@ -132,9 +130,13 @@ def headline(recipe: Recipe) -> str:
     directory = directory_of(recipe, "online")
     if not (directory / RESULTS).is_file():
         return f"online: {directory / 'model'} (no prompts.eval to grade it on)"
-    row = read_json(directory / RESULTS)["accuracy"]["online_opd"]
-    shares = f"{100 * row['sampled']:.1f} % sampled, {100 * row['greedy']:.1f} % greedy"
-    return f"online: {shares}: {directory / 'model'}"
+    accuracy = read_json(directory / RESULTS)["accuracy"]
+    rows = {name: models["online_opd"] for name, models in accuracy.items()}
+    shares = [
+        f"{name} {100 * row['sampled']:.1f} % sampled, {100 * row['greedy']:.1f} % greedy"
+        for name, row in rows.items()
+    ]
+    return f"online: {'; '.join(shares)}: {directory / 'model'}"
 
 
 def _live_data(recipe: Recipe, student: Path) -> LiveData:
@@ -163,5 +165,11 @@ def _live_data(recipe: Recipe, student: Path) -> LiveData:
 
 
 STAGE = Stage(
-    "online", "model", check, plan, run, distributed=True, needed=lambda recipe: recipe.train is not None
+    "online",
+    "model",
+    check,
+    plan,
+    run,
+    processes=lambda recipe: recipe.parallel.processes,
+    needed=lambda recipe: recipe.train is not None,
 )

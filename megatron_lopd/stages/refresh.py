@@ -8,7 +8,6 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.artifacts.manifest import Parent, is_committed
 from megatron_lopd.config import Recipe, deciding
-from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
@@ -25,10 +24,13 @@ from megatron_lopd.stages.rounds import (
 from megatron_lopd.stages.sampling import (
     SamplingJob,
     count_rollouts,
+    rollout_work,
     sample_name,
-    write_rollouts,
-    write_scores,
+    score_output,
+    score_work,
+    shards_in,
 )
+from megatron_lopd.stages.sharing import make_parts
 from megatron_lopd.stages.students import lineage_of, write_student
 
 
@@ -50,8 +52,8 @@ def stages_of(each: Round) -> tuple[Stage, ...]:
     """The three stages that make a round's artifacts, in order."""
     return (
         _stage(each, "student", "model", _plan_student, _run_student),
-        _stage(each, "rollout", "rollouts", _plan_rollout, _run_rollout),
-        _stage(each, "score", "scores", _plan_score, _run_score),
+        _stage(each, "rollout", "rollouts", _plan_rollout, _run_rollout, _share_rollout),
+        _stage(each, "score", "scores", _plan_score, _run_score, _share_score),
     )
 
 
@@ -61,6 +63,7 @@ def _stage(
     kind: str,
     plan: Callable[[Recipe, Round], Plan],
     run: Callable[[Recipe, Round, Plan, Path], Output],
+    share: Callable[[Recipe, Round, Path], None] | None = None,
 ) -> Stage:
     return Stage(
         each.stage(part),
@@ -68,6 +71,7 @@ def _stage(
         check,
         lambda recipe: plan(recipe, each),
         lambda recipe, made, directory: run(recipe, each, made, directory),
+        share=share and (lambda recipe, made, directory: share(recipe, each, directory)),
     )
 
 
@@ -108,7 +112,7 @@ def _plan_rollout(recipe: Recipe, each: Round) -> Plan:
     )
 
 
-def _run_rollout(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
+def _share_rollout(recipe: Recipe, each: Round, directory: Path) -> None:
     """What will not be trained is not sampled: the responses that this round's steps visit, and no others."""
     settings, model = recipe.rollout, directory_of(recipe, each.stage("student")) / "model"
     prompts, per_prompt = inputs.prompts_of(recipe, "opd")[0], settings.sampling.samples_per_prompt
@@ -131,7 +135,11 @@ def _run_rollout(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Ou
         label=each.stage("rollout"),
         only=frozenset(sample_name(prompts[prompt], index) for prompt, index in wanted),
     )
-    return Output(write_rollouts(job, directory), count_rollouts(directory))
+    make_parts([rollout_work(job, directory)])
+
+
+def _run_rollout(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
+    return Output(shards_in(directory), count_rollouts(directory))
 
 
 def _plan_score(recipe: Recipe, each: Round) -> Plan:
@@ -149,11 +157,13 @@ def _plan_score(recipe: Recipe, each: Round) -> Plan:
     )
 
 
+def _share_score(recipe: Recipe, each: Round, directory: Path) -> None:
+    stage, teacher = each.stage("rollout"), inputs.teacher_directory(recipe)
+    files = list(parent_manifest(recipe, stage).files)
+    scoring = inputs.scoring_of(recipe)
+    make_parts([score_work(teacher, scoring, directory_of(recipe, stage), files, directory)])
+
+
 def _run_score(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
-    rollout = parent_manifest(recipe, each.stage("rollout"))
-    rollout_dir = directory_of(recipe, each.stage("rollout"))
-    files = write_scores(
-        inputs.teacher_directory(recipe), recipe.score, rollout_dir, list(rollout.files), directory
-    )
-    TrainingData(rollout_dir, directory)  # every rollout has its score, of the right length
-    return Output(files, {name: rollout.counts[name] for name in ("samples", "response_tokens", "tokens")})
+    stage = each.stage("rollout")
+    return score_output(parent_manifest(recipe, stage), directory_of(recipe, stage), directory)

@@ -7,12 +7,15 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.chat import Chat
+from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, parent_manifest
-from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, write_rollouts
+from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, rollout_work, shards_in
+from megatron_lopd.stages.sharing import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:
+    require_library(recipe.rollout.engine, "rollout")
     prompts, sampling = inputs.prompts_of(recipe, "opd")[0], recipe.rollout.sampling
     student = inputs.reference_directory(recipe)
     if not student.exists():  # sft has not run: it will speak like the teacher, and be shaped like the base
@@ -41,7 +44,7 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
     settings, student = recipe.rollout, inputs.reference_directory(recipe)
     job = SamplingJob(
         model_dir=student,
@@ -53,7 +56,20 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         stream="rollout",
         label="rollout",
     )
-    return Output(write_rollouts(job, directory), count_rollouts(directory))
+    make_parts([rollout_work(job, directory)])
 
 
-STAGE = Stage("rollout", "rollouts", check, plan, run, needed=lambda recipe: recipe.train is not None)
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    return Output(shards_in(directory), count_rollouts(directory), library_versions(recipe.rollout.engine))
+
+
+STAGE = Stage(
+    "rollout",
+    "rollouts",
+    check,
+    plan,
+    run,
+    needed=lambda recipe: recipe.train is not None,
+    share=share,
+    workers=lambda recipe: recipe.rollout.engine.workers,
+)

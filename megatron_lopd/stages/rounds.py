@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_lopd.artifacts.files import atomic_write_json, read_json
@@ -27,6 +26,7 @@ from megatron_lopd.config import Recipe
 from megatron_lopd.data.dataset import TrainingData, open_shards
 from megatron_lopd.data.plan import BatchPlan, PlanPart
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.engines.library import require_library
 from megatron_lopd.errors import ConfigError, DataError, LineageError
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Plan, begun_plan, directory_of, parent_manifest, unchanged_manifest
@@ -153,12 +153,14 @@ def require_engines(recipe: Recipe) -> None:
             "anew: restore it, or leave train.refresh_every empty to train from the cached scores alone"
         )
     inputs.check_model(teacher)
+    split = inputs.scoring_of(recipe).engine.parallel
+    if split is not None and split.ranks_multiple > 1:
+        raise ConfigError(
+            f"train.refresh_every scores in one process, and score.engine.parallel makes it "
+            f"{split.ranks_multiple} ({split.product}): set its sizes to 1, or score.engine.name to another"
+        )
     for section, engine in (("rollout", recipe.rollout.engine), ("score", recipe.score.engine)):
-        if find_spec(engine.name) is None:
-            raise ConfigError(
-                f"train.refresh_every needs {section}.engine.name={engine.name}, which is not installed: "
-                "install it, name another engine, or leave train.refresh_every empty"
-            )
+        require_library(engine, section)
 
 
 def prove_student(recipe: Recipe, each: Round, identity: str) -> tuple[Manifest, Parent]:

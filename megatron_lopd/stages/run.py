@@ -32,7 +32,7 @@ from megatron_lopd.stages.base import (
     execute,
     is_main_rank,
 )
-from megatron_lopd.stages.launch import launch
+from megatron_lopd.stages.launch import is_worker, launch, launch_workers
 from megatron_lopd.stages.rounds import Round, due_round, missing_round
 
 STAGES: tuple[Stage, ...] = (
@@ -75,8 +75,11 @@ def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
         if stage in waiting:
             _say(f"[{number}/{len(needed)}] {stage.name}: {'; '.join(stage.check(recipe))}")
         started = time.monotonic()
-        if stage in waiting and stage.distributed and recipe.parallel.processes > 1:
+        if stage in waiting and stage.processes(recipe) > 1:
             _refreshing(stage, recipe, partial(_launch, stage, recipe, recipe_path, overrides))
+            done += 1
+        elif stage in waiting and _is_divided(stage, recipe):
+            _launch_workers(stage, recipe, recipe_path, overrides)
             done += 1
         elif _refreshing(stage, recipe, partial(execute, stage, recipe)):
             done += 1
@@ -96,7 +99,7 @@ def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str
     if is_main_rank():
         check_run_dir(recipe)
         stage.check(recipe)
-    if stage in ALONE and recipe.parallel.processes > 1 and "RANK" not in os.environ:
+    if stage in ALONE and stage.processes(recipe) > 1 and "RANK" not in os.environ:
         stage.plan(recipe)
         _launch(stage, recipe, recipe_path, overrides)
         return
@@ -104,7 +107,9 @@ def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str
         for earlier in _before(stage, recipe):
             check_unchanged(earlier, recipe)
     started = time.monotonic()
-    if execute(stage, recipe):
+    if not is_committed(directory_of(recipe, name)) and _is_divided(stage, recipe):
+        _launch_workers(stage, recipe, recipe_path, overrides)
+    elif execute(stage, recipe):
         _say(f"{name}: done in {time.monotonic() - started:.1f} s: {directory_of(recipe, name)}")
     else:
         _say(f"{name}: nothing to do: {directory_of(recipe, name)} is committed and unchanged")
@@ -170,7 +175,7 @@ def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
 
 def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> bool:
     """Run a stage in as many processes as the recipe says. They have printed what went wrong, if anything."""
-    code, asked_to_stop = launch([stage.name, recipe_path, *overrides], recipe.parallel.processes)
+    code, asked_to_stop = launch([stage.name, recipe_path, *overrides], stage.processes(recipe))
     if (
         code == RefreshDue.exit_code
         and not asked_to_stop
@@ -181,6 +186,18 @@ def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[
     if code:
         raise _error_of(code)(f"{stage.name} ended with exit code {code}: its own message is above")
     return True
+
+
+def _is_divided(stage: Stage, recipe: Recipe) -> bool:
+    """Whether this process starts workers for a stage, rather than doing it."""
+    return stage.share is not None and stage.workers(recipe) > 1 and not is_worker()
+
+
+def _launch_workers(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
+    stage.plan(recipe)  # what cannot be is said once
+    code = launch_workers([stage.name, recipe_path, *overrides], stage.workers(recipe))
+    if code:
+        raise _error_of(code)(f"{stage.name}'s workers ended with exit code {code}: their messages are above")
 
 
 def _error_of(exit_code: int) -> type[LopdError]:

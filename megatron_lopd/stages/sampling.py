@@ -1,33 +1,30 @@
 """Sampling and scoring shard by shard: what generate, rollout, score and evaluate have in common.
 
-A shard is committed when it is whole; a killed process loses at most the shard it was in, and since
-every sample has its own seed and its place in a shard is fixed, the finished files are the same bytes.
+Every sample has its own seed and its place in a shard is fixed: whoever makes a shard, and however many had
+begun it before, the finished files are the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lopd.artifacts.manifest import Manifest
 from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.dataset import open_shards, shard_name
+from megatron_lopd.data.dataset import TrainingData, open_shards, shard_name
 from megatron_lopd.data.prompts import Prompt
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import ShardReader, write_shard
-from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
-from megatron_lopd.training.progress import ProgressDisplay
-
-R = TypeVar("R", Rollout, Score)
+from megatron_lopd.stages.base import Output
+from megatron_lopd.stages.sharing import Count, Part, Work
 
 
 @dataclass(frozen=True)
@@ -61,47 +58,55 @@ def sample_name(prompt: Prompt, index: int) -> str:
     return f"{prompt.id}/{index}"
 
 
-def write_rollouts(job: SamplingJob, directory: Path) -> list[str]:
-    """Sample every response of `job` into shards in `directory`; those already there are kept.
-
-    Returns the shards' names. Raises DataError for a prompt that cannot be encoded, EngineError for
-    a model the engine cannot run.
-    """
+def rollout_work(job: SamplingJob, directory: Path) -> Work:
+    """Every response of `job`, as shards in `directory`. DataError for a prompt that cannot be encoded."""
     chat = Chat(str(job.model_dir), job.engine.trust_remote_code)
-    requests = _requests(job, chat)
-    chunks = list(_chunks(requests, job.engine.shard_samples))
-    names = [shard_name(ROLLOUTS, number) for number in range(len(chunks))]
-    missing = [number for number, name in enumerate(names) if not (directory / name).is_file()]
-    if missing:
-        engine = open_engine(job.engine, str(job.model_dir))
-        progress = _Progress(job.label, len(requests), sum(len(chunks[number]) for number in missing))
-        for number in missing:
-            records = _sample(engine, chunks[number], job.sampling, chat.end_tokens)
-            write_shard(directory / names[number], ROLLOUTS, progress.count(records))
-        progress.close()
-    return names
+    chunks = _chunks(_requests(job, chat), job.engine.shard_samples)
+
+    def part(number: int, requests: Sequence[GenerateRequest]) -> Part:
+        def write(engine: Engine, path: Path, count: Count[Rollout]) -> None:
+            write_shard(path, ROLLOUTS, count(_sample(engine, requests, job.sampling, chat.end_tokens)))
+
+        return Part(directory / shard_name(ROLLOUTS, number), len(requests), write)
+
+    parts = [part(number, requests) for number, requests in enumerate(chunks)]
+    return Work(job.label, job.engine, job.model_dir, parts)
 
 
-def write_scores(
+def score_work(
     model_dir: Path, config: ScoreConfig, rollout_dir: Path, rollout_files: Sequence[str], directory: Path
-) -> list[str]:
-    """Score every rollout shard into a score shard of the same number; those already there are kept."""
+) -> Work:
+    """A score of every rollout, in a shard in `directory` for each shard of rollouts, of the same number."""
     kind = scores_kind(config.top_k)
-    rollout_names = sorted(name for name in rollout_files if name.endswith(".arrow"))
-    names = [shard_name(kind, number) for number in range(len(rollout_names))]
-    missing = [number for number, name in enumerate(names) if not (directory / name).is_file()]
-    if missing:
-        engine = open_engine(config.engine, str(model_dir))
-        readers = {number: ShardReader(ROLLOUTS, [rollout_dir / rollout_names[number]]) for number in missing}
-        total = sum(len(reader) for reader in readers.values())
-        progress = _Progress("score", total, total)
-        for number in missing:
-            requests = [
-                ScoreRequest(r.sample_id, r.prompt_tokens, r.response_tokens) for r in readers[number]
-            ]
-            write_shard(directory / names[number], kind, progress.count(engine.score(requests, config.top_k)))
-        progress.close()
-    return names
+
+    def part(number: int, rollouts: Path) -> Part:
+        reader = ShardReader(ROLLOUTS, [rollouts])
+
+        def write(engine: Engine, path: Path, count: Count[Score]) -> None:
+            write_shard(path, kind, count(engine.score(score_requests(reader), config.top_k)))
+
+        return Part(directory / shard_name(kind, number), len(reader), write)
+
+    names = sorted(name for name in rollout_files if name.endswith(".arrow"))
+    parts = [part(number, rollout_dir / name) for number, name in enumerate(names)]
+    return Work("score", config.engine, model_dir, parts)
+
+
+def score_output(rollout: Manifest, rollout_dir: Path, directory: Path) -> Output:
+    """What a score stage commits. DataError unless every rollout has its score, of the right length."""
+    TrainingData(rollout_dir, directory)
+    counts = {name: rollout.counts[name] for name in ("samples", "response_tokens", "tokens")}
+    return Output(shards_in(directory), counts)
+
+
+def shards_in(directory: Path) -> list[str]:
+    """The names of the shards in a directory, in order."""
+    return sorted(path.name for path in directory.glob("*.arrow"))
+
+
+def score_requests(rollouts: Iterable[Rollout]) -> list[ScoreRequest]:
+    """What is asked of an engine that scores them."""
+    return [ScoreRequest(each.sample_id, each.prompt_tokens, each.response_tokens) for each in rollouts]
 
 
 def count_rollouts(directory: Path) -> dict[str, int]:
@@ -115,28 +120,6 @@ def count_rollouts(directory: Path) -> dict[str, int]:
         "tokens": int(prompt.sum() + response.sum()),
         "cut_at_horizon": sum(record.finish_reason == "length" for record in reader),
     }
-
-
-class _Progress:
-    """Counts records as they pass into a shard."""
-
-    def __init__(self, label: str, total: int, missing: int) -> None:
-        self._done = total - missing
-        self._tokens = 0
-        self._began = time.monotonic()
-        self._display = ProgressDisplay(label, "sample")
-        self._display.begin(self._done, total)
-
-    def count(self, records: Iterable[R]) -> Iterator[R]:
-        for record in records:
-            self._done += 1
-            self._tokens += 0 if record.log_probs is None else len(record.log_probs)
-            rate = self._tokens / (time.monotonic() - self._began)
-            self._display.update(self._done, f"{rate:,.0f} tokens/s")
-            yield record
-
-    def close(self) -> None:
-        self._display.close()
 
 
 def encode_prompts(prompts: Sequence[Prompt], chat: Chat, max_tokens: int) -> list[NDArray[np.int32]]:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
-from megatron_lopd.config import Recipe, deciding
-from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.config import EngineConfig, Recipe, ScoreConfig, deciding
+from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.stages.sampling import write_scores
+from megatron_lopd.stages.agreement import AGREEMENT_FILE, check_agreement, check_engine
+from megatron_lopd.stages.base import OTHER_RANK, Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.stages.sampling import score_output, score_work
+from megatron_lopd.stages.sharing import make_parts
+from megatron_lopd.stages.students import identity_of
 
 
 def check(recipe: Recipe) -> list[str]:
-    teacher, top_k = inputs.teacher_directory(recipe), recipe.score.top_k
+    require_library(recipe.score.engine, "score")
+    if recipe.score.agreement is not None:
+        require_library(recipe.score.agreement.engine, "score.agreement")
+    teacher, top_k, scoring = inputs.teacher_directory(recipe), recipe.score.top_k, inputs.scoring_of(recipe)
     if teacher.exists():  # once it has scored, it may be gone
         inputs.check_top_k(recipe)
+        for engine in _engines(scoring):
+            check_engine(engine, teacher)
     kept = f", and its {top_k} likeliest tokens at each are kept" if top_k else ""
-    return [f"{teacher} scores every rollout token, once{kept}"]
+    lines = [f"{teacher} scores every rollout token, once{kept}"]
+    if scoring.agreement is not None:
+        lines.append(
+            f"{scoring.engine.name} and {scoring.agreement.engine.name} must agree on "
+            f"{scoring.agreement.samples} rollouts first"
+        )
+    return lines
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -35,14 +50,62 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
+def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
+    scoring = inputs.scoring_of(recipe)
+    if not _has_ranks(scoring):
+        _share(recipe, scoring, plan, directory)
+        return
+    from megatron_lopd.engines.megatron import leading  # takes seconds, and no other engine needs it
+
+    with leading():
+        _share(recipe, scoring, plan, directory)
+
+
+def _share(recipe: Recipe, scoring: ScoreConfig, plan: Plan, directory: Path) -> None:
+    files = list(parent_manifest(recipe, "rollout").files)
+    teacher, rollouts = inputs.teacher_directory(recipe), directory_of(recipe, "rollout")
+    if scoring.agreement is not None:
+        check_agreement(scoring, scoring.agreement, teacher, rollouts, directory, identity_of(plan))
+    make_parts([score_work(teacher, scoring, rollouts, files, directory)])
+
+
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    rollout = parent_manifest(recipe, "rollout")
-    rollout_dir = directory_of(recipe, "rollout")
-    files = write_scores(
-        inputs.teacher_directory(recipe), recipe.score, rollout_dir, list(rollout.files), directory
+    scoring = inputs.scoring_of(recipe)
+    if plan is OTHER_RANK:
+        if _has_ranks(scoring):
+            from megatron_lopd.engines.megatron import serve
+
+            serve()
+        return Output([], {})
+    output = score_output(parent_manifest(recipe, "rollout"), directory_of(recipe, "rollout"), directory)
+    gate = [AGREEMENT_FILE] if scoring.agreement is not None else []
+    return replace(output, files=[*output.files, *gate], versions=library_versions(scoring.engine))
+
+
+def _has_ranks(scoring: ScoreConfig) -> bool:
+    """Whether an engine is made of ranks that rank 0 leads; of any other, the other ranks have no part."""
+    return any(engine.name == "megatron" for engine in _engines(scoring))
+
+
+def _engines(scoring: ScoreConfig) -> list[EngineConfig]:
+    return [scoring.engine, *([scoring.agreement.engine] if scoring.agreement else [])]
+
+
+def _processes(recipe: Recipe) -> int:
+    """As many as the larger of its engines wants."""
+    return max(
+        each.parallel.processes if each.parallel else 1 for each in _engines(inputs.scoring_of(recipe))
     )
-    TrainingData(rollout_dir, directory)  # every rollout has its score, of the right length
-    return Output(files, {name: rollout.counts[name] for name in ("samples", "response_tokens", "tokens")})
 
 
-STAGE = Stage("score", "scores", check, plan, run, needed=lambda recipe: recipe.train is not None)
+STAGE = Stage(
+    "score",
+    "scores",
+    check,
+    plan,
+    run,
+    processes=_processes,
+    needed=lambda recipe: recipe.train is not None,
+    share=share,
+    workers=lambda recipe: recipe.score.engine.workers,
+)

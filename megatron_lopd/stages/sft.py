@@ -141,5 +141,11 @@ def _plan_elsewhere(recipe: Recipe, config: SftConfig) -> Plan:
 
 
 STAGE = Stage(
-    "sft", "model", check, plan, run, distributed=True, needed=lambda recipe: recipe.sft is not None
+    "sft",
+    "model",
+    check,
+    plan,
+    run,
+    processes=lambda recipe: recipe.parallel.processes,
+    needed=lambda recipe: recipe.sft is not None,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
 from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig, deciding
 from megatron_lopd.convert.offline import megatron_to_hf
+from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore.architecture import check_layout, read_architecture
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.stages.base import Plan
+from megatron_lopd.stages.inputs import train_config
 from megatron_lopd.training.checkpoints import checkpoint_name
-from megatron_lopd.training.loop import TrainingJob, run_training
+from megatron_lopd.training.live import LiveData
+from megatron_lopd.training.loop import Segment, TrainingJob, run_training
 from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
 
@@ -45,7 +49,7 @@ def training_settings(recipe: Recipe, config: Any) -> dict[str, Any]:
     return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8}
 
 
-def preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
+def _preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
     """What train and online check before the first step; None for nothing."""
     if not config.preflight_samples:
         return None
@@ -65,6 +69,34 @@ def identity_of(plan: Plan) -> str:
     """A digest of all that decides a training job's numbers; its checkpoints carry it."""
     parents = {role: parent.digests for role, parent in plan.parents.items()}
     return sha256_bytes(canonical_json([plan.config, parents]))
+
+
+def opd_job(
+    recipe: Recipe,
+    plan: Plan,
+    model_dir: Path,
+    data: TrainingData | LiveData,
+    work_dir: Path,
+    segment_at: Callable[[int], Segment] | None = None,
+) -> TrainingJob:
+    """What train and online do, each from its own data; named after the stage, as `work_dir` is."""
+    config = train_config(recipe)
+    return TrainingJob(
+        name=work_dir.name,
+        identity=identity_of(plan),
+        lineage=plan.lineage,
+        config=config,
+        objective=config.objective,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        fp8=recipe.fp8,
+        seed=recipe.seed,
+        model_dir=model_dir,
+        data=data,
+        work_dir=work_dir,
+        preflight=_preflight_of(recipe, config),
+        segment_at=segment_at,
+    )
 
 
 def train_to_checkpoint(job: TrainingJob) -> tuple[Path, dict[str, int]]:
@@ -91,6 +123,11 @@ def write_student(
     if out_dir.exists():
         shutil.rmtree(out_dir)
     megatron_to_hf(checkpoint, out_dir, export.max_shard_bytes, hf_dir)
+    return seal_model(out_dir, lineage)
+
+
+def seal_model(out_dir: Path, lineage: ModelLineage) -> list[str]:
+    """Write the lineage of the model in `out_dir`, with its fingerprint; returns its files, relative."""
     model = fingerprint_model(out_dir).parts()
     write_model_lineage(out_dir, ModelLineage(**(vars(lineage) | {"model": model})))
     files = (path for path in out_dir.rglob("*") if path.is_file() and path.name != CACHE_NAME)

@@ -28,12 +28,12 @@ from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
     identity_of,
-    preflight_of,
+    opd_job,
     train_to_checkpoint,
     training_settings,
 )
 from megatron_lopd.training.agreement import on_rank_zero
-from megatron_lopd.training.loop import Segment, TrainingJob
+from megatron_lopd.training.loop import Segment
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -67,20 +67,12 @@ def plan(recipe: Recipe) -> Plan:
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     config = inputs.train_config(recipe)
-    job = TrainingJob(
-        name="train",
-        identity=identity_of(plan),
-        lineage=plan.lineage,
-        config=config,
-        objective=config.objective,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        fp8=recipe.fp8,
-        seed=recipe.seed,
-        model_dir=_start(recipe),
-        data=TrainingData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
-        work_dir=directory,
-        preflight=preflight_of(recipe, config),
+    job = opd_job(
+        recipe,
+        plan,
+        _start(recipe),
+        TrainingData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
+        directory,
         segment_at=partial(_segment_at, recipe, plan) if rounds_of(recipe) else None,
     )
     checkpoint, counts = train_to_checkpoint(job)
@@ -128,7 +120,7 @@ STAGE = Stage(
     check,
     plan,
     run,
-    distributed=True,
+    processes=lambda recipe: recipe.parallel.processes,
     needed=lambda recipe: recipe.train is not None,
     complete=with_rounds,
 )

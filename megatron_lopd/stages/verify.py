@@ -44,8 +44,8 @@ def _verify_artifact(directory: Path) -> Iterator[str]:
         elif parent.kind == "checkpoint" and is_committed(origin := run_directory(directory) / parent.path):
             proof = prove_parent(directory.name, role, parent, load_manifest(origin), origin)
             yield f"{directory}: {proof.statement}: {proof.detail}"
-    model = directory / "model"
-    if (model / LINEAGE_FILE).is_file():
+    for carrier in sorted(directory.glob(f"*/{LINEAGE_FILE}")):
+        model = carrier.parent
         lineage = read_model_lineage(model)
         assert lineage is not None
         weights = short(lineage.model["weights"])

@@ -1,8 +1,7 @@
-"""The prompts of a recipe: from a JSONL file, or made by a built-in task; and their graders."""
+"""The prompts of a recipe: from a JSONL file, or made by a built-in task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lopd.artifacts.files import canonical_json, sha256_bytes
@@ -11,8 +10,6 @@ from megatron_lopd.config import PromptSource
 from megatron_lopd.data.prompts import Prompt, read_prompts
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.tasks import arithmetic
-
-Grader = Callable[[Prompt, str], bool]
 
 
 def load_prompts(source: PromptSource, split: str, seed: int) -> list[Prompt]:
@@ -30,7 +27,9 @@ def load_prompts(source: PromptSource, split: str, seed: int) -> list[Prompt]:
         problems = arithmetic.problems(source.count, seed, split)
         return [Prompt(p.id, ({"role": "user", "content": p.prompt},), p.answer) for p in problems]
     assert source.path is not None  # PromptSource requires one of the two
-    return read_prompts(Path(source.path), source.count)
+    return read_prompts(
+        Path(source.path), source.count, source.prompt_field, source.answer_field, source.suffix
+    )
 
 
 def prompts_parent(source: PromptSource, prompts: list[Prompt]) -> Parent:
@@ -38,15 +37,3 @@ def prompts_parent(source: PromptSource, prompts: list[Prompt]) -> Parent:
     content = [[prompt.id, list(prompt.messages), prompt.answer] for prompt in prompts]
     where = source.path if source.path is not None else f"task {source.task}"
     return Parent("file", where, {"sha256": sha256_bytes(canonical_json(content))})
-
-
-_ARITHMETIC_GRADERS = {"arithmetic": ("equals",), "arithmetic_dialects": tuple(arithmetic.DIALECTS)}
-
-
-def grader(name: str) -> Grader:
-    """The grader of that name: (prompt, decoded response without its end token) -> right or wrong."""
-    dialects = _ARITHMETIC_GRADERS.get(name)
-    if dialects is None:
-        known = ", ".join(_ARITHMETIC_GRADERS)
-        raise ConfigError(f"evaluate.grader: unknown grader {name!r}: use one of {known}")
-    return lambda prompt, response: arithmetic.grade(str(prompt.messages[-1]["content"]), response, dialects)

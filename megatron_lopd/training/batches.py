@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.plan import PlanPart
+from megatron_lopd.mcore.loader import BatchLoader
 from megatron_lopd.training.prefetch import Prefetcher, pinned
-from megatron_lopd.training.step import BatchLoader
 
 
 class Batches(Protocol):

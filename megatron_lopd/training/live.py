@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,10 +27,10 @@ from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
 from megatron_lopd.errors import DataError, EngineDied, EngineError
 from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.optimizer import Optimization
 from megatron_lopd.mcore.parallel import Ranks
 from megatron_lopd.training.batches import ready
-from megatron_lopd.training.step import BatchLoader
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,6 @@ class LiveData:
 
 
 @dataclass(frozen=True)
-class StepSamples:
-    """The samples of one step, as BatchLoader reads them."""
-
-    samples: Sequence[Sample] = ()
-    lengths: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        rollouts = [sample.rollout for sample in self.samples]
-        lengths = [len(each.prompt_tokens) + len(each.response_tokens) for each in rollouts]
-        object.__setattr__(self, "lengths", np.array(lengths, dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def sample(self, index: int) -> Sample:
-        return self.samples[index]
-
-
-@dataclass(frozen=True)
 class _Share:
     """What one rank did for a step: its samples in order, or what stopped it; and the time it took."""
 
@@ -137,7 +118,7 @@ class LiveBatches:
         self._open = ExitStack()
         self._student: Engine
         self._teacher: EngineProcess
-        self._samples = StepSamples()
+        self._samples = ListedSamples()
         self.seconds: Mapping[str, float] = {}
 
     def __enter__(self) -> LiveBatches:
@@ -155,7 +136,7 @@ class LiveBatches:
         shares = self._agree(self._share(step))
         world = len(shares)
         count = self._plan.global_batch_size
-        self._samples = StepSamples([shares[at % world].samples[at // world] for at in range(count)])
+        self._samples = ListedSamples([shares[at % world].samples[at // world] for at in range(count)])
         # A rank waits for the slowest, so that is what a step spends on each.
         self.seconds = {
             "rollout_s": max(share.rollout_s for share in shares),

@@ -24,6 +24,7 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.flops import peak_flops, step_flops
+from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
@@ -33,13 +34,13 @@ from megatron_lopd.training.agreement import any_rank, on_rank_zero
 from megatron_lopd.training.batches import Batches, CachedBatches
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
 from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
-from megatron_lopd.training.live import LiveBatches, LiveData, StepSamples
+from megatron_lopd.training.live import LiveBatches, LiveData
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
-from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, check_agreement, check_rollouts
+from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, PreflightCheck
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint
-from megatron_lopd.training.step import BatchLoader, run_micro_batches
+from megatron_lopd.training.step import run_micro_batches
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class _Run:
         whole = job.part.plan if job.part else BatchPlan(len(job.data), config.global_batch_size, job.seed)
         self.total_steps = _total_steps(config, whole)
         self.part = job.part or PlanPart(whole, 0, self.total_steps, visited_only=False)
-        samples = StepSamples() if isinstance(job.data, LiveData) else job.data
+        samples = ListedSamples() if isinstance(job.data, LiveData) else job.data
         self.loader = BatchLoader.of(samples, config, job.parallel, ranks, job.fp8)
         self.optimization: Optimization = build_optimization(
             model, config.optimizer, job.precision, self.total_steps
@@ -168,14 +169,7 @@ class _Run:
         live = isinstance(self.job.data, LiveData)
         if self.job.preflight is not None and progress.step == self.part.first_step and not live:
             finds_scales = self.job.preflight.finds_scales and newest is None  # a checkpoint brings its own
-            check_rollouts(
-                replace(self.job.preflight, finds_scales=finds_scales),
-                self.optimization.chunks,
-                self.loader,
-                self.ranks,
-                self.device,
-                self.reporter.note,
-            )
+            self._preflight_check(replace(self.job.preflight, finds_scales=finds_scales)).check_cached()
         self.reporter.begin(progress.step, self.total_steps)
         try:
             with self._batches(progress.step) as batches:
@@ -225,16 +219,12 @@ class _Run:
     def _check_sampler(self, micro_batches: list[MicroBatch]) -> None:
         """Raise NumericsError unless trainer and live sampler give the first step the same log-probs."""
         if self.job.preflight is not None:
-            check_agreement(
-                self.job.preflight,
-                self.optimization.chunks,
-                micro_batches,
-                self.loader,
-                self.ranks,
-                self.device,
-                self.reporter.note,
-                LIVE_CAUSES,
-            )
+            self._preflight_check(self.job.preflight).check(micro_batches, LIVE_CAUSES)
+
+    def _preflight_check(self, preflight: Preflight) -> PreflightCheck:
+        return PreflightCheck(
+            preflight, self.optimization.chunks, self.loader, self.ranks, self.device, self.reporter.note
+        )
 
     def _save_after_engine(self, error: EngineError, progress: Progress) -> None:
         """Save what was done. Raises StopRequested when the same command may well go through."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from megatron_lopd.errors import StopRequested
 
 # SIGTERM: a scheduler that takes the node back. SIGUSR1: SLURM's --signal, ahead of the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -29,3 +33,24 @@ class StopSignals:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+
+
+@contextmanager
+def stopping_at_once(message: str) -> Iterator[None]:
+    """While entered, the first of STOP_SIGNALS raises StopRequested wherever the main thread is.
+
+    For work that has nothing to save: what it has in hand is dropped and made again. Further signals do
+    not disturb the way out.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise StopRequested(message)
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,16 +14,18 @@ from torch import Tensor
 from megatron_lopd.config import Sampling
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.errors import DataError, NumericsError
+from megatron_lopd.mcore.loader import BatchLoader
 from megatron_lopd.mcore.parallel import Ranks
 from megatron_lopd.objectives import KeptLogProbs, Objective, TokenLogProbs
 from megatron_lopd.training.metrics import Counts, summarize
-from megatron_lopd.training.step import BatchLoader, run_micro_batches
+from megatron_lopd.training.step import run_micro_batches
 
 # Mean |trainer - kept|, nats, that rounding may explain. Two fp32 programs differ by 1e-6 to 1e-4 (seen in
-# tests and with SmolLM2). A bf16 factor keeps 8 bits: 0.0085 seen in a tiny random model. e4m3 keeps 4:
-# with weights and inputs rounded so, on a CPU, 0.10 in that model and 0.21 in SmolLM2-135M on plain text;
-# larger models and a student's own tokens should be nearer, and no GPU has said yet.
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.02, "fp8": 0.2}
+# tests and with SmolLM2). A bf16 factor keeps 8 bits: against fp32, 0.0085 seen in a tiny random model, and
+# in SmolLM2-135M 0.026 on plain text and 0.031 on its own samples. e4m3 keeps 4: with weights and inputs
+# rounded so, on a CPU, 0.10 in that tiny model and 0.21 in SmolLM2-135M on plain text; larger models and a
+# student's own tokens should be nearer, and no GPU has said yet.
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.05, "fp8": 0.2}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ class Preflight:
     tolerance: float
     sampling: Sampling
     finds_scales: bool = False
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of |differences| of log-probs, nats: their mean, what 99 in 100 do not exceed, and the largest."""
+
+    mean: float
+    p99: float
+    max: float
+
+    @staticmethod
+    def of(differences: Tensor) -> Spread:
+        """`differences` [R], R >= 1, of either sign."""
+        ordered = differences.abs().sort().values  # torch.quantile refuses 2^24 values
+        p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
+        return Spread(ordered.double().mean().item(), p99.item(), ordered[-1].item())
 
 
 # What a disagreement comes from, and what to do.
@@ -67,98 +85,85 @@ class Agreement(Objective):
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
         """Of all tokens: the difference that 99 in 100 do not exceed, and the largest one."""
-        ordered = loss.sort().values  # torch.quantile refuses 2^24 values
-        return {"p99": ordered[math.ceil(0.99 * len(ordered)) - 1].item(), "max": ordered[-1].item()}
+        spread = Spread.of(loss)
+        return {"p99": spread.p99, "max": spread.max}
 
 
-def check_rollouts(
-    preflight: Preflight,
-    chunks: Sequence[torch.nn.Module],
-    loader: BatchLoader,
-    ranks: Ranks,
-    device: torch.device,
-    note: Callable[[str], None],
-) -> None:
-    """`check_agreement` of samples spread evenly over the data; every rank calls."""
-    size = len(loader.data)
-    count = min(preflight.samples, size)
-    positions = [int(position) for position in np.linspace(0, size - 1, count)]
-    batch = loader.micro_batches(positions)
-    check_agreement(preflight, chunks, batch, loader, ranks, device, note, CACHED_CAUSES)
+@dataclass(frozen=True)
+class PreflightCheck:
+    """The trainer, ready to be held to `preflight`; every rank calls alike. `note` tells the outcome."""
 
+    preflight: Preflight
+    chunks: Sequence[torch.nn.Module]
+    loader: BatchLoader
+    ranks: Ranks
+    device: torch.device
+    note: Callable[[str], None]
 
-def check_agreement(
-    preflight: Preflight,
-    chunks: Sequence[torch.nn.Module],
-    micro_batches: Sequence[MicroBatch],
-    loader: BatchLoader,
-    ranks: Ranks,
-    device: torch.device,
-    note: Callable[[str], None],
-    causes: str,
-) -> None:
-    """Forward this rank's `micro_batches`; every rank calls. `note` tells the outcome.
+    def check_cached(self) -> None:
+        """`check` samples spread evenly over the data."""
+        size = len(self.loader.data)
+        count = min(self.preflight.samples, size)
+        positions = [int(position) for position in np.linspace(0, size - 1, count)]
+        self.check(self.loader.micro_batches(positions), CACHED_CAUSES)
 
-    The kept log-probs are at the sampler's temperature (1 where it was greedy), so the trainer's are
-    taken at it too. Top-p and top-k renormalise over sets of tokens that were not kept: then nothing is
-    compared, and `note` says so. Raises NumericsError, which names the likely `causes`, when they disagree.
+    def check(self, micro_batches: Sequence[MicroBatch], causes: str) -> None:
+        """Forward this rank's `micro_batches`.
 
-    FP8's delayed scaling has no scales before it has seen values, and would be compared at a scale of 1: with
-    `finds_scales` it goes over the rollouts once beforehand. The scales found are those that training
-    starts from, as if it had begun with these samples; no other recipe keeps anything of this check.
-    """
-    sampling = preflight.sampling
-    if sampling.top_p < 1 or sampling.top_k > 0:
-        note(
-            "preflight left out: log-probs kept under top-p or top-k are of a truncated distribution and "
-            "cannot be compared with the trainer's"
+        The kept log-probs are at the sampler's temperature (1 where it was greedy), so the trainer's are
+        taken at it too. Top-p and top-k renormalise over sets of tokens that were not kept: then nothing is
+        compared, and `note` says so. Raises NumericsError, which names the likely `causes`, when they
+        disagree.
+
+        FP8's delayed scaling has no scales before it has seen values, and would be compared at a scale of 1:
+        with `finds_scales` it goes over the rollouts once beforehand. The scales found are those that
+        training starts from, as if it had begun with these samples; no other recipe keeps anything of this
+        check.
+        """
+        sampling, tolerance = self.preflight.sampling, self.preflight.tolerance
+        if sampling.top_p < 1 or sampling.top_k > 0:
+            self.note(
+                "preflight left out: log-probs kept under top-p or top-k are of a truncated distribution and "
+                "cannot be compared with the trainer's"
+            )
+            return
+        count = Counts.of(micro_batches, self.device).samples
+        measured = self._measure(micro_batches)
+        difference = measured["loss"]
+        spread = f"99% of tokens within {measured['p99']:.2g}, the largest {measured['max']:.2g}"
+        if not difference <= tolerance:  # so that NaN fails
+            raise NumericsError(
+                f"preflight: over {count} rollouts the trainer's log-probs differ from the kept behaviour "
+                f"log-probs by {difference:.4g} nats on average ({spread}), above the tolerance of "
+                f"{tolerance:g}: likely causes are {causes}"
+            )
+        self.note(
+            f"preflight: {count} rollouts agree with the trainer within {difference:.2g} nats on average "
+            f"({spread}; tolerance {tolerance:g})"
         )
-        return
-    count = Counts.of(micro_batches, device).samples
-    measured = _measure(preflight, chunks, micro_batches, loader, ranks, device)
-    difference = measured["loss"]
-    spread = f"99% of tokens within {measured['p99']:.2g}, the largest {measured['max']:.2g}"
-    if not difference <= preflight.tolerance:  # so that NaN fails
-        raise NumericsError(
-            f"preflight: over {count} rollouts the trainer's log-probs differ from the kept behaviour "
-            f"log-probs by {difference:.4g} nats on average ({spread}), above the tolerance of "
-            f"{preflight.tolerance:g}: likely causes are {causes}"
-        )
-    note(
-        f"preflight: {count} rollouts agree with the trainer within {difference:.2g} nats on average "
-        f"({spread}; tolerance {preflight.tolerance:g})"
-    )
 
+    def _measure(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """loss, p99 and max of the differences, alike on every rank."""
+        agreement = Agreement()
 
-def _measure(
-    preflight: Preflight,
-    chunks: Sequence[torch.nn.Module],
-    micro_batches: Sequence[MicroBatch],
-    loader: BatchLoader,
-    ranks: Ranks,
-    device: torch.device,
-) -> dict[str, float]:
-    """loss, p99 and max of the differences, alike on every rank."""
-    agreement = Agreement()
+        def forward() -> dict[str, float]:
+            parts = run_micro_batches(
+                self.chunks,
+                agreement,
+                micro_batches,
+                self.loader.config.micro_batch_tokens,
+                self.device,
+                forward_only=True,
+                temperature=self.preflight.sampling.temperature or 1.0,
+            )
+            return summarize(parts, Counts.of(micro_batches, self.device), agreement, self.ranks, self.device)
 
-    def forward() -> dict[str, float]:
-        parts = run_micro_batches(
-            chunks,
-            agreement,
-            micro_batches,
-            loader.config.micro_batch_tokens,
-            device,
-            forward_only=True,
-            temperature=preflight.sampling.temperature or 1.0,
-        )
-        return summarize(parts, Counts.of(micro_batches, device), agreement, ranks, device)
-
-    for chunk in chunks:
-        chunk.eval()  # recomputed layers in training would stack up scales for a backward that never comes
-    if preflight.finds_scales:
-        forward()  # with gradients enabled, as only then Transformer Engine moves its scales on
-    with torch.no_grad():
-        measured = forward()
-    for chunk in chunks:
-        chunk.train()
-    return measured
+        for chunk in self.chunks:
+            chunk.eval()  # recomputed layers would stack up scales for a backward that never comes
+        if self.preflight.finds_scales:
+            forward()  # with gradients enabled, as only then Transformer Engine moves its scales on
+        with torch.no_grad():
+            measured = forward()
+        for chunk in self.chunks:
+            chunk.train()
+        return measured

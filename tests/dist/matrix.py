@@ -199,7 +199,7 @@ def _train(
     from megatron_lopd.convert.load import load_hf_weights
     from megatron_lopd.mcore.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
-    from megatron_lopd.training.step import BatchLoader
+    from megatron_lopd.mcore.loader import BatchLoader
 
     config = TrainConfig(
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=CLIP),

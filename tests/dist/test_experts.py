@@ -116,7 +116,7 @@ class Step:
         from megatron_lopd.data.dataset import TrainingData
         from megatron_lopd.mcore.architecture import read_architecture
         from megatron_lopd.mcore.model import build_model
-        from megatron_lopd.training.step import BatchLoader
+        from megatron_lopd.mcore.loader import BatchLoader
 
         config = TrainConfig(
             optimizer=OptimizerConfig(lr=1e-3), steps=1, global_batch_size=16, micro_batch_tokens=64

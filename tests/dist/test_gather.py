@@ -104,7 +104,8 @@ def as_bytes(gatherer: Any) -> Weights:
 def one_step(optimization: Any, parallel: ParallelConfig, ranks: Any) -> None:
     from megatron_lopd.mcore.optimizer import guarded_step, zero_gradients
     from megatron_lopd.objectives import get_objective
-    from megatron_lopd.training.step import BatchLoader, run_micro_batches
+    from megatron_lopd.mcore.loader import BatchLoader
+    from megatron_lopd.training.step import run_micro_batches
 
     data, config = Samples(), TrainConfig(steps=1, global_batch_size=8, micro_batch_tokens=64)
     batches = BatchLoader.of(data, config, parallel, ranks).micro_batches(range(8))

@@ -24,6 +24,7 @@ from transformers import (
 
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.engines import Completion, Engine, GenerateRequest, ScoreRequest, hf, open_engine
+from megatron_lopd.engines import requests as engine_requests
 from megatron_lopd.engines.sampling import BLOCK, draw, truncated_log_probs, uniforms
 from megatron_lopd.errors import EngineError
 
@@ -162,7 +163,7 @@ def test_scores_do_not_depend_on_how_much_is_held(engine: Engine, monkeypatch: p
     asked = [ScoreRequest(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(30))]
     whole = list(engine.score(asked, 3))
     monkeypatch.setattr(hf, "LOGITS_ELEMENTS", 4 * VOCABULARY)
-    monkeypatch.setattr(hf, "SCORED_BYTES", 1)
+    monkeypatch.setattr(engine_requests, "SCORED_BYTES", 1)
     for one, other in zip(whole, engine.score(asked, 3), strict=True):
         assert one.sample_id == other.sample_id
         assert one.top_k is not None

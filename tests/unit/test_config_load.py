@@ -76,6 +76,19 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         (GOOD, "parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline to at"),
         (GOOD, "score.top_k=0", "needs the teacher's top k: set score.top_k"),
         (GOOD, "prompts.opd.path=x.jsonl", "give either path (a JSONL file) or task"),
+        (
+            GOOD,
+            "prompts.opd.suffix=Go.",
+            "prompts.suffix is for the prompts of a file: drop it with task arith",
+        ),
+        (GOOD, "prompts.eval={}", "prompts.eval names no set: give a source"),
+        (GOOD, "prompts.eval={a/b: {path: x}}", "prompts.eval: 'a/b' cannot name a directory"),
+        (
+            GOOD,
+            "prompts.eval={aime: {pth: x}}",
+            "unknown key prompts.eval.aime.pth: did you mean prompts.eval.aime",
+        ),
+        (GOOD, "prompts.eval=x.jsonl", "prompts.eval: expected keys and values, not 'x.jsonl'"),
         (GOOD, "seed", "write it as dotted.key=value"),
         (GOOD, "seed.deeper=1", "seed holds a value, not keys"),
         ("seed: 1", None, "missing key run_dir"),
@@ -122,3 +135,19 @@ def test_every_key_is_described_once() -> None:
 def test_config_imports_no_torch() -> None:
     code = "import sys, megatron_lopd.config, megatron_lopd.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_evaluation_set_or_several_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    one = load_recipe(path, ["prompts.eval.path=a.jsonl", "prompts.eval.count=3"])
+    assert one.prompts.eval is not None
+    assert {name: source.path for name, source in one.prompts.eval.items()} == {"eval": "a.jsonl"}
+    two = load_recipe(
+        path, ["prompts.eval.aime24.path=a.jsonl", "prompts.eval.math500={path: b.jsonl, count: 2}"]
+    )
+    assert two.prompts.eval is not None
+    assert [(name, source.path) for name, source in two.prompts.eval.items()] == [
+        ("aime24", "a.jsonl"),
+        ("math500", "b.jsonl"),
+    ]
+    assert load_recipe(path, ["prompts.eval=null"]).prompts.eval is None

@@ -35,6 +35,41 @@ def test_prompts_of_every_form(tmp_path: Path) -> None:
     assert read_prompts(again)[0].id == first.id
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "1+1?", "answer": "2", "solution": "left alone"},  # AIME 2024, MATH-500
+        {"question": "1+1?", "answer": 2, "id": "x"},
+        {"prompt": [{"role": "user", "content": "1+1?"}], "expected_answer": "2"},
+    ],
+)
+def test_the_names_of_fields_in_the_wild(tmp_path: Path, row: dict[str, Any]) -> None:
+    (prompt,) = read_prompts(write(tmp_path / "p.jsonl", row))
+    assert prompt.messages == ({"role": "user", "content": "1+1?"},)
+    assert prompt.answer == "2"
+
+
+def test_fields_that_are_named(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.jsonl", {"prompt": "no", "Problem": "1+1?", "answer": 3, "solution": "It is 2."}
+    )
+    (prompt,) = read_prompts(path, prompt_field="Problem", answer_field="solution")
+    assert (prompt.messages[0]["content"], prompt.answer) == ("1+1?", "It is 2.")
+    with pytest.raises(DataError, match=r"p\.jsonl:1: must have problem: it has 'prompt', 'Problem'"):
+        read_prompts(path, prompt_field="problem")
+    with pytest.raises(DataError, match=r"p\.jsonl:1: must have gold, which answer_field names"):
+        read_prompts(path, answer_field="gold")
+
+
+def test_a_suffix_is_a_line_after_the_prompt_and_leaves_its_id(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2+2?"}]
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1?"}, {"messages": messages})
+    for plain, suffixed in zip(read_prompts(path), read_prompts(path, suffix="Box it."), strict=True):
+        assert suffixed.id == plain.id
+        assert suffixed.messages[:-1] == plain.messages[:-1]
+        assert suffixed.messages[-1]["content"] == f"{plain.messages[-1]['content']}\nBox it."
+
+
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", "\n", {"a": 1}, "  \n", {"b": 2})
     assert list(read_jsonl(path)) == [(2, {"a": 1}), (4, {"b": 2})]
@@ -46,15 +81,25 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
         ([{"prompt": "a"}, '{"prompt": \n'], r"p\.jsonl:2: not valid JSON, at column"),
         (["[1]\n"], r"p\.jsonl:1: must be a JSON object, not list"),
         (["\n\n"], r"p\.jsonl: the file is empty"),
-        ([{"answer": "a"}], r"p\.jsonl:1: must have either prompt or messages"),
-        ([{"prompt": ""}], r"p\.jsonl:1: each message must have"),
-        ([{"messages": []}], r"p\.jsonl:1: messages must be a list"),
-        ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: each message must have a role and a content"),
+        ([{"answer": "a"}], r"p\.jsonl:1: must have prompt or problem or .*: it has 'answer'"),
+        ([{"prompt": ""}], r"p\.jsonl:1: prompt must be text, or messages"),
+        ([{"messages": []}], r"p\.jsonl:1: messages must be text, or a list"),
+        ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: messages must be .* with a role and a content"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], r"p\.jsonl:1: the last message is the"),
         ([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}], r"p\.jsonl:3: repeats line 1"),
         ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], r"p\.jsonl:2: repeats line 1 \(id x\)"),
         ([{"prompt": "a", "answer": [1]}], r"p\.jsonl:1: answer must be text or a number, not list"),
+        ([{"prompt": "a", "answer": True}], r"p\.jsonl:1: answer must be text or a number, not bool"),
         ([{"prompt": "a", "id": ""}], r"p\.jsonl:1: id must be"),
+        (
+            [{"prompt": "a"}, {"question": "b", "problem": "c"}],
+            r"p\.jsonl:2: has both problem and question: .*",
+        ),
+        ([{"prompt": "a", "messages": []}], r"p\.jsonl:1: has both prompt and messages: .* prompt_field"),
+        (
+            [{"prompt": "a", "answer": 1, "expected_answer": 2}],
+            r"p\.jsonl:1: has both answer and expected_answer: .* answer_field",
+        ),
         (['{"prompt": "\\ud800"}\n'], r"p\.jsonl:1: .* is half a character"),
         (['{"prompt": "a", "id": ' + "9" * 5000 + "}\n"], r"p\.jsonl:1: not JSON to be read: Exceeds"),
         (["[" * 100_000 + "\n"], r"p\.jsonl:1: not JSON to be read: maximum recursion depth"),
@@ -74,8 +119,11 @@ def test_other_bad_input(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
         read_prompts(tmp_path / "latin.jsonl")
-    with pytest.raises(DataError, match=r"p\.jsonl:1: messages must be a question and"):
+    with pytest.raises(DataError, match=r"p\.jsonl:1: must have messages: it has 'prompt'"):
         read_conversations(tmp_path / "p.jsonl")
+    question = {"messages": [{"role": "user", "content": "q"}]}
+    with pytest.raises(DataError, match=r"p\.jsonl:1: messages must be a question and"):
+        read_conversations(write(tmp_path / "p.jsonl", question))
 
 
 def test_conversations(tmp_path: Path) -> None:

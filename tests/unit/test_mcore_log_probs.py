@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs
+from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs, vocab_parallel_top_k
 
 PADDING_ROWS = 3
 DIFFERENTIABLE = ("log_probs", "log_sum_exp", "top_k_log_probs", "tail_log_probs")
@@ -237,3 +237,38 @@ def slices_of_vocabularies(vocabularies: tuple[int, ...]) -> list[tuple[list[Ten
         results.append(([tensor.detach() for tensor in values(out)], *shares))
     dist.destroy_process_group()
     return results
+
+
+TOP_KS = (0, 5, 28)  # up to all that the smallest of VOCABULARIES has
+
+
+def test_the_likeliest_are_those_of_the_whole_vocabulary() -> None:
+    """By one rank, and by two of which the second owns many tokens, one or none; in blocks of 7 columns."""
+    ranks = run_ranks(2, likeliest_of_vocabularies)
+    for vocab, (first, second) in zip(VOCABULARIES, zip(*ranks, strict=True), strict=True):
+        hidden, weight, *_ = sliced_inputs(vocab)
+        logits = hidden @ weight[:vocab].t()
+        for k, one, other in zip(TOP_KS, first, second, strict=True):
+            expected = logits.topk(k, dim=1).indices
+            alone = vocab_parallel_top_k(hidden, weight, k, vocab_size=vocab, chunk_elements=13 * 7)
+            for ids in (alone, one, other):
+                assert torch.equal(ids, expected)
+
+
+def likeliest_of_vocabularies() -> list[list[Tensor]]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    group, rank = dist.group.WORLD, dist.get_rank()
+    found = []
+    for vocab in VOCABULARIES:
+        hidden, weight, *_ = sliced_inputs(vocab)
+        own = weight[28 * rank : 28 * (rank + 1)]
+        found.append(
+            [
+                vocab_parallel_top_k(hidden, own, k, vocab_size=vocab, group=group, chunk_elements=13 * 7)
+                for k in TOP_KS
+            ]
+        )
+    dist.destroy_process_group()
+    return found

@@ -40,11 +40,35 @@ from megatron_lopd.stages.report.spacing import spread
 HOSTILE = "<script>alert('x')</script> \" onload=\"y & $z_1$ #1f2430"
 
 
+def grades(
+    sampled: float, sampled_error: float | None, greedy: float, greedy_error: float | None, n: int
+) -> dict[str, Any]:
+    """Of four samples a prompt, as summary.json has them after a round through JSON: k are text."""
+    pass_at = {"1": sampled, "2": 0.95, "4": 0.96}
+    return {
+        "sampled": sampled,
+        "sampled_error": sampled_error,
+        "greedy": greedy,
+        "greedy_error": greedy_error,
+        "n": n,
+        "k": 4,
+        "pass_at_k": 0.96,
+        "pass_at": {k: {"share": share, "error": 0.011} for k, share in pass_at.items()},
+        "majority": {"share": 0.931, "error": 0.012},
+        "entropy": 0.25,
+        "length": 31.4,
+        "cut": 0.125,
+        "ungraded": 3,
+    }
+
+
 def summary() -> dict[str, Any]:
     return {
         "accuracy": {
-            "sft": {"sampled": 0.823, "greedy": 0.902, "n": 2048},
-            "lightning_opd": {"sampled": 0.941, "greedy": 0.972, "n": 1024},
+            "eval": {
+                "sft": grades(0.823, 0.0084, 0.902, 0.0066, 2048),
+                "lightning_opd": grades(0.941, 0.0074, 0.972, 0.0052, 1024),
+            }
         },
         "seconds": {"train": 130.4, "generate": 42.3, "export": 0.6},
         "tokens": {"train": 1812345, "generate": 612345},
@@ -93,7 +117,7 @@ def html() -> str:
 
 
 def test_says_what_was_gained(html: str) -> None:
-    # sqrt(.823 * .177 / 2048) = .00843; sqrt(.941 * .059 / 1024) = .00736; 94.1 - 82.3 = 11.8
+    # 94.1 - 82.3 = 11.8
     headline = re.search(r"<h1>(.*)</h1>", html)
     assert headline is not None
     assert headline[1].replace("\u00a0", " ") == (
@@ -101,9 +125,17 @@ def test_says_what_was_gained(html: str) -> None:
         "to 94.1 % (n = 1,024, standard error 0.7) (+11.8 points)"
     )
     text = Page(html).text
-    # greedy: sqrt(.902 * .098 / 2048) = .00657; sqrt(.972 * .028 / 1024) = .00516
     for label in ("sampled 82.3 ± 0.8", "greedy 90.2 ± 0.7", "sampled 94.1 ± 0.7", "greedy 97.2 ± 0.5"):
         assert label in text
+    for line in (
+        "avg@482.3 ± 0.894.1 ± 0.7",
+        "pass@295.0 ± 1.195.0 ± 1.1",
+        "pass@496.0 ± 1.1",
+        "maj@493.1 ± 1.2",
+    ):
+        assert line in text
+    for line in ("prompts2,0481,024", "length31.4", "entropy0.250", "cut12.5", "ungraded3"):
+        assert line in text
     assert "14,476" in text  # 612345 tokens / 42.3 s
     table = text[text.index("tokens/s") :]
     assert table.index("generate") < table.index("train") < table.index("export")  # not the dict's order
@@ -112,8 +144,24 @@ def test_says_what_was_gained(html: str) -> None:
 @pytest.mark.parametrize(("after", "says"), [(0.7, "lowered"), (0.823, "left")])
 def test_does_not_call_a_loss_a_gain(after: float, says: str) -> None:
     worse = summary()
-    worse["accuracy"]["lightning_opd"]["sampled"] = after
+    worse["accuracy"]["eval"]["lightning_opd"]["sampled"] = after
     assert f"Lightning OPD {says} sampled accuracy" in render_page(worse, {}, graph())
+
+
+def test_several_sets_each_have_a_chart_and_a_table() -> None:
+    several = summary()
+    rows_of = several["accuracy"].pop("eval")
+    teacher = grades(0.97, None, 1.0, None, 1) | {"majority": None}  # one prompt: no error to give
+    several["accuracy"] = {"math500": rows_of, "aime24": {"teacher": teacher, **rows_of}}
+    page = Page(render_page(several, {}, graph()))
+    assert "raised sampled accuracy on math500 from" in page.text
+    assert "Share of correct answers: math500" in page.text
+    assert "Share of correct answers: aime24" in page.text
+    assert "sampled 97.0" in page.text
+    assert "nan" not in page.text
+    assert "SFTLightning OPDTeacher" in page.text  # the order they are made in, not the summary's
+    ids = Counter(attrs["id"] for _, attrs in page.tags if "id" in attrs)
+    assert max(ids.values()) == 1
 
 
 def test_is_self_contained(html: str) -> None:
@@ -182,7 +230,8 @@ def test_every_string_is_escaped() -> None:
     poisoned = summary()
     poisoned["seed"] = HOSTILE
     poisoned["settings"] = {f"key {HOSTILE}": f"value {HOSTILE}"}
-    poisoned["accuracy"][HOSTILE] = {"sampled": 0.5, "greedy": 0.5, "n": 1000}
+    poisoned["accuracy"]["eval"][HOSTILE] = grades(0.5, 0.01, 0.5, 0.01, 1000)
+    poisoned["accuracy"][HOSTILE] = dict(poisoned["accuracy"]["eval"])
     for key in ("seconds", "tokens"):
         poisoned[key][HOSTILE] = 5
     page = Page(render_page(poisoned, {}, graph(text=HOSTILE)))
@@ -227,8 +276,12 @@ def test_what_was_not_measured_is_absent() -> None:
     ("change", "message"),
     [
         ({"lineage": "hoped"}, "lineage is 'hoped'"),
-        ({"accuracy": {"sft": {"sampled": 0.8, "greedy": 0.9, "n": 10}}}, "lightning_opd is missing"),
-        ({"accuracy": {"sft": {"sampled": 82, "greedy": 0.9, "n": 10}}}, "accuracy.sft needs shares"),
+        ({"accuracy": {}}, "accuracy holds no set"),
+        ({"accuracy": {"aime": {"sft": grades(0.8, 0.1, 0.9, 0.1, 10)}}}, "aime.lightning_opd is missing"),
+        (
+            {"accuracy": {"aime": dict.fromkeys(("sft", "lightning_opd"), grades(82, 0.1, 0.9, 0.1, 10))}},
+            "accuracy.aime.sft needs shares",
+        ),
     ],
 )
 def test_bad_summary_is_named(change: dict[str, Any], message: str) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_lopd.artifacts.files import sha256_file
 from megatron_lopd.artifacts.manifest import FileEntry, load_manifest, verify_files
 from megatron_lopd.errors import DataError
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
+from megatron_lopd.mcore.checkpoint import _saved
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
 from tests.model_zoo import make_config
 
@@ -75,3 +80,19 @@ def test_a_damaged_newer_one_does_not_cost_the_one_just_saved(
     assert found_step(checkpoints) == 0
     save(checkpoints, 2)
     assert found_step(checkpoints) == 2
+
+
+def test_equal_states_are_the_same_bytes_whether_or_not_they_share_objects() -> None:
+    """What was loaded shares none of the objects that were shared when it was saved."""
+    betas, name = (0.9, 0.98), "constant"
+    shared: dict[str, Any] = {
+        "groups": [{"betas": betas, "style": name}, {"betas": betas, "style": name}],
+        "steps": (1, 2),
+    }
+    apart = pickle.loads(pickle.dumps(shared["groups"][:1])) + pickle.loads(
+        pickle.dumps(shared["groups"][1:])
+    )
+    saved = _saved(shared)
+    assert _saved({"groups": apart, "steps": (1, 2)}) == saved
+    assert _saved({"groups": apart, "steps": (1.0, 2)}) != saved
+    assert torch.load(io.BytesIO(saved), weights_only=True) == shared

@@ -14,6 +14,7 @@ from megatron_lopd.config import Recipe
 from megatron_lopd.errors import DataError
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest, seconds_of
+from megatron_lopd.stages.report.accuracy import accuracy_sets
 from megatron_lopd.stages.report.lineage_graph import Edge, LineageGraph, Node
 from megatron_lopd.stages.report.page import render_page
 from megatron_lopd.stages.rounds import PARTS, prove_round, rounds_of, train_identity
@@ -51,11 +52,19 @@ def headline(recipe: Recipe) -> str:
     """What a finished run comes to, in a line."""
     directory = directory_of(recipe, "report")
     summary = read_json(directory / SUMMARY)
+    sets = accuracy_sets(_in_order(recipe, summary["accuracy"]))
     shares = [
-        f"{model} {100 * row['sampled']:.1f} % sampled, {100 * row['greedy']:.1f} % greedy"
-        for model, row in summary["accuracy"].items()
+        f"{model}{f' on {name}' if len(sets) > 1 else ''} {100 * row['sampled']:.1f} % sampled, "
+        f"{100 * row['greedy']:.1f} % greedy"
+        for name, rows in sets.items()
+        for model, row in rows.items()
     ]
-    return f"{'; '.join(reversed(shares))}; lineage {summary['lineage']}: {directory / PAGE}"
+    return f"{'; '.join(shares)}; lineage {summary['lineage']}: {directory / PAGE}"
+
+
+def _in_order(recipe: Recipe, accuracy: dict[str, Any]) -> dict[str, Any]:
+    """The sets as the recipe has them: a JSON file of ours has its keys sorted."""
+    return {name: accuracy[name] for name in recipe.prompts.eval or ()}
 
 
 def _manifests(recipe: Recipe) -> dict[str, Manifest]:
@@ -89,7 +98,7 @@ def _summary(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]
         if "tokens" in manifest.counts:
             tokens[_work(stage)] += manifest.counts["tokens"]
     return {
-        "accuracy": results["accuracy"],
+        "accuracy": _in_order(recipe, results["accuracy"]),
         "seconds": {work: round(spent, 2) for work, spent in seconds.items()},
         "tokens": dict(tokens),
         "refreshes": len(rounds_of(recipe)[1:]) if "train" in manifests else 0,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_lopd.stages.report.spacing import spread
 from megatron_lopd.stages.report.theme import LIGHT, printable, render, shorten
+from megatron_lopd.tasks.estimates import percent
 
 WIDTH = 330.0  # points: about a phone's width, so that a 10-point label stays about 10 pixels there
 CURVE_HEIGHT = 190.0
@@ -23,21 +24,18 @@ _COLOURS = {"sft": LIGHT["before"], "lightning_opd": LIGHT["after"]}
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of `n` prompts answered correctly, in [0, 1], sampled and greedy."""
+    """Share of `n` prompts answered correctly, in [0, 1], sampled and greedy, with standard errors if any."""
 
     stage: str
     title: str
     sampled: float
+    sampled_error: float | None
     greedy: float
+    greedy_error: float | None
     n: int
 
 
-def standard_error(share: float, n: int) -> float:
-    """Of a binomial proportion: sqrt(p (1 - p) / n)."""
-    return math.sqrt(share * (1 - share) / n)
-
-
-def accuracy_figure(accuracies: Sequence[Accuracy]) -> str:
+def accuracy_figure(name: str, accuracies: Sequence[Accuracy]) -> str:
     """Dots with one standard error each, in percent; filled is sampled, hollow is greedy."""
     lowest = min(min(each.sampled, each.greedy) for each in accuracies)
     left = max(0, math.floor(lowest * 10 - 0.5) * 10)
@@ -45,15 +43,14 @@ def accuracy_figure(accuracies: Sequence[Accuracy]) -> str:
     def draw(axes: Any) -> None:
         for row, each in enumerate(accuracies):
             colour = _COLOURS.get(each.stage, LIGHT["muted"])
-            for kind, share, y in (
-                ("sampled", each.sampled, row - 0.18),
-                ("greedy", each.greedy, row + 0.18),
+            for kind, share, error, y in (
+                ("sampled", each.sampled, each.sampled_error, row - 0.18),
+                ("greedy", each.greedy, each.greedy_error, row + 0.18),
             ):
-                error = 100 * standard_error(share, each.n)
                 axes.errorbar(
                     100 * share,
                     y,
-                    xerr=error,
+                    xerr=None if error is None else 100 * error,
                     fmt="o",
                     markersize=7,
                     capsize=3,
@@ -65,7 +62,7 @@ def accuracy_figure(accuracies: Sequence[Accuracy]) -> str:
                 axes.text(
                     1.06,
                     y,
-                    f"{kind} {100 * share:.1f} ± {error:.1f}",
+                    f"{kind} {percent(share, error)}",
                     transform=axes.get_yaxis_transform(),
                     va="center",
                     fontsize=9.5,
@@ -84,7 +81,7 @@ def accuracy_figure(accuracies: Sequence[Accuracy]) -> str:
         f"{each.title} {100 * each.sampled:.1f} % sampled, {100 * each.greedy:.1f} % greedy"
         for each in accuracies
     )
-    return render("accuracy", label, (WIDTH, 56 + 44 * len(accuracies)), draw)
+    return render(name, label, (WIDTH, 56 + 44 * len(accuracies)), draw)
 
 
 def column(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from megatron_lopd.artifacts.lineage import worst
 from megatron_lopd.artifacts.manifest import LineageStatus
 from megatron_lopd.errors import DataError
+from megatron_lopd.stages.report.accuracy import accuracy_section, accuracy_sets, headline
 from megatron_lopd.stages.report.figures import (
-    Accuracy,
     Curve,
-    accuracy_figure,
     advantage_figure,
     bars_figure,
     curve_figure,
     has,
-    standard_error,
 )
+from megatron_lopd.stages.report.html import figure, table
 from megatron_lopd.stages.report.lineage_graph import MARKS, LineageGraph, lineage_figure
 from megatron_lopd.stages.report.theme import css_variables
 
 History = Sequence[Mapping[str, Any]]
 
-MODELS = {"base": "Base", "sft": "SFT", "lightning_opd": "Lightning OPD", "teacher": "Teacher"}
 STAGES = (
     *("generate", "sft", "rollout", "score", "refresh student", "refresh rollout", "refresh score"),
     *("train", "export", "evaluate"),
@@ -122,13 +120,13 @@ def render_page(
 ) -> str:
     """The report of a run as HTML, byte-identical for the same arguments.
 
-    `summary` is summary.json: `accuracy` (sft and lightning_opd, optionally base and teacher: `sampled` and
-    `greedy` in [0, 1], `n`), `seconds` and `tokens` by stage, `lineage`, `seed`, optionally `settings` and
+    `summary` is summary.json: `accuracy` (of each set of prompts: sft and lightning_opd, optionally base and
+    teacher: their Grades), `seconds` and `tokens` by stage, `lineage`, `seed`, optionally `settings` and
     `objective`. `histories` holds the rows of metrics.jsonl by stage (`sft`, `train`); a stage or a metric
     that is not there has no figure. Raises DataError naming the key of `summary` that is missing or out of
     range, or when its lineage claims more than the proofs.
     """
-    accuracies = _accuracies(summary)
+    sets = accuracy_sets(_need(summary, "accuracy"))
     status = _need(summary, "lineage")
     if status not in LINEAGE:
         raise DataError(f"summary.json: lineage is {status!r}: it must be one of {', '.join(LINEAGE)}")
@@ -139,7 +137,7 @@ def render_page(
                 "write the summary again with lopd report"
             )
     seconds, tokens = _by_stage(_need(summary, "seconds")), _by_stage(_need(summary, "tokens"))
-    title = _headline(accuracies)
+    title = headline(sets)
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -150,9 +148,7 @@ def render_page(
         f"<h1>{escape(title)}</h1>",
         f"<p>{_mark(status)} Lineage {escape(status)}. {escape(LINEAGE[status])}</p>",
         f'<p class="quiet">{_totals(seconds, tokens)}; seed {escape(str(_need(summary, "seed")))}.</p>',
-        '<h2>Accuracy by stage</h2><div class="lead">',
-        _figure("Share of correct answers", accuracy_figure(accuracies), _accuracy_caption(accuracies)),
-        "</div>",
+        accuracy_section(sets),
         _training(histories, summary.get("objective", "")),
         _cost(seconds, tokens),
         _lineage(lineage),
@@ -167,48 +163,9 @@ def _need(summary: Mapping[str, Any], key: str) -> Any:
     return summary[key]
 
 
-def _accuracies(summary: Mapping[str, Any]) -> list[Accuracy]:
-    measured = _need(summary, "accuracy")
-    found = []
-    for stage in (*MODELS, *(other for other in measured if other not in MODELS)):
-        if stage in measured:
-            row = measured[stage]
-            each = Accuracy(stage, MODELS.get(stage, stage), row["sampled"], row["greedy"], row["n"])
-            if not (0 <= each.sampled <= 1 and 0 <= each.greedy <= 1 and each.n >= 1):
-                raise DataError(
-                    f"summary.json: accuracy.{stage} needs shares in [0, 1] and n >= 1, has {row}"
-                )
-            found.append(each)
-        elif stage in ("sft", "lightning_opd"):
-            raise DataError(f"summary.json: accuracy.{stage} is missing: run lopd evaluate first")
-    return found
-
-
 def _by_stage(values: Mapping[str, float]) -> dict[str, float]:
     order = [*(s for s in STAGES if s in values), *(s for s in values if s not in STAGES)]
     return {stage: values[stage] for stage in order}
-
-
-def _headline(accuracies: Sequence[Accuracy]) -> str:
-    by_stage = {each.stage: each for each in accuracies}
-    before, after = by_stage["sft"], by_stage["lightning_opd"]
-    gain = round(100 * after.sampled, 1) - round(100 * before.sampled, 1)
-    verb = "raised" if gain > 0 else "lowered" if gain < 0 else "left"
-    change = f" ({gain:+.1f} points)" if gain else " (no change)"
-
-    def share(each: Accuracy) -> str:
-        error = 100 * standard_error(each.sampled, each.n)
-        return f"{100 * each.sampled:.1f}\u00a0% (n\u00a0=\u00a0{each.n:,}, standard error\u00a0{error:.1f})"
-
-    return f"Lightning OPD {verb} sampled accuracy from {share(before)} to {share(after)}{change}"
-
-
-def _accuracy_caption(accuracies: Sequence[Accuracy]) -> str:
-    counts = sorted({each.n for each in accuracies})
-    return (
-        f"n = {' and '.join(f'{n:,}' for n in counts)} answers each; bars are one binomial standard error. "
-        "Filled: sampled at the recipe's temperature. Hollow: greedy."
-    )
 
 
 def _caption(stage: str, curve: Curve, objective: str) -> str:
@@ -223,13 +180,13 @@ def _training(histories: Mapping[str, History], objective: str) -> str:
     for stage, title in (("sft", "SFT"), ("train", "Lightning OPD training")):
         rows = histories.get(stage, ())
         figures = [
-            _figure(curve.title, curve_figure(stage, curve, rows), _caption(stage, curve, objective))
+            figure(curve.title, curve_figure(stage, curve, rows), _caption(stage, curve, objective))
             for curve in CURVES[stage]
             if has(rows, curve.key)
         ]
         advantage = ("advantage_p05", "advantage_mean", "advantage_p95")
         if stage == "train" and all(has(rows, key) for key in advantage):
-            figures.insert(2, _figure("Advantage spread", advantage_figure(rows), ADVANTAGE_CAPTION))
+            figures.insert(2, figure("Advantage spread", advantage_figure(rows), ADVANTAGE_CAPTION))
         if figures:
             skipped = sum(1 for row in rows if row.get("skipped"))
             note = f"Steps: {len(rows):,}; skipped for gradients that were not finite: {skipped:,}."
@@ -242,10 +199,10 @@ def _cost(seconds: Mapping[str, float], tokens: Mapping[str, float]) -> str:
     figures = []
     if seconds:
         texts = {stage: duration(value) for stage, value in seconds.items()}
-        figures.append(_figure("Time", bars_figure("seconds", seconds, texts, "wall-clock seconds"), ""))
+        figures.append(figure("Time", bars_figure("seconds", seconds, texts, "wall-clock seconds"), ""))
     if tokens:
         texts = {stage: count(value) for stage, value in tokens.items()}
-        figures.append(_figure("Tokens", bars_figure("tokens", tokens, texts, "tokens processed"), ""))
+        figures.append(figure("Tokens", bars_figure("tokens", tokens, texts, "tokens processed"), ""))
     rows = []
     for stage in _by_stage({**tokens, **seconds}):
         took, processed = seconds.get(stage), tokens.get(stage)
@@ -257,10 +214,10 @@ def _cost(seconds: Mapping[str, float], tokens: Mapping[str, float]) -> str:
                 f"{processed / took:,.0f}" if took and processed else "",
             )
         )
-    table = _table(("stage", "time", "tokens", "tokens/s"), rows)
+    rows_table = table(("stage", "time", "tokens", "tokens/s"), rows)
     return (
         f'<h2>Time and tokens by stage</h2><div class="grid">{"".join(figures)}'
-        f'<div class="card scroll">{table}</div></div>'
+        f'<div class="card scroll">{rows_table}</div></div>'
     )
 
 
@@ -274,33 +231,20 @@ def _lineage(graph: LineageGraph) -> str:
     )
     rows = [(node.title, node.kind, node.digest, node.path) for node in graph.nodes]
     caption = "Round: models. Square: artifacts. A mark carries the number of the claim it stands for."
-    drawn = _figure("Made from", lineage_figure(graph), caption) if graph.nodes else ""
+    drawn = figure("Made from", lineage_figure(graph), caption) if graph.nodes else ""
     return (
         f'<h2>Lineage</h2><div class="lineage">{drawn}'
         f'<div class="card"><h3>Claims and their evidence</h3><ol>{proofs}</ol></div></div>'
         '<details class="card"><summary>Digests and paths</summary><div class="scroll">'
-        f"{_table(('what', 'kind', 'digest', 'path'), rows, text=True)}</div></details>"
+        f"{table(('what', 'kind', 'digest', 'path'), rows, text=True)}</div></details>"
     )
 
 
 def _settings(settings: Mapping[str, str]) -> str:
     if not settings:
         return ""
-    table = _table(("setting", "value"), settings.items(), text=True)
-    return f'<h2>Settings</h2><div class="card scroll">{table}</div>'
-
-
-def _figure(title: str, svg: str, caption: str) -> str:
-    note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure><h3>{escape(title)}</h3>{note}{svg}</figure>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text: bool = False) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    kind = ' class="text"' if text else ""
-    return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    rows_table = table(("setting", "value"), settings.items(), text=True)
+    return f'<h2>Settings</h2><div class="card scroll">{rows_table}</div>'
 
 
 def _mark(status: LineageStatus) -> str:

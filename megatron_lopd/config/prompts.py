@@ -1,0 +1,65 @@
+"""Where a recipe's prompts come from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from megatron_lopd.config.keys import key, require
+
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from: a JSONL file, or a built-in task that makes them."""
+
+    path: str | None = key("JSONL file: {prompt | problem | question | messages, answer?, id?} a line", None)
+    task: str | None = key("built-in task that makes the prompts: arithmetic", None)
+    count: int | None = key("prompts to take (tasks need it; files: the first so many)", None)
+    prompt_field: str | None = key(
+        "the file's field with the prompt, text or a list of messages; empty: the one of prompt, problem, "
+        "question, messages that is there",
+        None,
+    )
+    answer_field: str | None = key(
+        "the file's field with the right answer; empty: the one of answer, expected_answer that is there",
+        None,
+    )
+    suffix: str | None = key(
+        "text put after each prompt of the file, on a line of its own, such as: Please reason step by step, "
+        "and put your final answer within \\boxed{}.",
+        None,
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            (self.path is None) != (self.task is None),
+            "prompts: give either path (a JSONL file) or task (a built-in task), and not both",
+        )
+        require(self.task is None or self.count is not None, f"prompts: task {self.task} needs count")
+        require(self.count is None or self.count > 0, f"prompts.count must be at least 1, not {self.count}")
+        for name in ("prompt_field", "answer_field", "suffix"):
+            value = getattr(self, name)
+            require(value != "", f"prompts.{name} is empty text: leave it out")
+            require(
+                value is None or self.task is None,
+                f"prompts.{name} is for the prompts of a file: drop it with task {self.task}",
+            )
+
+
+@dataclass(frozen=True)
+class PromptSources:
+    sft: PromptSource | None = key("prompts the teacher answers for SFT", None)
+    opd: PromptSource | None = key("prompts the student rolls out for OPD", None)
+    eval: dict[str, PromptSource] | None = key(
+        "prompts with answers, to evaluate on: one source, or several under names of your choice", None
+    )
+
+    def __post_init__(self) -> None:
+        require(self.eval != {}, "prompts.eval names no set: give a source (path or task), or leave it out")
+        for name in self.eval or ():
+            require(
+                _SET_NAME.fullmatch(name) is not None,
+                f"prompts.eval: {name!r} cannot name a directory: use letters, digits, '.', '_' and '-'",
+            )

@@ -1,0 +1,94 @@
+"""What engines in this process share: requests looked at before anything is run, and the errors of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_lopd.engines.protocol import ScoreRequest
+from megatron_lopd.errors import EngineError
+
+# Bytes of scores held while they wait for their turn: requests are run in any order within such a window.
+SCORED_BYTES = 1 << 28
+
+
+def check_scoring(
+    requests: Sequence[ScoreRequest], top_k: int, vocabulary: int, positions: int | None, model_dir: str
+) -> None:
+    """Raise EngineError for a request that the model cannot score, or `top_k` that leaves no tail."""
+    if top_k > vocabulary - 2:
+        raise EngineError(
+            f"score.top_k={top_k} leaves none of the {vocabulary} tokens of {model_dir} over "
+            f"beside the response token: lower it to at most {vocabulary - 2}"
+        )
+    for request in requests:
+        if not len(request.response_tokens):
+            raise EngineError(f"sample {request.sample_id}: the response to score is empty")
+        tokens = np.concatenate([request.prompt_tokens, request.response_tokens])
+        check_tokens(request.sample_id, tokens, 0, vocabulary, positions, model_dir)
+
+
+def check_tokens(
+    sample_id: str,
+    tokens: NDArray[np.int32],
+    new_tokens: int,
+    vocabulary: int,
+    positions: int | None,
+    model_dir: str,
+) -> None:
+    """Raise EngineError unless the model has a place for `tokens` int32 [T], T >= 1, and `new_tokens` more.
+
+    `positions` None: the model says no limit.
+    """
+    if not len(tokens):
+        raise EngineError(f"sample {sample_id}: the prompt is empty")
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        outside = int(tokens.max() if tokens.max() >= vocabulary else tokens.min())
+        raise EngineError(
+            f"sample {sample_id}: token {outside} is outside the vocabulary of {vocabulary} of "
+            f"{model_dir}: was it made with another tokenizer?"
+        )
+    if positions is not None and len(tokens) + new_tokens > positions:
+        raise EngineError(
+            f"sample {sample_id}: {len(tokens)} tokens and {new_tokens} new ones do not fit the "
+            f"{positions} positions of {model_dir}: shorten it or lower sampling.max_new_tokens"
+        )
+
+
+def check_finite(sample_id: str, log_probs: NDArray[np.float32], model_dir: str, dtype: str) -> None:
+    """Raise EngineError naming the sample for a log-prob that is not finite."""
+    if not np.isfinite(log_probs).all():
+        raise EngineError(
+            f"sample {sample_id}: {model_dir} gives log-probs that are not finite in "
+            f"{dtype}: are its weights damaged? engine.dtype=fp32 rules out overflow"
+        )
+
+
+def windows(
+    requests: Sequence[ScoreRequest], top_k: int, batch_size: int = 1
+) -> Iterator[Sequence[ScoreRequest]]:
+    """Consecutive requests whose scores take about SCORED_BYTES; whole batches, so at least one."""
+    begin, held = 0, 0
+    for index, request in enumerate(requests):
+        held += len(request.response_tokens) * (4 if top_k == 0 else 8 + 8 * top_k)
+        if held >= SCORED_BYTES and (index + 1 - begin) % batch_size == 0:
+            yield requests[begin : index + 1]
+            begin, held = index + 1, 0
+    if begin < len(requests):
+        yield requests[begin:]
+
+
+@contextmanager
+def memory_advice(model_dir: str, device: torch.device, setting: str, advice: str) -> Iterator[None]:
+    """Turn running out of memory, on either device, into one line that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_memory and "can't allocate memory" not in str(error):  # what torch's CPU allocator says
+            raise
+        raise EngineError(f"{model_dir}: out of memory on {device} ({setting}): {advice}") from error

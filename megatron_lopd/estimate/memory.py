@@ -1,0 +1,213 @@
+"""Bytes on one GPU, by part: in training on Megatron-Core, and in an engine that samples or scores.
+
+Training. With N weights on a rank, of w bytes (bf16 2, fp32 4), and D ranks that share its optimizer (data x
+context parallel for dense weights, the expert data parallel ranks for experts'):
+    weights     w N            gradients  4 N      (DistributedDataParallel's fp32 main gradients)
+    optimizer   12 N / D       (8 N / D where weights are fp32: they are their own master copy; "distributed
+                optimizer" in Megatron-Core's documentation: its table of 6 + 12 / d bytes a parameter)
+Activations are those that backward needs, of Korthikanti et al. 2022 (arXiv 2205.05198), section 4, counted
+anew for what these models are: no dropout, flash attention (no [tokens, tokens] is kept), grouped queries,
+SwiGLU, RMSNorm. A layer keeps of each token, in elements, with s = tensor under sequence parallelism and
+otherwise 1:
+    4 h / s                both norms' inputs and outputs
+    3 (q + k) / tensor     q, k, v as projected, q and k as rotated, attention's output (q = heads x head_dim,
+                           k = KV heads x head_dim), and 4 bytes a head of log-sum-exp
+    3 f / tensor           gate and up, and their product
+and of experts top_k tokens of h in and out, and 3 f each. Stage 0 of p keeps the layers of p micro-batches at
+once (1F1B, Narayanan et al. 2021, arXiv 2104.04473), of p + (p - 1) / v interleaved; the last keeps one.
+Log-probs: mcore/log_probs.py's own blocks. No [tokens, vocabulary] is ever held.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.estimate.shapes import Shape, layer_dense, layer_experts
+from megatron_lopd.mcore.architecture import Architecture
+
+# Logits that mcore/log_probs.py makes at once on a GPU (its CHUNK_ELEMENTS["cuda"]; a test holds them equal).
+LOGITS_AT_ONCE = 2**25
+# CUDA's context, NCCL's and cuBLAS's buffers, and what the allocator loses between blocks. An assumption.
+RESERVED = 5e9
+# Of the memory an engine may use: vLLM's default gpu_memory_utilization.
+ENGINE_SHARE = 0.9
+# What twice the GPUs of a replica must save of the bytes read for a token, to be worth the traffic between
+# them. An assumption.
+WORTH_DOUBLING = 0.25
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a micro-batch is, and in what numbers: `tokens` of it, all ranks of a context group together."""
+
+    tokens: int
+    precision: Literal["fp32", "bf16"]
+    fp8: bool
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.precision == "bf16" else 4
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on the fullest rank of a layout."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    log_probs: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return float(sum(getattr(self, part.name) for part in fields(self)))
+
+    @property
+    def largest(self) -> str:
+        """The part with the most bytes."""
+        return max(fields(self), key=lambda part: getattr(self, part.name)).name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights on a rank (count): `experts` are shared out among other ranks than the `dense` ones."""
+
+    dense: int
+    experts: int
+
+
+def weights_on(arch: Architecture, parallel: ParallelConfig, stage: int) -> Weights:
+    """The weights of one rank of pipeline stage `stage` (from 0). Exact, padded vocabulary included."""
+    layers = arch.num_layers // parallel.pipeline
+    whole = layer_dense(arch)
+    replicated = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
+    replicated += arch.hidden_size * arch.experts.count if arch.experts else 0  # the router
+    dense = layers * (replicated + (whole - replicated) // parallel.tensor)
+    matrix = arch.padded_vocab_size(parallel.tensor) // parallel.tensor * arch.hidden_size
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    if first:
+        dense += matrix
+    if last:
+        # Tied, the last stage has a copy of the embedding, unless it is the first as well.
+        dense += arch.hidden_size + (0 if arch.tied and first else matrix)
+    return Weights(dense, layers * layer_experts(arch) // (parallel.expert * parallel.expert_tensor_size))
+
+
+def training_memory(
+    arch: Architecture, parallel: ParallelConfig, world: int, training: Training
+) -> TrainingMemory:
+    """Bytes on the fullest rank, of `world` ranks split as `parallel` says; `check_layout` must hold."""
+    stages = {0, parallel.pipeline - 1}  # those between hold less than the first
+    return max((_on_stage(arch, parallel, world, training, stage) for stage in stages), key=lambda m: m.total)
+
+
+def _on_stage(
+    arch: Architecture, parallel: ParallelConfig, world: int, training: Training, stage: int
+) -> TrainingMemory:
+    weights = weights_on(arch, parallel, stage)
+    count = weights.dense + weights.experts
+    replicas = world // (parallel.tensor * parallel.pipeline)
+    expert_replicas = world // (parallel.expert_tensor_size * parallel.expert * parallel.pipeline)
+    state = 12 if training.precision == "bf16" else 8
+    # Transformer Engine keeps each matrix in FP8 twice, as it stands and transposed, beside the bf16 one.
+    element = training.element + (2 if training.fp8 else 0)
+    last = stage == parallel.pipeline - 1
+    return TrainingMemory(
+        weights=float(element * count),
+        gradients=4.0 * count,
+        optimizer=state * (weights.dense / replicas + weights.experts / expert_replicas),
+        activations=_activations(arch, parallel, training, stage),
+        log_probs=_log_probs(arch, parallel, training) if last else 0.0,
+        reserved=RESERVED,
+    )
+
+
+def layer_activations(arch: Architecture, parallel: ParallelConfig, training: Training) -> float:
+    """Bytes a layer keeps of one token for its backward pass, nothing recomputed."""
+    tensor = parallel.tensor
+    shared = tensor if parallel.sequence else 1
+    inner, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    kept = 4 * arch.hidden_size / shared + 3 * (inner + groups) / tensor
+    if arch.experts is None:
+        kept += 3 * arch.ffn_size / tensor
+    else:
+        expert = 2 * arch.hidden_size / shared + 3 * arch.experts.ffn_size / tensor
+        kept += arch.experts.top_k * expert + 2 * arch.experts.count / shared
+    return kept * training.element + 4 * arch.num_heads / tensor
+
+
+def _activations(arch: Architecture, parallel: ParallelConfig, training: Training, stage: int) -> float:
+    tokens = training.tokens / parallel.context
+    layers = arch.num_layers // parallel.pipeline
+    waiting = float(parallel.pipeline - stage)
+    if parallel.virtual_pipeline > 1:
+        waiting += (parallel.pipeline - 1) / parallel.virtual_pipeline
+    layer = layer_activations(arch, parallel, training)
+    if parallel.recompute != "full":
+        return tokens * layers * layer * waiting
+    shared = parallel.tensor if parallel.sequence else 1
+    between_layers = arch.hidden_size * training.element / shared
+    return tokens * (layers * between_layers * waiting + layer)
+
+
+def _log_probs(arch: Architecture, parallel: ParallelConfig, training: Training) -> float:
+    """The peak, in the backward pass, with every token a response: the chosen hidden states and their
+    gradient, added up in fp32; the output matrix's gradient; and of a block the logits, their exponentials,
+    their gradient, and its part of the weight gradient before it is rounded."""
+    rows = -(-training.tokens // parallel.context)
+    columns = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
+    hidden = arch.hidden_size * rows * (2 * training.element + 4 + 4)
+    matrix = columns * arch.hidden_size * training.element
+    block = min(columns, max(1, LOGITS_AT_ONCE // rows))
+    return float(hidden + matrix + block * (rows * (4 + 4 + training.element) + arch.hidden_size * 4))
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """One replica of an engine: `tensor` GPUs, and bytes on each.
+
+    `kv_cache` is that of the `running` sequences, which fit at their full length, of the `asked` ones.
+    """
+
+    tensor: int
+    weights: float
+    kv_cache: float
+    running: int
+    asked: int
+
+
+def kv_bytes(arch: Architecture, element: int) -> int:
+    """Bytes of keys and values of one token, all layers."""
+    return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * element
+
+
+def engine_memory(
+    shape: Shape, element: int, batch: int, length: int, memory_bytes: float, most: int
+) -> EngineMemory | None:
+    """The fewest GPUs, up to `most`, of which twice as many would not save WORTH_DOUBLING of what is read.
+
+    Decoding reads all weights for each token of a batch, which more room for the KV cache spreads over more
+    sequences. `element`: bytes of a weight and of a KV entry; `length`: tokens of a whole sequence. None
+    where not even one sequence fits.
+    """
+    arch = shape.arch
+    cached, weights = length * kv_bytes(arch, element), shape.parameters * element
+    found, cost = None, math.inf
+    for size in (size for size in (1, 2, 4, 8) if size <= most and arch.num_heads % size == 0):
+        sequence = cached / min(size, arch.num_kv_heads)  # on more ranks than KV heads, they are copied
+        room = memory_bytes * ENGINE_SHARE - weights / size
+        running = min(batch, int(room // sequence))
+        if running < 1:
+            continue
+        read = weights / running + cached / 2  # bytes a token, half way through its sequence
+        if read > (1 - WORTH_DOUBLING) * cost:
+            break
+        found, cost = EngineMemory(size, weights / size, running * sequence, running, batch), read
+    return found

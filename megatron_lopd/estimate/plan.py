@@ -1,0 +1,240 @@
+"""A recipe on a cluster: does it fit, in what layout, for how long; as a table for a person, or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron_lopd.config import ParallelConfig, Recipe, TrainingConfig
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.estimate.gpus import Cluster
+from megatron_lopd.estimate.layouts import Layout, least_layout, own_layout, smallest_layout
+from megatron_lopd.estimate.memory import Training
+from megatron_lopd.estimate.shapes import Shape
+from megatron_lopd.estimate.stages import Sizing, StageEstimate
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A stage that trains: the recipe's own layout, the smallest that fits, and what is wrong with the first.
+
+    `own` is None where `parallel` cannot split the model or the GPUs, `smallest` where nothing fits;
+    `problem` is then, or when `own` is too large, one line that says what to change.
+    """
+
+    stage: str
+    own: Layout | None
+    smallest: Layout | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `lopd plan` says."""
+
+    cluster: Cluster
+    parallel: ParallelConfig
+    models: dict[str, Shape]
+    training: list[TrainingPlan]
+    stages: list[StageEstimate]
+    assumptions: list[str]
+
+    @property
+    def problems(self) -> list[str]:
+        """What keeps stages from training as the recipe says, one line each, beginning with their names."""
+        stages: dict[str, list[str]] = {}
+        for part in self.training:
+            if part.problem is not None:
+                stages.setdefault(part.problem, []).append(part.stage)
+        return [f"{', '.join(names)}: {problem}" for problem, names in stages.items()]
+
+
+def make_plan(recipe: Recipe, cluster: Cluster, fill: float = 1.0) -> Plan:
+    """Estimate `recipe` on `cluster`; `fill`: average response, as a share of `max_new_tokens`.
+
+    Raises ConfigError for a model of unknown shape, prompts that cannot be counted, an engine whose model
+    fits no node, or FP8 on a GPU that has none. A training layout that does not fit is in `Plan.problems`.
+    """
+    if not 0 < fill <= 1:
+        raise ConfigError(f"--fill {fill:g}: a share of max_new_tokens is above 0 and at most 1")
+    if recipe.fp8 is not None and not cluster.gpu.fp8:
+        raise ConfigError(
+            f"fp8: {cluster.gpu.name} has no FP8: drop the fp8 section, or plan for h100 or later"
+        )
+    sizing = Sizing(recipe, cluster, fill)
+    stages = list(sizing.stages())
+    if not stages:
+        raise ConfigError("there is neither an sft nor a train section: nothing here takes a GPU")
+    sizing.assume_rates()
+    sections: dict[str, TrainingConfig | None] = {"sft": recipe.sft, "train": recipe.train}
+    training = [
+        _plan_training(name, section, sizing)
+        for name, section in sections.items()
+        if section is not None and any(stage.name == name for stage in stages)
+    ]
+    used = {stage.model for stage in stages}
+    models: dict[str, Shape] = {}
+    if "teacher" in used:
+        models["teacher"] = sizing.teacher
+    if "student" in used:
+        models["student"] = sizing.student
+    return Plan(cluster, recipe.parallel, models, training, stages, sizing.assumptions)
+
+
+def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> TrainingPlan:
+    recipe, cluster, arch = sizing.recipe, sizing.cluster, sizing.student.arch
+    training = Training(section.micro_batch_tokens, recipe.precision, recipe.fp8 is not None)
+    smallest = smallest_layout(arch, cluster, training, section.global_batch_size)
+    try:
+        own = own_layout(arch, recipe.parallel, cluster, training)
+    except ConfigError as error:
+        return TrainingPlan(name, None, smallest, str(error))
+    if own.fits(cluster):
+        return TrainingPlan(name, own, smallest, None)
+    over = (own.memory.total - cluster.gpu.memory_bytes) / GB
+    part = getattr(own.memory, own.memory.largest.replace("-", "_")) / GB
+    problem = (
+        f"parallel ({_axes(own)}) takes {own.memory.total / GB:.1f} GB of each GPU, {over:.1f} GB "
+        f"more than {cluster.gpu.name} has, most of it {own.memory.largest} ({part:.1f} GB): "
+    )
+    if smallest is not None:
+        return TrainingPlan(name, own, smallest, f"{problem}set {overrides(smallest, recipe.parallel)}")
+    least = least_layout(arch, cluster, training)
+    assert least is not None  # `own` divides the model, and so do candidates
+    still = (least.memory.total - cluster.gpu.memory_bytes) / GB
+    remedy = (
+        f"no layout fits; the least, {_axes(least)}, is {still:.1f} GB over: give more GPUs or larger ones"
+    )
+    if (least.memory.activations + least.memory.log_probs) / GB > still:
+        remedy += ", or lower micro_batch_tokens"
+    return TrainingPlan(name, own, None, problem + remedy)
+
+
+def overrides(layout: Layout, parallel: ParallelConfig) -> str:
+    """What makes `layout` of a recipe's `parallel`, as overrides."""
+    values, given = asdict(layout.parallel), asdict(parallel)
+    return " ".join(
+        f"parallel.{name}={'' if value is None else value}"
+        for name, value in values.items()
+        if value != given[name]
+    )
+
+
+def _axes(layout: Layout) -> str:
+    split = layout.parallel
+    sizes = {
+        "tensor": split.tensor,
+        "pipeline": split.pipeline,
+        "context": split.context,
+        "expert": split.expert,
+    }
+    named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    return ", ".join([*named, f"data {layout.data}", f"recompute {split.recompute}"])
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain dicts and lists: bytes, FLOPs, hours, counts."""
+    return {
+        "gpu": asdict(plan.cluster.gpu),
+        "gpus": plan.cluster.count,
+        "models": {
+            name: {"parameters": shape.parameters, "assumed": shape.assumed}
+            for name, shape in plan.models.items()
+        },
+        "training": [
+            {
+                "stage": part.stage,
+                "own": _layout_json(part.own, plan.cluster),
+                "smallest": _layout_json(part.smallest, plan.cluster),
+                "problem": part.problem,
+            }
+            for part in plan.training
+        ],
+        "stages": [asdict(stage) | {"hours": stage.gpu_hours / plan.cluster.count} for stage in plan.stages],
+        "gpu_hours": sum(stage.gpu_hours for stage in plan.stages),
+        "disk_bytes": sum(stage.disk for stage in plan.stages),
+        "assumptions": plan.assumptions,
+    }
+
+
+def _layout_json(layout: Layout | None, cluster: Cluster) -> dict[str, Any] | None:
+    if layout is None:
+        return None
+    memory = asdict(layout.memory) | {"total": layout.memory.total}
+    return {
+        "parallel": asdict(layout.parallel),
+        "data": layout.data,
+        "memory": memory,
+        "fits": layout.fits(cluster),
+    }
+
+
+def table(plan: Plan) -> Iterator[str]:
+    """The plan in lines, for a person."""
+    gpu = plan.cluster.gpu
+    peak = f"{gpu.flops / 1e12:.0f} TFLOP/s bf16"
+    yield f"{plan.cluster.count} x {gpu.name}: {gpu.memory_bytes / GB:.0f} GB each, {peak}"
+    for name, shape in plan.models.items():
+        yield f"{name}: {shape.parameters / 1e6:,.1f} million weights"
+    yield ""
+    yield from _memory_table(plan)
+    yield ""
+    yield from _engine_table(plan)
+    yield ""
+    yield from _stage_table(plan)
+    yield ""
+    yield "assumed:"
+    yield from (f"  {text}" for text in plan.assumptions)
+
+
+def _memory_table(plan: Plan) -> Iterator[str]:
+    """Training memory by part."""
+    layouts = [
+        (part.stage, whose, layout)
+        for part in plan.training
+        for whose, layout in (("recipe", part.own), ("smallest", part.smallest))
+        if layout is not None
+    ]
+    if not layouts:
+        return
+    parts = [part.name for part in fields(layouts[0][2].memory)]
+    yield "GB of each GPU, training:"
+    yield f"  {'':16}" + "".join(f"{part.replace('_', '-'):>13}" for part in parts) + f"{'total':>9}  layout"
+    for stage, whose, layout in layouts:
+        values = "".join(f"{getattr(layout.memory, part) / GB:13.1f}" for part in parts)
+        verdict = "" if layout.fits(plan.cluster) else ": DOES NOT FIT"
+        yield f"  {stage:6}{whose:10}{values}{layout.memory.total / GB:9.1f}  {_axes(layout)}{verdict}"
+    for part in plan.training:
+        if part.smallest is not None and part.smallest != part.own:
+            yield f"  smallest for {part.stage}: {overrides(part.smallest, plan.parallel)}"
+
+
+def _engine_table(plan: Plan) -> Iterator[str]:
+    """Engine memory, and how many sequences run at once."""
+    yield "GB of each GPU, engines:"
+    yield f"  {'':10}{'model':>9}{'weights':>10}{'KV cache':>10}{'GPUs':>6}{'sequences at once':>20}"
+    for stage in plan.stages:
+        engine = stage.engine
+        if engine is not None:
+            running = f"{engine.running} of {engine.asked}"
+            yield (
+                f"  {stage.name:10}{stage.model:>9}{engine.weights / GB:10.1f}{engine.kv_cache / GB:10.1f}"
+                f"{engine.tensor:6d}{running:>20}"
+            )
+
+
+def _stage_table(plan: Plan) -> Iterator[str]:
+    """Work, hours and disk by stage."""
+    yield "work:"
+    yield f"  {'':10}{'samples':>10}{'tokens':>10}{'EFLOP':>10}{'GPU-hours':>11}{'hours':>8}{'disk GB':>10}"
+    for stage in plan.stages:
+        yield (
+            f"  {stage.name:10}{stage.work.samples:10.0f}{stage.work.samples * stage.work.length / GB:9.2f}G"
+            f"{stage.flops / 1e18:10.2f}{stage.gpu_hours:11.1f}{stage.gpu_hours / plan.cluster.count:8.2f}"
+            f"{stage.disk / GB:10.1f}"
+        )
+    hours, disk = (sum(getattr(stage, name) for stage in plan.stages) for name in ("gpu_hours", "disk"))
+    yield f"  {'total':40}{hours:11.1f}{hours / plan.cluster.count:8.2f}{disk / GB:10.1f}"

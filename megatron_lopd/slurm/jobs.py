@@ -1,0 +1,104 @@
+"""Which jobs a recipe needs on a cluster, and in what order. Each waits for the one before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_lopd.artifacts.manifest import is_committed
+from megatron_lopd.config import Cluster, ParallelConfig, Recipe
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.stages.base import directory_of
+from megatron_lopd.stages.inputs import scoring_of
+from megatron_lopd.stages.rounds import is_made, rounds_of
+from megatron_lopd.stages.run import STAGES
+
+SHARED = tuple(stage.name for stage in STAGES if stage.share is not None)
+CPU_STAGES = ("tokenize", "export", "report")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sbatch. `ranks` processes a node under torchrun; 0 runs the command itself, once a node.
+
+    `workers`: tasks of an array job, a node each; 0 makes it one job over `nodes` nodes.
+    """
+
+    name: str
+    command: str
+    nodes: int
+    workers: int
+    ranks: int
+    gpus: int
+    minutes: int
+    partition: str | None
+
+
+def jobs_of(recipe: Recipe, cluster: Cluster) -> list[Job]:
+    """The jobs that are still to be run, in order; none when every stage is committed.
+
+    Raises ConfigError when the recipe asks for no stage, or its layout does not fit the nodes' GPUs.
+    """
+    needed = [stage for stage in STAGES if stage.needed(recipe)]
+    if not needed:
+        raise ConfigError("the recipe asks for nothing: give a section sft, and train to go on to OPD")
+    jobs: list[Job] = []
+    for stage in needed:
+        if not is_committed(directory_of(recipe, stage.name)):
+            names = _rounds(recipe) if stage.name == "train" else [(stage.name, stage.name)]
+            jobs += [_job(name, command, recipe, cluster) for name, command in names]
+    return jobs
+
+
+def _rounds(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Names and commands: train ends where its rollouts are used up, refresh makes more, train goes on."""
+    yield "train", "train"
+    for each in rounds_of(recipe)[1:]:
+        if not is_made(recipe, each):
+            yield f"refresh-{each.number}", "refresh"
+            yield f"train-{each.number}", "train"
+
+
+def _job(name: str, command: str, recipe: Recipe, cluster: Cluster) -> Job:
+    resources = getattr(cluster.stages, command)
+    layout = _layout(command, recipe)
+    workers = resources.nodes if command in SHARED and layout is None else 0
+    return Job(
+        name=name,
+        command=command,
+        nodes=1 if workers else resources.nodes,
+        workers=workers,
+        ranks=_ranks(command, resources.nodes, layout, cluster) if layout is not None else 0,
+        gpus=0 if command in CPU_STAGES else cluster.gpus_per_node,
+        minutes=resources.minutes,
+        partition=resources.partition or cluster.partition,
+    )
+
+
+def _layout(command: str, recipe: Recipe) -> ParallelConfig | None:
+    """How the ranks of a command divide a model; None where it takes no ranks."""
+    if command in ("sft", "train"):
+        return recipe.parallel
+    if command != "score":
+        return None
+    scoring = scoring_of(recipe)
+    second = scoring.agreement.engine if scoring.agreement is not None else None
+    return scoring.engine.parallel or (second.parallel if second is not None else None)
+
+
+def _ranks(command: str, nodes: int, parallel: ParallelConfig, cluster: Cluster) -> int:
+    """Processes on each node. ConfigError when the parallel layout does not divide their number."""
+    if not cluster.gpus_per_node:
+        if parallel.processes % nodes:
+            raise ConfigError(
+                f"stages.{command}.nodes={nodes} does not divide parallel.processes={parallel.processes}: "
+                "change one of them"
+            )
+        return parallel.processes // nodes
+    ranks = nodes * cluster.gpus_per_node
+    if ranks % parallel.ranks_multiple:
+        raise ConfigError(
+            f"stages.{command}.nodes={nodes} with gpus_per_node={cluster.gpus_per_node} makes {ranks} ranks, "
+            f"not a multiple of {parallel.ranks_multiple} ({parallel.product}): change nodes, or the layout"
+        )
+    return cluster.gpus_per_node

@@ -1,0 +1,45 @@
+"""The math grader against the toy task's exact one, on what a trained model writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lopd.config import EngineConfig, EvaluateConfig, Sampling
+from megatron_lopd.data.chat import Chat
+from megatron_lopd.data.dataset import open_shards
+from megatron_lopd.data.prompts import Prompt
+from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.stages.grading import grade_model, graded
+from megatron_lopd.tasks.arithmetic import problems
+from megatron_lopd.tasks.graders import open_grader
+
+TEACHER = Path(__file__).parents[2] / "examples/quickstart/teacher"
+FORMS = ("{}", r"\boxed{{{}}}", "${}.0$", r"\frac{{3\cdot {}}}{{3}}")  # of one and the same answer
+
+
+def test_two_graders_agree_on_a_trained_models_answers(tmp_path: Path) -> None:
+    asked = list(problems(60, seed=123, split="eval"))
+    prompts = [
+        Prompt(p.id, ({"role": "user", "content": p.prompt},), FORMS[n % len(FORMS)].format(p.answer))
+        for n, p in enumerate(asked)
+    ]
+    last_digit = {p.id: p.answer for p in asked}
+    sampling = Sampling(max_new_tokens=26, temperature=1.5, samples_per_prompt=4)  # so that it errs at times
+    settings = EvaluateConfig("math", sampling=sampling, engine=EngineConfig(batch_size=256))
+    with open_grader("math") as mathematical, open_grader("arithmetic") as exact:
+        mathematical.require(prompts)
+        grades = grade_model(TEACHER, prompts, settings, 1, tmp_path, "teacher", mathematical)
+        found = graded(tmp_path / "sampled", TEACHER, prompts, mathematical, False)
+        truth = graded(tmp_path / "sampled", TEACHER, prompts, exact, False)
+    chat, right = Chat(str(TEACHER)), {True: 0, False: 0}
+    texts = {r.sample_id: chat.decode(r.response_tokens) for r in open_shards(ROLLOUTS, tmp_path / "sampled")}
+    for prompt_id, verdicts in truth.items():
+        for index, (one, other) in enumerate(zip(verdicts, found[prompt_id], strict=True)):
+            right[one.right] += 1
+            if one.right != other.right:  # the exact one wants the toy task's form as well
+                assert other.right
+                assert texts[f"{prompt_id}/{index}"].endswith(last_digit[prompt_id])
+    assert min(right.values()) > 20
+    assert grades.ungraded == 0
+    assert grades.majority is not None
+    assert grades.majority.share > grades.sampled  # a trained model errs in more ways than it is right

@@ -1,0 +1,205 @@
+"""The vllm engine, on vLLM's real CPU build, against the transformers engine and its own claims."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+
+from megatron_lopd.artifacts.manifest import load_manifest
+from megatron_lopd.cli import main
+from megatron_lopd.config import EngineConfig, Sampling
+from megatron_lopd.data.records import Score
+from megatron_lopd.engines import Completion, GenerateRequest, ScoreRequest, open_engine
+from megatron_lopd.engines.process import EngineProcess
+from megatron_lopd.errors import EngineDied, EngineError
+from tests.model_zoo import make_model_dir
+from tests.pipeline import SMALL, write_recipe
+from tests.smollm2 import TOP_K, assert_agree
+from tests.vllm_python import VLLM_PYTHON
+
+CONFIG = EngineConfig(name="vllm", python=str(VLLM_PYTHON), batch_size=8)
+VOCABULARY = 131
+HEAD = 32  # the smallest that vLLM's attention on a CPU knows
+END = frozenset({3, 7, 19, 40, 77, 101})  # so many that some responses end early
+HORIZON = 12
+# fp32 sums in another order: 1e-6 seen; what the issue asks for.
+NATS = 1e-3
+# Of the tail's mass, which vLLM's top k leaves as 1 minus a sum of fp32 probabilities.
+TAIL_MASS = 1e-5
+pytestmark = pytest.mark.timeout(900)  # starting takes a minute on a machine with nothing else to do
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    make_model_dir(path, vocab_size=VOCABULARY, max_position_embeddings=64, head_dim=HEAD)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir: str) -> Iterator[EngineProcess]:
+    opened = open_engine(CONFIG, model_dir)
+    assert isinstance(opened, EngineProcess)
+    yield opened
+    opened.close()
+
+
+def prompts(count: int) -> list[NDArray[np.int32]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, VOCABULARY, rng.integers(1, 12), dtype=np.int32) for _ in range(count)]
+
+
+def requests(count: int) -> list[GenerateRequest]:
+    """Seeds over the whole range that ours have."""
+    return [GenerateRequest(f"s{i}", each, seed=i * (2**63 // 64)) for i, each in enumerate(prompts(count))]
+
+
+def to_score(asked: Sequence[GenerateRequest], done: Sequence[Completion]) -> list[ScoreRequest]:
+    return [
+        ScoreRequest(request.sample_id, request.prompt_tokens, completion.response_tokens)
+        for request, completion in zip(asked, done, strict=True)
+    ]
+
+
+def test_samples_are_the_samplers_own_and_scored_alike_by_both_engines(
+    engine: EngineProcess, model_dir: str
+) -> None:
+    asked = requests(40)
+    done = list(engine.generate(asked, Sampling(max_new_tokens=HORIZON), END))
+    assert [each.sample_id for each in done] == [each.sample_id for each in asked]
+    for each in done:
+        inside, last = each.response_tokens[:-1].tolist(), int(each.response_tokens[-1])
+        assert not END & set(inside), "nothing after an end token"
+        assert each.finish_reason == ("stop" if last in END else "length")
+        assert each.finish_reason == "stop" or len(each.response_tokens) == HORIZON
+    assert {each.finish_reason for each in done} == {"stop", "length"}
+
+    scored = [
+        ScoreRequest(a.sample_id, a.prompt_tokens, d.response_tokens)
+        for a, d in zip(asked, done, strict=True)
+    ]
+    reference = list(open_engine(EngineConfig(), model_dir).score(scored, 5))
+    for completion, alone, score, expected in zip(
+        done, engine.score(scored), engine.score(scored, 5), reference, strict=True
+    ):
+        # At temperature 1 what was sampled from is what is scored.
+        np.testing.assert_allclose(completion.log_probs, expected.log_probs, atol=NATS, rtol=0)
+        np.testing.assert_allclose(alone.log_probs, expected.log_probs, atol=NATS, rtol=0)
+        np.testing.assert_allclose(score.log_probs, expected.log_probs, atol=NATS, rtol=0)
+        assert score.top_k is not None
+        assert expected.top_k is not None
+        np.testing.assert_array_equal(score.top_k.ids, expected.top_k.ids)
+        np.testing.assert_allclose(score.top_k.log_probs, expected.top_k.log_probs, atol=NATS, rtol=0)
+        np.testing.assert_allclose(
+            np.exp(score.top_k.tail_log_probs), np.exp(expected.top_k.tail_log_probs), atol=TAIL_MASS, rtol=0
+        )
+
+
+def test_a_sample_depends_on_its_seed_and_on_nothing_beside_it(engine: EngineProcess) -> None:
+    asked = requests(12)
+    sampling = Sampling(max_new_tokens=HORIZON)
+    together = list(engine.generate(asked, sampling, END))
+    (alone,) = engine.generate(asked[7:8], sampling, END)
+    np.testing.assert_array_equal(alone.response_tokens, together[7].response_tokens)
+    backwards = list(engine.generate(asked[::-1], sampling, END))[::-1]
+    for one, other in zip(together, backwards, strict=True):
+        np.testing.assert_array_equal(one.response_tokens, other.response_tokens)
+    prompt = asked[0].prompt_tokens
+    same_prompt = [GenerateRequest(f"t{seed}", prompt, seed) for seed in range(8)]
+    drawn = {tuple(each.response_tokens) for each in engine.generate(same_prompt, sampling, END)}
+    assert len(drawn) > 4, "other seeds draw other tokens"
+
+
+def test_log_probs_of_another_temperature_and_of_a_cut_distribution(
+    engine: EngineProcess, model_dir: str
+) -> None:
+    """The sampler's own distribution, of a model that both engines score alike: its whole vocabulary."""
+    asked = requests(6)
+    sampling = Sampling(max_new_tokens=4, temperature=0.7, top_k=3)
+    done = list(engine.generate(asked, sampling, END))
+    scored = [
+        ScoreRequest(a.sample_id, a.prompt_tokens, d.response_tokens)
+        for a, d in zip(asked, done, strict=True)
+    ]
+    for completion, score in zip(done, open_engine(EngineConfig(), model_dir).score(scored, 3), strict=True):
+        assert score.top_k is not None
+        warmed = score.top_k.log_probs.astype(np.float64) / 0.7
+        warmed -= np.log(np.exp(warmed).sum(axis=1, keepdims=True))
+        at = score.top_k.ids == completion.response_tokens[:, None]
+        assert at.any(axis=1).all(), "only the likeliest three are drawn"
+        np.testing.assert_allclose(completion.log_probs, warmed[at], atol=NATS, rtol=0)
+
+
+def test_greedy_is_the_other_engines_and_has_the_log_probs_of_temperature_1(
+    engine: EngineProcess, model_dir: str
+) -> None:
+    asked, greedy = requests(12), Sampling(max_new_tokens=HORIZON, temperature=0)
+    expected = list(open_engine(EngineConfig(), model_dir).generate(asked, greedy, END))
+    for one, other in zip(engine.generate(asked, greedy, END), expected, strict=True):
+        np.testing.assert_array_equal(one.response_tokens, other.response_tokens)
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=NATS, rtol=0)
+
+
+def test_a_real_model_is_scored_as_by_transformers(
+    smollm2: Path, smollm2_asked: list[ScoreRequest], smollm2_scores: list[Score]
+) -> None:
+    """SmolLM2-135M on text; test_smollm2.py holds the megatron engine to the same scores."""
+    with closing(open_engine(CONFIG, str(smollm2))) as opened:
+        assert_agree(list(opened.score(smollm2_asked, TOP_K)), smollm2_scores)
+
+
+def test_what_cannot_be_run_is_refused_in_a_line(engine: EngineProcess) -> None:
+    prompt = np.array([1, 2, 3], dtype=np.int32)
+    beyond = np.array([1, VOCABULARY], dtype=np.int32)
+    with pytest.raises(EngineError, match=f"sample a: token {VOCABULARY} is outside the vocabulary"):
+        list(engine.score([ScoreRequest("a", prompt, beyond)]))
+    with pytest.raises(EngineError, match="sample b: 3 tokens and 62 new ones do not fit the 64 positions"):
+        list(engine.generate([GenerateRequest("b", prompt, 1)], Sampling(max_new_tokens=62), END))
+    with pytest.raises(EngineError, match=r"score\.top_k=130 leaves none of the 131 tokens"):
+        list(engine.score([ScoreRequest("c", prompt, prompt)], 130))
+    sampling = Sampling(max_new_tokens=2, temperature=0.001)
+    with pytest.raises(EngineError, match=r"sampling\.temperature=0\.001 is less than vLLM can do"):
+        list(engine.generate([GenerateRequest("d", prompt, 1)], sampling, END))
+    # All 64 positions can be used, to sample and to score.
+    (done,) = engine.generate([GenerateRequest("e", prompt, 1)], Sampling(max_new_tokens=61), frozenset())
+    assert len(done.response_tokens) == 61
+    assert done.finish_reason == "length"
+    (score,) = engine.score([ScoreRequest("e", prompt, done.response_tokens)])
+    np.testing.assert_allclose(score.log_probs, done.log_probs, atol=NATS, rtol=0)
+
+
+def test_a_whole_stage_names_its_engine_and_an_interpreter_without_vllm_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model_dir(tmp_path / "teacher", seed=1, **SMALL, head_dim=HEAD)
+    make_model_dir(tmp_path / "student", seed=2, tied=True, **SMALL)
+    write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "recipe.yaml", "generate.engine.name=vllm"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "generate.engine.name=vllm: this Python has no vllm" in line
+    asked = ["generate.engine.name=vllm", f"generate.engine.python={VLLM_PYTHON}"]
+    assert main(["generate", "recipe.yaml", *asked]) == 0
+    manifest = load_manifest(tmp_path / "run" / "generate")
+    assert manifest.versions["vllm"].startswith("0.")
+    assert manifest.config["engine"]["name"] == "vllm"
+    assert manifest.counts["samples"] == 40
+
+
+def test_killed_it_says_so_and_leaves_nothing_behind(engine: EngineProcess) -> None:
+    """Last: the module's engine is gone after it."""
+    children = psutil.Process(engine.pid).children(recursive=True)
+    os.kill(engine.pid, signal.SIGKILL)
+    prompt = np.array([1, 2, 3], dtype=np.int32)
+    with pytest.raises(EngineDied, match=rf"vLLM's process \(pid {engine.pid}\) was killed by SIGKILL"):
+        list(engine.score([ScoreRequest("a", prompt, prompt)]))
+    psutil.wait_procs(children, timeout=10)
+    assert not [child for child in children if child.is_running() and child.status() != "zombie"]

@@ -1,0 +1,103 @@
+"""The launcher's scripts, held still by golden files, and what a cluster file gets wrong.
+
+`python tests/launcher/test_scripts.py` writes the golden files anew: read the difference.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_lopd.config import load_cluster, load_recipe
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.slurm.jobs import Job, jobs_of
+from megatron_lopd.slurm.queue import _gpus
+from megatron_lopd.slurm.script import Submission, render
+
+REPOSITORY = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+EXAMPLE = REPOSITORY / "launcher/clusters/example.yaml"
+BARE: dict[str, Any] = {"gpus_per_node": 8, "setup": ["source /shared/venv/bin/activate"]}
+RECIPE: dict[str, Any] = {
+    "run_dir": "/shared/runs/a run",
+    "teacher": {"model": "/shared/teacher"},
+    "student": {"model": "/shared/student"},
+    "prompts": {name: {"path": f"/shared/{name}.jsonl"} for name in ("sft", "opd", "eval")},
+    "sft": {"steps": 20},
+    "train": {"steps": 30},
+}
+REFRESHED = RECIPE | {"train": {"steps": 30, "refresh_every": 10}}
+
+
+def plan(root: Path, recipe: dict[str, Any], cluster: dict[str, Any] | Path) -> tuple[list[Job], str]:
+    """The jobs, and their scripts in one text."""
+    path = root / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    if isinstance(cluster, dict):
+        (root / "cluster.yaml").write_text(yaml.safe_dump(cluster))
+        cluster = root / "cluster.yaml"
+    settings = load_cluster(cluster)
+    jobs = jobs_of(load_recipe(path), settings)
+    where = Submission(
+        Path(recipe["run_dir"]), Path("/shared/work"), Path("/shared/r.yaml"), ["train.seed=a b"]
+    )
+    return jobs, "\n".join(f"# {job.name}.sbatch\n{render(job, where, settings)}" for job in jobs)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | Path]] = {
+    "one_node_bare": (RECIPE, BARE),
+    "four_nodes_container": (RECIPE, EXAMPLE),
+    "refresh": (REFRESHED, BARE),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scripts_are_what_they_were(name: str, tmp_path: Path) -> None:
+    assert plan(tmp_path, *CASES[name])[1] == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def test_train_alternates_with_refresh_until_its_last_round(tmp_path: Path) -> None:
+    names = [job.name for job in plan(tmp_path, REFRESHED, BARE)[0]]
+    rounds = ["train", "refresh-1", "train-1", "refresh-2", "train-2"]
+    assert names == ["generate", "sft", "rollout", "score", *rounds, "export", "evaluate", "report"]
+
+
+def test_stages_not_needed_are_left_out(tmp_path: Path) -> None:
+    bare = {name: value for name, value in RECIPE.items() if name != "train"}
+    assert "train" not in [job.name for job in plan(tmp_path, bare, BARE)[0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partitoin": "x"}, "unknown key partitoin: did you mean partition"),
+        ({"stages": {"sft": {"node": 2}}}, "unknown key stages.sft.node: did you mean stages.sft.nodes"),
+        ({"stages": {"export": {"nodes": 2}}}, "stages.export.nodes=2: export is one task"),
+        ({"setup": "module load x"}, "setup: expected a list"),
+        ({"env": ["A B"]}, "write it as NAME=value"),
+        ({"sbatch": ["exclusive"]}, "is no option"),
+        ({"gpus_per_node": 3}, "makes 3 ranks, not a multiple of 2"),
+    ],
+)
+def test_what_a_cluster_file_gets_wrong(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(tmp_path, RECIPE | {"parallel": {"tensor": 2, "processes": 2}}, BARE | changes)
+
+
+@pytest.mark.parametrize(
+    ("gres", "count"),
+    [("(null)", 0), ("gpu:8", 8), ("gpu:8(S:0-1)", 8), ("gpu:h100:4(S:0),nvme:1", 4), ("gpu:a:1,gpu:b:2", 3)],
+)
+def test_gpus_that_sinfo_tells_of(gres: str, count: int) -> None:
+    assert _gpus(gres) == count
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as scratch:
+            (GOLDEN / f"{case}.sbatch").write_text(plan(Path(scratch), *CASES[case])[1])

@@ -1,0 +1,178 @@
+"""Claims: one owner at a time, taken from the dead and never from the living, whatever the clocks say."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lopd.artifacts import claims as claims_module
+from megatron_lopd.artifacts.claims import (
+    ATTEMPTS,
+    Claims,
+    ClaimState,
+    Owner,
+    PartFailed,
+    claim_path,
+    read_claims,
+    remove_claims,
+)
+from megatron_lopd.errors import DataError
+
+CONTEXT = mp.get_context("fork")
+LEASE = 0.6
+ELSEWHERE = replace(Owner.here(), host="another-node")
+
+
+def test_of_many_that_try_at_once_one_gets_each_part(tmp_path: Path) -> None:
+    workers, parts = 8, 40
+    barrier, results = CONTEXT.Barrier(workers), CONTEXT.Queue()
+
+    def work() -> None:
+        mine, kept = Claims(tmp_path), []
+        for part in range(parts):
+            barrier.wait()
+            claim = mine.take(f"p-{part}.x")
+            if claim is not None:
+                kept.append((part, claim))
+        results.put([part for part, _ in kept])
+        barrier.wait()
+
+    processes = [CONTEXT.Process(target=work) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    taken = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(part for each in taken for part in each) == list(range(parts))
+
+
+def test_a_dead_process_loses_its_part_at_once_and_a_live_one_does_not(tmp_path: Path) -> None:
+    pid = _elsewhere(tmp_path, lambda claim: time.sleep(60))
+    assert Claims(tmp_path).take("a.x") is None
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    claim = Claims(tmp_path).take("a.x")
+    assert claim is not None
+    assert [state.owner.pid for state in read_claims(tmp_path)["a.x"]] == [pid, os.getpid()]
+
+
+def test_a_process_that_got_the_pid_of_a_dead_one_is_not_it(tmp_path: Path) -> None:
+    owner = replace(Owner.here(), started=1)
+    _write(tmp_path, ClaimState("a.x", 1, owner))
+    assert Claims(tmp_path).take("a.x") is not None
+
+
+@pytest.mark.parametrize("skew", [-1e6, 1e6])
+def test_a_worker_of_another_machine_is_judged_by_its_heartbeat_not_by_its_clock(
+    tmp_path: Path, skew: float
+) -> None:
+    """Its files carry times from a clock that is days off, either way."""
+    watcher = Claims(tmp_path, lease=LEASE)
+    began = time.monotonic()
+    beat = 0
+    while time.monotonic() - began < 3 * LEASE:
+        beat += 1
+        _write(tmp_path, ClaimState("a.x", 1, ELSEWHERE, beat=beat))
+        os.utime(claim_path(tmp_path, "a.x", 1), (time.time() + skew, time.time() + skew))
+        assert watcher.take("a.x") is None, "a live one never"
+        time.sleep(LEASE / 6)
+    silent = time.monotonic()
+    while (claim := watcher.take("a.x")) is None:
+        time.sleep(0.02)
+    assert claim is not None
+    assert time.monotonic() - silent > LEASE / 2, "not before it was silent for long"
+    assert Claims(tmp_path, lease=LEASE).take("a.x") is None, "of two that watched, one"
+
+
+def test_one_that_was_only_asleep_learns_that_it_lost(tmp_path: Path) -> None:
+    answers = CONTEXT.Queue()
+
+    def work(claim: Any) -> None:
+        while not claim.is_lost():
+            time.sleep(0.02)
+        with claim:
+            answers.put("lost")
+        time.sleep(60)
+
+    pid = _elsewhere(tmp_path, work)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        watcher = Claims(tmp_path, lease=LEASE)
+        while (claim := watcher.take("a.x")) is None:
+            time.sleep(0.02)
+        assert not claim.is_lost()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert answers.get(timeout=10) == "lost"
+    assert not claim.is_lost(), "what it said on waking up was of its own claim"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_part_that_fails_waits_longer_each_time_and_then_fails_for_good(tmp_path: Path) -> None:
+    claims = Claims(tmp_path, backoff=0.2)
+    waits = []
+    for number in range(ATTEMPTS):
+        began = time.monotonic()
+        while (claim := claims.take("a.x")) is None:
+            time.sleep(0.01)
+        waits.append(time.monotonic() - began)
+        with claim:
+            claim.fail(f"no luck {number}")
+    assert waits[0] < 0.2 <= waits[1] < 0.4 <= waits[2]
+    with pytest.raises(PartFailed, match=r"a\.x: failed 3 times, the last on .* \(pid \d+\): no luck 2"):
+        claims.take("a.x")
+    assert Claims(tmp_path).take("a.x") is not None, "started again, it begins anew"
+
+
+def test_what_is_given_back_is_free_and_deaths_are_no_failures(tmp_path: Path) -> None:
+    for _ in range(ATTEMPTS + 2):
+        _write(
+            tmp_path,
+            ClaimState(
+                "a.x", len(read_claims(tmp_path).get("a.x", [])) + 1, replace(Owner.here(), started=1)
+            ),
+        )
+    for _ in range(2):
+        claim = Claims(tmp_path).take("a.x")
+        assert claim is not None
+        with claim:
+            assert Claims(tmp_path).take("a.x") is None
+    remove_claims(tmp_path)
+    assert claim.is_lost(), "the artifact is committed: nothing more to publish"
+    assert Claims(tmp_path).take("a.x") is not None
+
+
+def test_a_damaged_claim_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = claim_path(tmp_path, "a.x", 1)
+    path.parent.mkdir()
+    path.write_text('{"part": "a')
+    with pytest.raises(DataError, match=r"\.claims/a\.x\.1: damaged: end all workers"):
+        Claims(tmp_path).take("a.x")
+
+
+def _elsewhere(directory: Path, work: Callable[[Any], None]) -> int:
+    """Claim a.x in a process of its own, and do `work(claim)` there; its pid, once it has the claim."""
+    pid = os.fork()
+    if not pid:
+        claim = Claims(directory, lease=LEASE).take("a.x")
+        assert claim is not None
+        work(claim)
+        os._exit(0)
+    while not claim_path(directory, "a.x", 1).exists():
+        time.sleep(0.01)
+    return pid
+
+
+def _write(directory: Path, state: ClaimState) -> None:
+    path = claim_path(directory, state.part, state.generation)
+    path.parent.mkdir(exist_ok=True)
+    os.replace(claims_module._temporary(directory, state), path)

@@ -1,0 +1,222 @@
+"""The math grader: what counts as the same answer, and that nothing a model writes can hurt the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+
+import pytest
+
+from megatron_lopd.data.prompts import Prompt
+from megatron_lopd.errors import ConfigError, DataError, EngineError
+from megatron_lopd.tasks import math_process
+from megatron_lopd.tasks.graders import MathGrader, Verdict, open_grader
+from megatron_lopd.tasks.math import answer_in, last_boxed
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[MathGrader]:
+    with MathGrader() as opened:
+        yield opened
+
+
+def verdict(grader: MathGrader, gold: str, response: str) -> Verdict:
+    return grader.grade(Prompt("q", ({"role": "user", "content": "?"},), gold), response)
+
+
+EQUAL = [
+    ("204", "204"),
+    ("204", "204.0"),
+    ("073", "73"),
+    ("73", "073"),
+    (r"\boxed{204}", "$204$"),
+    ("$204$", r"\text{204}"),
+    ("1/2", r"\frac{1}{2}"),
+    (r"\frac12", "0.5"),
+    (r"\frac{1}{2}", r"\dfrac{2}{4}"),
+    ("-3", r"-\frac{6}{2}"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    ("1,000", "1000"),
+    ("1000", "1{,}000"),
+    ("10000", r"10\,000"),
+    ("1234567", "1 234 567"),
+    (r"[1,2)", r"[1, 2)"),
+    (r"(-\infty,3]", r"\left(-\infty, 3\right]"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    ("1,2", "2, 1"),
+    (r"\left(3,\frac{\pi}{2}\right)", r"(3, \pi/2)"),
+    ("5", r"5\text{ cm}"),
+    ("5", "5 cm"),
+    ("90", r"90^\circ"),
+    (r"18.90", r"\$18.90"),
+    ("5", "x = 5"),
+    ("x^2+1", "1+x^2"),
+    (r"\text{Evelyn}", r"\text{evelyn}"),
+    (r"\text{(C)}", "C"),
+    ("east", r"\text{East}"),
+    ("10^{100}", "10^{100}"),
+]
+UNEQUAL = [
+    ("204", "205"),
+    ("204", "-204"),
+    ("2", "2, 3"),
+    ("3", r"3 \text{ and } 4"),
+    ("(1,2)", "(2,1)"),
+    ("[1,2)", "[1,2]"),
+    (r"\{1,2\}", r"\{1,2,3\}"),
+    ("1/3", "0.333"),
+    (r"\pi", "3.14"),
+    ("1000", "1,0"),
+    ("1000", "1"),
+    ("east", "seat"),  # equal as products of letters
+    (r"\text{Evelyn}", r"\text{Bob}"),
+    ("C", "D"),
+    ("5", ""),
+]
+
+
+@pytest.mark.parametrize(("gold", "said"), EQUAL)
+def test_equal(grader: MathGrader, gold: str, said: str) -> None:
+    assert verdict(grader, gold, rf"So it is \boxed{{{said}}}.").right
+
+
+@pytest.mark.parametrize(("gold", "said"), UNEQUAL)
+def test_unequal(grader: MathGrader, gold: str, said: str) -> None:
+    found = verdict(grader, gold, rf"So it is \boxed{{{said}}}.")
+    assert (found.right, found.ungraded) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        (r"\boxed{3}, no: \boxed{7}", True),
+        (r"\boxed{7}, no: \boxed{3}", False),
+        (r"\boxed{7} and then 3", True),  # the box comes first
+        (r"\boxed{7} and \boxed{3", True),  # that one never closes
+        (r"\boxed {7}", True),
+        (r"\fbox{7}", True),
+        (r"<think>\boxed{3}</think>\boxed{7}", True),
+        (r"<think>\boxed{7}</think>\boxed{3}", False),
+        (r"\boxed{7}</think>I do not know", False),  # the template opened it
+        (r"<think>\boxed{7}", False),  # still thinking
+        (r"</think>a<think>\boxed{7}", False),
+        ("The answer is 7.", True),
+        ("The answer is $7$", True),
+        ("7 is a number. The final answer is 3", False),
+        ("", False),
+        ("I do not know", False),
+    ],
+)
+def test_where_the_answer_is(grader: MathGrader, response: str, right: bool) -> None:
+    assert verdict(grader, "7", response).right is right
+
+
+def test_nested_braces() -> None:
+    assert last_boxed(r"\boxed{\frac{1}{\sqrt{2}}} }") == r"\frac{1}{\sqrt{2}}"
+    assert last_boxed(r"\boxed{\{1, 2\}}") == r"\{1, 2\}"
+    assert last_boxed(r"\boxed{\boxed{5}}") == r"\boxed{5}"
+    assert last_boxed(r"\\boxed{5} \boxed{") is None
+    assert answer_in("x" * 5000 + r" \boxed{5} " + "x" * 5000) == r"\boxed{5}"
+
+
+def test_equal_answers_vote_together(grader: MathGrader) -> None:
+    halves = {verdict(grader, "1/2", rf"\boxed{{{said}}}").answer for said in ("0.5", r"\frac12", "2/4")}
+    assert len(halves) == 1
+    wrong = {verdict(grader, "3", rf"\boxed{{{said}}}").answer for said in (r"\frac12", "1/2", "0.50")}
+    assert len(wrong) == 1
+    assert halves != {verdict(grader, "1/2", r"\boxed{4}").answer}
+    assert verdict(grader, "3", "I do not know").answer is None
+
+
+HANGS = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(9999999!)!}", r"\boxed{10^{10^{10}}}"]
+
+
+@pytest.mark.parametrize("response", HANGS)
+def test_a_hang_is_ungraded_and_the_next_is_graded(grader: MathGrader, response: str) -> None:
+    began = time.monotonic()
+    assert verdict(grader, "5", response) == Verdict(False, None, ungraded=True)
+    assert time.monotonic() - began < 20 * math_process.CPU_SECONDS  # its limit is of processor time
+    assert verdict(grader, "5", r"\boxed{5}").right
+
+
+HOSTILE = {
+    "braces": "{" * 100_000,
+    "boxes": r"\boxed{" * 50_000,
+    "a long word": "x" * 200_000,
+    "many numbers": "1 " * 100_000,
+    "digits": r"\boxed{" + "9" * 20_000 + "}",
+    "fractions": r"\boxed{" + r"\frac{" * 2_000,
+    "code": "\\boxed{__import__('os').system('touch pwned')} __import__('os').system('touch pwned')",
+    "control characters": "\\boxed{\x00\x1b\ud7ff}",
+    "dollars": "$" * 10_001,
+    "other scripts": "\\boxed{\u0665 \u4e94}",
+    "unbalanced": r"\boxed{5)]}\left(",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_wrong(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with MathGrader() as fresh:  # one that stands in the empty directory
+        assert not verdict(fresh, "6", HOSTILE[name]).right
+    assert list(tmp_path.iterdir()) == []
+
+
+# A comparison that takes as many bytes as it is asked to: sympy runs out of time long before memory.
+GREEDY_SERVER = """
+import sys
+from multiprocessing.connection import Connection
+from megatron_lopd.tasks import math, math_process
+math.compare = lambda gold, response: len(bytearray(int(response)))
+math_process.serve(Connection(int(sys.argv[1])))
+"""
+
+
+def test_memory_is_bounded() -> None:
+    pipe, theirs = Pipe()
+    command = [sys.executable, "-c", GREEDY_SERVER, str(theirs.fileno())]
+    with pipe, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as server:
+        theirs.close()
+        pipe.send(("compare", "5", str(math_process.MEMORY_BYTES)))
+        assert pipe.recv() is None
+        pipe.send(("compare", "5", "1000"))
+        assert pipe.recv() == 1000
+        pipe.close()
+        assert server.wait() == 0
+
+
+def test_a_grader_killed_from_outside_is_no_verdict() -> None:
+    with MathGrader() as fresh:
+        assert verdict(fresh, "5", r"\boxed{5}").right
+        process = fresh._process._process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="was killed by SIGKILL"):
+            verdict(fresh, "5", r"\boxed{5}")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "has no answer to grade by"),
+        ("", "its answer '' is not one that math-verify can read"),
+        (r"\boxed{}", "can read"),
+        (r"\begin{align", "can read"),
+        ("}", "can read"),
+    ],
+)
+def test_prompts_that_cannot_be_graded(grader: MathGrader, answer: str | None, message: str) -> None:
+    good = Prompt("a", (), "7")
+    with pytest.raises(DataError, match=f"prompt b: .*{message}"):
+        grader.require([good, Prompt("b", (), answer)])
+
+
+def test_an_unknown_grader_is_named() -> None:
+    with pytest.raises(ConfigError, match="unknown grader 'maths': use one of math, arithmetic"):
+        open_grader("maths")
