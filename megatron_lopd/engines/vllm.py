@@ -33,6 +33,8 @@ HELD_LOG_PROBS = 1 << 22
 # Below this vLLM takes another temperature than the one it is given, with a warning.
 LEAST_TEMPERATURE = 1e-2
 
+LONGEST_REASON = 400  # characters of vLLM's own words in an error
+
 # The least mass that 1 minus a sum of fp32 probabilities can tell from nothing.
 RESOLUTION = 2.0**-24
 
@@ -73,7 +75,7 @@ class VllmEngine:
                 enforce_eager=not _has_gpu(),
             )
         except (ImportError, OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-            raise EngineError(f"{model_dir}: vLLM does not load the model: {_first_line(error)}") from error
+            raise EngineError(f"{model_dir}: vLLM does not load the model: {_in_a_line(error)}") from error
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
@@ -191,7 +193,7 @@ class VllmEngine:
             outputs: list[Any] = self._llm.generate(asked, list(parameters), use_tqdm=False)
         except (ValueError, MemoryError, RuntimeError) as error:
             raise EngineError(
-                f"{self._model_dir}: vLLM failed: {_first_line(error)}: if memory ran out, lower "
+                f"{self._model_dir}: vLLM failed: {_in_a_line(error)}: if memory ran out, lower "
                 "engine.batch_size or engine.memory_fraction"
             ) from error
         return outputs
@@ -216,5 +218,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _in_a_line(error: BaseException) -> str:
+    """What vLLM says, which can be of many lines and have its reason in any of them."""
+    text = " ".join((str(error) or type(error).__name__).split())
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."

@@ -111,7 +111,7 @@ def published_hours(case: Published) -> dict[str, float]:
     """
     student, teacher = (Shape(PUBLISHED[name]) for name in (case.student, case.teacher))
     gpu, work = GPUS["h100"], PUBLISHED_WORK
-    engine = engine_memory(student, 2, PUBLISHED_BATCH, work.length, gpu.memory_bytes, most=8)
+    engine = engine_memory(student, 2, PUBLISHED_BATCH, work.length, gpu.memory_bytes, (1, 2, 4, 8))
     assert engine is not None  # an 8B model fits an H100
     return {
         "rollout": decoding_hours(student, work, engine, 2, gpu),

@@ -21,6 +21,7 @@ Log-probs: mcore/log_probs.py's own blocks. No [tokens, vocabulary] is ever held
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -189,18 +190,18 @@ def kv_bytes(arch: Architecture, element: int) -> int:
 
 
 def engine_memory(
-    shape: Shape, element: int, batch: int, length: int, memory_bytes: float, most: int
+    shape: Shape, element: int, batch: int, length: int, memory_bytes: float, sizes: Sequence[int]
 ) -> EngineMemory | None:
-    """The fewest GPUs, up to `most`, of which twice as many would not save WORTH_DOUBLING of what is read.
+    """The fewest GPUs, of the `sizes`, of which twice as many would not save WORTH_DOUBLING of what is read.
 
     Decoding reads all weights for each token of a batch, which more room for the KV cache spreads over more
-    sequences. `element`: bytes of a weight and of a KV entry; `length`: tokens of a whole sequence. None
-    where not even one sequence fits.
+    sequences. `element`: bytes of a weight and of a KV entry; `length`: tokens of a whole sequence. A size
+    must divide the heads. None where not even one sequence fits.
     """
     arch = shape.arch
     cached, weights = length * kv_bytes(arch, element), shape.parameters * element
     found, cost = None, math.inf
-    for size in (size for size in (1, 2, 4, 8) if size <= most and arch.num_heads % size == 0):
+    for size in (size for size in sizes if arch.num_heads % size == 0):
         sequence = cached / min(size, arch.num_kv_heads)  # on more ranks than KV heads, they are copied
         room = memory_bytes * ENGINE_SHARE - weights / size
         running = min(batch, int(room // sequence))

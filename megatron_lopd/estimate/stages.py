@@ -155,19 +155,23 @@ class Sizing:
                 "engine.name=transformers is planned as vLLM would run, with a paged KV cache over "
                 "several GPUs: itself it takes one GPU, and all of batch_size at once"
             )
-        memory = self.cluster.gpu.memory_bytes
-        found = engine_memory(
-            shape, _element(config), config.batch_size, length, memory, self.cluster.node_size
-        )
+        memory, sizes = self.cluster.gpu.memory_bytes, self._sizes(config)
+        found = engine_memory(shape, _element(config), config.batch_size, length, memory, sizes)
         if found is None:
             weights = shape.parameters * _element(config) / 1e9
-            gpus = f"{self.cluster.node_size} x {self.cluster.gpu.name} ({memory / 1e9:.0f} GB each)"
+            gpus = f"{sizes[-1]} x {self.cluster.gpu.name} ({memory / 1e9:.0f} GB each)"
+            more = f"raise {name}.engine.tensor, " if config.name == "vllm" else ""
             raise ConfigError(
                 f"{name}: the model's {weights:.0f} GB of {config.dtype} weights and a sequence of {length} "
-                f"tokens do not fit {gpus}: set {name}.engine.dtype=bf16, lower max_new_tokens, or plan for "
-                "larger GPUs"
+                f"tokens do not fit {gpus}: {more}set {name}.engine.dtype=bf16, lower max_new_tokens, or "
+                "plan for larger GPUs"
             )
         return found
+
+    def _sizes(self, config: EngineConfig) -> list[int]:
+        """How many GPUs may hold one copy: what the recipe says of vLLM, or any that a node has."""
+        node = self.cluster.node_size
+        return [min(config.tensor, node)] if config.name == "vllm" else [n for n in (1, 2, 4, 8) if n <= node]
 
     def _trained(self, name: str, config: TrainingConfig, data: Work) -> StageEstimate:
         arch = self.student.arch

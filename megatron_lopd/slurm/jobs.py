@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_lopd.artifacts.manifest import is_committed
-from megatron_lopd.config import Cluster, ParallelConfig, Recipe
+from megatron_lopd.config import Cluster, EngineConfig, ParallelConfig, Recipe
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.stages.base import directory_of
 from megatron_lopd.stages.inputs import scoring_of
@@ -62,6 +62,8 @@ def _rounds(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _job(name: str, command: str, recipe: Recipe, cluster: Cluster) -> Job:
     resources = getattr(cluster.stages, command)
     layout = _layout(command, recipe)
+    if command in SHARED:
+        _check_engine(command, getattr(recipe, command).engine, cluster)
     workers = resources.nodes if command in SHARED and layout is None else 0
     return Job(
         name=name,
@@ -73,6 +75,16 @@ def _job(name: str, command: str, recipe: Recipe, cluster: Cluster) -> Job:
         minutes=resources.minutes,
         partition=resources.partition or cluster.partition,
     )
+
+
+def _check_engine(command: str, engine: EngineConfig, cluster: Cluster) -> None:
+    """Raise ConfigError when a node's workers ask for more GPUs than it has."""
+    wanted = engine.tensor * engine.workers
+    if 0 < cluster.gpus_per_node < wanted:
+        raise ConfigError(
+            f"{command}.engine: tensor={engine.tensor} x workers={engine.workers} takes {wanted} GPUs, and "
+            f"gpus_per_node is {cluster.gpus_per_node}: lower one of them"
+        )
 
 
 def _layout(command: str, recipe: Recipe) -> ParallelConfig | None:

@@ -180,15 +180,15 @@ def train_with_rows_of_other_tokens(root: Path, name: str, field: str) -> Runs:
     """`train_layouts` of `name`, a context parallel one, with the first rows of `field` in place of its own."""
     from dataclasses import replace
 
-    from megatron_lopd.training import step
+    from megatron_lopd.mcore import loader
 
-    slice_rightly = step.slice_micro_batch
+    slice_rightly = loader.slice_micro_batch
 
     def slice_wrongly(batch: Any, size: int, rank: int) -> Any:
         part = slice_rightly(batch, size, rank)
         return replace(part, **{field: getattr(batch, field)[: len(getattr(part, field))]})
 
-    step.slice_micro_batch = slice_wrongly
+    loader.slice_micro_batch = slice_wrongly
     return train_layouts(root, [name])
 
 

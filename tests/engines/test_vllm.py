@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -174,6 +175,16 @@ def test_what_cannot_be_run_is_refused_in_a_line(engine: EngineProcess) -> None:
     assert done.finish_reason == "length"
     (score,) = engine.score([ScoreRequest("e", prompt, done.response_tokens)])
     np.testing.assert_allclose(score.log_probs, done.log_probs, atol=NATS, rtol=0)
+
+
+def test_a_model_that_vllm_refuses_is_one_line(tmp_path: Path) -> None:
+    make_model_dir(tmp_path, head_dim=HEAD)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchForCausalLM"]}))
+    with pytest.raises(EngineError, match="vLLM does not load the model") as caught:
+        open_engine(CONFIG, str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert "NoSuchForCausalLM" in str(caught.value)
 
 
 def test_a_whole_stage_names_its_engine_and_an_interpreter_without_vllm_is_refused(

@@ -87,6 +87,12 @@ def test_what_a_cluster_file_gets_wrong(changes: dict[str, Any], message: str, t
         plan(tmp_path, RECIPE | {"parallel": {"tensor": 2, "processes": 2}}, BARE | changes)
 
 
+def test_workers_that_a_node_has_no_gpus_for(tmp_path: Path) -> None:
+    greedy = {"rollout": {"engine": {"name": "vllm", "tensor": 4, "workers": 4}}}
+    with pytest.raises(ConfigError, match=r"rollout\.engine: .* takes 16 GPUs, and gpus_per_node is 8"):
+        plan(tmp_path, RECIPE | greedy, BARE)
+
+
 @pytest.mark.parametrize(
     ("gres", "count"),
     [("(null)", 0), ("gpu:8", 8), ("gpu:8(S:0-1)", 8), ("gpu:h100:4(S:0),nvme:1", 4), ("gpu:a:1,gpu:b:2", 3)],

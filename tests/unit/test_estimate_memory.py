@@ -77,13 +77,13 @@ def test_a_pipeline_s_first_stage_keeps_as_many_micro_batches_as_there_are_stage
 def test_an_engine_runs_what_its_cache_holds() -> None:
     shape = Shape(PUBLISHED["Qwen3-8B"])
     assert kv_bytes(shape.arch, 2) == 147456  # 36 layers x (k and v) x 8 heads x 128 x 2 bytes
-    found = engine_memory(shape, 2, batch=256, length=4096, memory_bytes=80e9, most=8)
+    found = engine_memory(shape, 2, batch=256, length=4096, memory_bytes=80e9, sizes=(1, 2, 4, 8))
     assert found is not None
     assert found.weights * found.tensor == 2 * shape.parameters
     assert found.kv_cache == found.running * 4096 * 147456 / found.tensor
     one_more = found.kv_cache / found.running
     assert found.weights + found.kv_cache <= 0.9 * 80e9 < found.weights + found.kv_cache + one_more
-    assert engine_memory(Shape(PUBLISHED["Qwen3-32B"]), 4, 1, 4096, 80e9, most=1) is None
+    assert engine_memory(Shape(PUBLISHED["Qwen3-32B"]), 4, 1, 4096, 80e9, (1,)) is None
 
 
 @pytest.mark.parametrize("top_k", [0, 64])
