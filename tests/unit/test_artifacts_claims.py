@@ -35,8 +35,15 @@ def test_of_many_that_try_at_once_one_gets_each_part(tmp_path: Path) -> None:
     workers, parts = 8, 40
     barrier, results = CONTEXT.Barrier(workers), CONTEXT.Queue()
 
+    class Simultaneous(Claims):
+        """Makes its claim when all have found the part free."""
+
+        def _create(self, state: ClaimState) -> bool:
+            barrier.wait()
+            return super()._create(state)
+
     def work() -> None:
-        mine, kept = Claims(tmp_path), []
+        mine, kept = Simultaneous(tmp_path), []
         for part in range(parts):
             barrier.wait()
             claim = mine.take(f"p-{part}.x")
