@@ -90,7 +90,8 @@ finish() {
     fi
     reason="was killed or crashed (exit code $code)"
     if [[ $noted == *StopRequested* ]]; then reason="stopped as asked"; fi
-    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+    # By its name as a task: the last of an array has the array's own SLURM_JOB_ID, which means all of them.
+    if [ "$(squeue --noheader --jobs="$id" --format=%T)" != RUNNING ]; then
         say "$stage $reason: SLURM is ending this job or queueing it again by itself"
         exit "$code"
     fi
@@ -98,7 +99,7 @@ finish() {
         give_up "$stage $reason after max_requeues=$max_requeues" 1
     fi
     say "$stage $reason: queued again, $((attempt + 1)) of at most $max_requeues times"
-    scontrol requeue "$SLURM_JOB_ID" || give_up "job $id cannot be queued again" 1
+    scontrol requeue "$id" || give_up "job $id cannot be queued again" 1
     exit 0
 }
 
