@@ -21,6 +21,10 @@ class ConfigError(LopdError):
     exit_code = 2
 
 
+class NotInstalled(ConfigError):  # noqa: N818 - what is so, as EngineDied
+    """The recipe needs a program that this machine has not; the one it is to run on may have it."""
+
+
 class DataError(LopdError):
     """An input or an artifact is missing, malformed or damaged."""
 

@@ -20,15 +20,15 @@ from megatron_lopd.artifacts.fingerprint import safetensors_files, tensor_locati
 from megatron_lopd.convert.hf_checkpoint import COMPANIONS, copy_files
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.errors import ConfigError, EngineError
+from megatron_lopd.errors import ConfigError, EngineError, NotInstalled
 
 REFUSED = 2  # exit code of a process that has said why in its last line
 
 
 def require_modelopt() -> None:
-    """Raise ConfigError unless NVIDIA modelopt is installed."""
+    """Raise NotInstalled unless NVIDIA modelopt is installed."""
     if find_spec("modelopt") is None:
-        raise ConfigError(
+        raise NotInstalled(
             "export.quantization=fp8 needs NVIDIA modelopt, which is not installed: install nvidia-modelopt, "
             "or set export.quantization=none"
         )

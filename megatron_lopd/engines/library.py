@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from megatron_lopd.config import EngineConfig
-from megatron_lopd.errors import ConfigError
+from megatron_lopd.errors import NotInstalled
 
 SECONDS = 60.0
 # By what is installed under the name: its CPU build is another distribution. Importing it takes seconds.
@@ -25,10 +25,10 @@ def library_versions(config: EngineConfig) -> dict[str, str]:
 
 
 def require_library(config: EngineConfig, section: str) -> None:
-    """Raise ConfigError unless the engine's library is where `config` says. `section` is its key."""
+    """Raise NotInstalled unless the engine's library is where `config` says. `section` is its key."""
     if config.name == "vllm" and vllm_version(config.python) is None:
         where = config.python or "this Python"
-        raise ConfigError(
+        raise NotInstalled(
             f"{section}.engine.name=vllm: {where} has no vllm: install it there, set {section}.engine.python "
             f"to the Python of an environment that has it, or {section}.engine.name=transformers"
         )
@@ -38,7 +38,7 @@ def require_library(config: EngineConfig, section: str) -> None:
 def vllm_version(python: str) -> str | None:
     """The version that a Python interpreter (empty: this one) has; None where it has none.
 
-    Raises ConfigError when the interpreter does not run.
+    Raises NotInstalled when the interpreter does not run.
     """
     try:
         answer = subprocess.run(
@@ -49,7 +49,7 @@ def vllm_version(python: str) -> str | None:
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(
+        raise NotInstalled(
             f"engine.python: {python} does not run: {error}: give a Python interpreter"
         ) from None
     version: str | None = json.loads(answer.stdout)

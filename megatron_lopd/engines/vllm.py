@@ -74,7 +74,7 @@ class VllmEngine:
                 enable_prefix_caching=True,  # requests for prompt log-probs do not read it
                 enforce_eager=not _has_gpu(),
             )
-        except (ImportError, OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise EngineError(f"{model_dir}: vLLM does not load the model: {_in_a_line(error)}") from error
 
     def generate(

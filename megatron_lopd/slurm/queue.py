@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lopd.config import Cluster, Recipe
-from megatron_lopd.errors import ConfigError, EngineError, LopdError
+from megatron_lopd.errors import ConfigError, EngineError, LopdError, NotInstalled
 from megatron_lopd.slurm.jobs import Job
 from megatron_lopd.slurm.script import Submission, render
 from megatron_lopd.stages.run import STAGES, check_run_dir
@@ -107,7 +107,7 @@ def _check_image(cluster: Cluster) -> None:
 
 
 def _check_recipe(jobs: Sequence[Job], recipe: Recipe) -> list[str]:
-    """Each stage's own check, but for what a login node without a GPU cannot have."""
+    """Each stage's own check, but for what a login node, outside any container, cannot have."""
     check_run_dir(recipe)
     plain = dataclasses.replace(recipe, fp8=None)
     commands, unchecked = {job.command for job in jobs}, []
@@ -115,7 +115,7 @@ def _check_recipe(jobs: Sequence[Job], recipe: Recipe) -> list[str]:
         if stage.name in commands:
             try:
                 stage.check(plain)
-            except EngineError as error:
+            except (EngineError, NotInstalled) as error:
                 unchecked.append(f"{stage.name}: not checked here, the nodes will: {error}")
     return unchecked
 

@@ -23,8 +23,8 @@ RESULTS = "results.json"
 
 
 def check(recipe: Recipe) -> list[str]:
-    require_library(recipe.evaluate.engine, "evaluate")
     models, k = ", ".join(_models(recipe)), recipe.evaluate.sampling.samples_per_prompt
+    require_library(recipe.evaluate.engine, "evaluate")
     return [
         f"grade {models} on {len(prompts)} prompts of {name}, {k} sampled and 1 greedy each"
         for name, prompts in check_sets(recipe).items()

@@ -15,12 +15,12 @@ from megatron_lopd.stages.sharing import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:
-    require_library(recipe.generate.engine, "generate")
     prompts = inputs.prompts_of(recipe, "sft")[0]
     per_prompt = recipe.generate.sampling.samples_per_prompt
     teacher = inputs.teacher_directory(recipe)
     limit = inputs.longest_prompt(teacher, recipe.generate.sampling, recipe.sft)
     encode_prompts(prompts, Chat(str(teacher), recipe.generate.engine.trust_remote_code), limit)
+    require_library(recipe.generate.engine, "generate")
     return [f"{teacher} answers {len(prompts)} prompts, {per_prompt} each"]
 
 

@@ -15,7 +15,6 @@ from megatron_lopd.stages.sharing import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:
-    require_library(recipe.rollout.engine, "rollout")
     prompts, sampling = inputs.prompts_of(recipe, "opd")[0], recipe.rollout.sampling
     student = inputs.reference_directory(recipe)
     if not student.exists():  # sft has not run: it will speak like the teacher, and be shaped like the base
@@ -23,6 +22,7 @@ def check(recipe: Recipe) -> list[str]:
         student = inputs.teacher_directory(recipe)
     chat = Chat(str(student), recipe.rollout.engine.trust_remote_code)
     encode_prompts(prompts, chat, inputs.longest_prompt(student, sampling, recipe.train))
+    require_library(recipe.rollout.engine, "rollout")
     return [f"the student after SFT answers {len(prompts)} prompts, {sampling.samples_per_prompt} each, once"]
 
 

@@ -17,9 +17,6 @@ from megatron_lopd.stages.students import identity_of
 
 
 def check(recipe: Recipe) -> list[str]:
-    require_library(recipe.score.engine, "score")
-    if recipe.score.agreement is not None:
-        require_library(recipe.score.agreement.engine, "score.agreement")
     teacher, top_k, scoring = inputs.teacher_directory(recipe), recipe.score.top_k, inputs.scoring_of(recipe)
     if teacher.exists():  # once it has scored, it may be gone
         inputs.check_top_k(recipe)
@@ -32,6 +29,9 @@ def check(recipe: Recipe) -> list[str]:
             f"{scoring.engine.name} and {scoring.agreement.engine.name} must agree on "
             f"{scoring.agreement.samples} rollouts first"
         )
+    require_library(recipe.score.engine, "score")
+    if recipe.score.agreement is not None:
+        require_library(recipe.score.agreement.engine, "score.agreement")
     return lines
 
 

@@ -50,8 +50,8 @@ class Work:
 def make_parts(works: Sequence[Work]) -> None:
     """Return once every part is there, made here or by others; those already there are kept.
 
-    An engine that is killed and a read or write that fails are tried again after a while, here or elsewhere;
-    raises PartFailed when that has happened too often, and any other error at once.
+    Where an engine is killed or a shared file cannot be read, the part is tried again after a while, here or
+    elsewhere; raises PartFailed when that has happened too often, and any other error at once.
     """
     with closing(_Worker(works)) as worker:
         while worker.missing():
@@ -80,6 +80,8 @@ class _Worker:
         """Make each missing part that can be claimed. Whether there was one."""
         found = False
         for work, part in self.missing():
+            if part.path.is_file():  # published by another while this one was at an earlier part
+                continue
             claim = self._claims[part.path.parent].take(part.path.name)
             if claim is not None:
                 with claim:
@@ -105,7 +107,7 @@ class _Worker:
         if part.path.is_file():  # published between the look and the claim
             return
         private = part.path.with_name(f"{TEMPORARY_PREFIX}{claim.token}")
-        progress = self._show(work)
+        progress = self._shown(work)
         try:
             part.write(self._engine(work), private, lambda records: progress.count(records, part, claim))
             if not claim.is_lost():
@@ -126,11 +128,13 @@ class _Worker:
             self._open = work.engine, work.model_dir, open_engine(work.engine, str(work.model_dir))
         return self._open[2]
 
-    def _show(self, work: Work) -> _Progress:
+    def _shown(self, work: Work) -> _Progress:
+        """The display, at what all workers have published of `work`."""
+        done = sum(part.samples for part in work.parts if part.path.is_file())
         if self._progress is None or self._progress.label != work.label:
             self._close_display()
-            done = sum(part.samples for part in work.parts if part.path.is_file())
             self._progress = _Progress(work.label, done, sum(part.samples for part in work.parts))
+        self._progress.done = done
         return self._progress
 
 
@@ -139,7 +143,7 @@ class _Progress:
 
     def __init__(self, label: str, done: int, total: int) -> None:
         self.label = label
-        self._done = done
+        self.done = done
         self._made = self._tokens = 0
         self._began = time.monotonic()
         self._display = ProgressDisplay(label, "sample")
@@ -147,12 +151,12 @@ class _Progress:
 
     def count(self, records: Iterable[R], part: Part, claim: Claim) -> Iterator[R]:
         for number, record in enumerate(records, start=1):
-            self._done += 1
+            self.done += 1
             self._tokens += 0 if record.log_probs is None else len(record.log_probs)
             self._made += 1
             seconds = time.monotonic() - self._began
             rate = self._tokens / seconds
-            self._display.update(self._done, f"{rate:,.0f} tokens/s")
+            self._display.update(self.done, f"{rate:,.0f} tokens/s")
             claim.progress(number, part.samples, rate, self._made / seconds)
             yield record
 

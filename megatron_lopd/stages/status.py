@@ -71,7 +71,11 @@ def _shared(directory: Path) -> Iterator[str]:
 def _worker(place: Path, state: ClaimState, here: Owner) -> str:
     if state.owner.is_gone(here):
         return f"{state.part}: the process is gone, its shard waits to be taken over"
-    heard = max(0.0, time.time() - claim_path(place, state.part, state.generation).stat().st_mtime)
+    try:
+        written = claim_path(place, state.part, state.generation).stat().st_mtime
+    except FileNotFoundError:
+        return f"{state.part}: committed this moment"
+    heard = max(0.0, time.time() - written)
     return (
         f"{state.part}, {state.done:,} of {state.total:,} samples, {state.rate:,.0f} tokens/s, heard of "
         f"{duration(heard)} ago"

@@ -14,8 +14,9 @@ import yaml
 from megatron_lopd.config import load_cluster, load_recipe
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.slurm.jobs import Job, jobs_of
-from megatron_lopd.slurm.queue import _gpus
+from megatron_lopd.slurm.queue import _check_recipe, _gpus
 from megatron_lopd.slurm.script import Submission, render
+from tests.pipeline import write_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,6 +92,23 @@ def test_workers_that_a_node_has_no_gpus_for(tmp_path: Path) -> None:
     greedy = {"rollout": {"engine": {"name": "vllm", "tensor": 4, "workers": 4}}}
     with pytest.raises(ConfigError, match=r"rollout\.engine: .* takes 16 GPUs, and gpus_per_node is 8"):
         plan(tmp_path, RECIPE | greedy, BARE)
+
+
+def test_what_only_the_nodes_have_is_left_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's interpreter is not on the login node; a wrong setting is wrong anywhere."""
+    write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    inside = ["rollout.engine.name=vllm", "rollout.engine.python=/inside/python"]
+    (note,) = checked(inside)
+    assert note.startswith("rollout: not checked here, the nodes will: engine.python: /inside/python")
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        checked([*inside, "rollout.sampling.max_new_tokens=640"])
+
+
+def checked(overrides: list[str]) -> list[str]:
+    Path("cluster.yaml").write_text(yaml.safe_dump(BARE | {"gpus_per_node": 0}))
+    recipe = load_recipe("recipe.yaml", overrides)
+    return _check_recipe(jobs_of(recipe, load_cluster("cluster.yaml")), recipe)
 
 
 @pytest.mark.parametrize(
