@@ -190,20 +190,26 @@ def kv_bytes(arch: Architecture, element: int) -> int:
 
 
 def engine_memory(
-    shape: Shape, element: int, batch: int, length: int, memory_bytes: float, sizes: Sequence[int]
+    shape: Shape,
+    element: int,
+    batch: int,
+    length: int,
+    memory_bytes: float,
+    sizes: Sequence[int],
+    share: float = ENGINE_SHARE,
 ) -> EngineMemory | None:
     """The fewest GPUs, of the `sizes`, of which twice as many would not save WORTH_DOUBLING of what is read.
 
     Decoding reads all weights for each token of a batch, which more room for the KV cache spreads over more
     sequences. `element`: bytes of a weight and of a KV entry; `length`: tokens of a whole sequence. A size
-    must divide the heads. None where not even one sequence fits.
+    must divide the heads; `share` is of the memory. None where not even one sequence fits.
     """
     arch = shape.arch
     cached, weights = length * kv_bytes(arch, element), shape.parameters * element
     found, cost = None, math.inf
     for size in (size for size in sizes if arch.num_heads % size == 0):
         sequence = cached / min(size, arch.num_kv_heads)  # on more ranks than KV heads, they are copied
-        room = memory_bytes * ENGINE_SHARE - weights / size
+        room = memory_bytes * share - weights / size
         running = min(batch, int(room // sequence))
         if running < 1:
             continue

@@ -20,7 +20,7 @@ from megatron_lopd.estimate.hours import (
     forward_flops,
     training_flops,
 )
-from megatron_lopd.estimate.memory import EngineMemory, engine_memory
+from megatron_lopd.estimate.memory import ENGINE_SHARE, EngineMemory, engine_memory
 from megatron_lopd.estimate.shapes import Shape, read_shape
 
 # Where no file of prompts is here to be looked at.
@@ -155,10 +155,11 @@ class Sizing:
                 "engine.name=transformers is planned as vLLM would run, with a paged KV cache over "
                 "several GPUs: itself it takes one GPU, and all of batch_size at once"
             )
-        memory, sizes = self.cluster.gpu.memory_bytes, self._sizes(config)
-        found = engine_memory(shape, _element(config), config.batch_size, length, memory, sizes)
+        memory, sizes, element = self.cluster.gpu.memory_bytes, self._sizes(config), _element(config)
+        share = config.memory_fraction if config.name == "vllm" else ENGINE_SHARE
+        found = engine_memory(shape, element, config.batch_size, length, memory, sizes, share)
         if found is None:
-            weights = shape.parameters * _element(config) / 1e9
+            weights = shape.parameters * element / 1e9
             gpus = f"{sizes[-1]} x {self.cluster.gpu.name} ({memory / 1e9:.0f} GB each)"
             more = f"raise {name}.engine.tensor, " if config.name == "vllm" else ""
             raise ConfigError(

@@ -25,12 +25,11 @@ def describe_run(recipe: Recipe) -> Iterator[str]:
             continue
         directory = directory_of(recipe, stage.name)
         if is_committed(directory):
-            manifest = load_manifest(directory)
-            counts = ", ".join(
-                f"{count:,} {name.replace('_', ' ')}" for name, count in manifest.counts.items()
-            )
-            state = [f"committed: {counts}"]
-        elif (directory / CLAIMS).is_dir():
+            counts = load_manifest(directory).counts
+            state = ["committed"]
+            if counts:
+                state[0] += ": " + ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
+        elif stage.share is not None and any(directory.rglob(CLAIMS)):
             state = list(_shared(directory))
         elif (directory / METRICS_FILE).is_file():
             config = recipe.sft if stage.name == "sft" else recipe.train
@@ -61,7 +60,7 @@ def _shared(directory: Path) -> Iterator[str]:
     rate = sum(state.done_per_second for state in live)
     left = f", {duration((samples - done) / rate)} left" if rate else ""
     made = f"{shards:,} of {parts:,} shards, {done:,} of {samples:,} samples"
-    yield f"at work: {made}; {len(live)} workers{left}"
+    yield f"at work: {made}; workers: {len(live)}{left}"
     for place, state in working:
         yield f"{state.owner.host} pid {state.owner.pid}: {_worker(place, state, here)}"
     for state in failures:

@@ -254,7 +254,7 @@ def test_status_tells_who_is_at_work_on_what(
     stages = {line.split()[0]: line for line in lines if not line.startswith(" ")}
     assert stages["sft"].startswith("sft        committed:")
     assert f"of {SAMPLES // SHARD} shards" in stages["rollout"]
-    assert f"of {SAMPLES} samples; 1 workers" in stages["rollout"]
+    assert f"of {SAMPLES} samples; workers: 1" in stages["rollout"]
     assert any(f"pid {worker.pid}: rollouts-" in line for line in lines)
     assert stages["score"].split()[1:] == ["to", "do"]
     os.kill(worker.pid, signal.SIGKILL)
