@@ -161,11 +161,14 @@ class Sizing:
         if found is None:
             weights = shape.parameters * element / 1e9
             gpus = f"{sizes[-1]} x {self.cluster.gpu.name} ({memory / 1e9:.0f} GB each)"
-            more = f"raise {name}.engine.tensor, " if config.name == "vllm" else ""
+            remedies = [
+                *([f"raise {name}.engine.tensor"] if config.name == "vllm" else []),
+                *([f"set {name}.engine.dtype=bf16"] if config.dtype == "fp32" else []),
+                "lower max_new_tokens",
+            ]
             raise ConfigError(
                 f"{name}: the model's {weights:.0f} GB of {config.dtype} weights and a sequence of {length} "
-                f"tokens do not fit {gpus}: {more}set {name}.engine.dtype=bf16, lower max_new_tokens, or "
-                "plan for larger GPUs"
+                f"tokens do not fit {gpus}: {', '.join(remedies)}, or plan for larger GPUs"
             )
         return found
 

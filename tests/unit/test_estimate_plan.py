@@ -125,7 +125,16 @@ def test_what_the_plan_suggests_fits(capsys: pytest.CaptureFixture[str]) -> None
             ["parallel.tensor=16", "parallel.processes=16"],
             "does not divide the model's num_key_value_heads=8",
         ),
-        ("h100:1", ["parallel.tensor=1"], "no layout fits; the least, data 1, recompute full, is"),
+        (
+            "h100:1",
+            ["parallel.tensor=1", "teacher.model=models/Qwen3-8B"],
+            "no layout fits; the least, data 1, recompute full, is",
+        ),
+        (
+            "h100:1",
+            [],
+            "do not fit 1 x h100 (80 GB each): raise generate.engine.tensor, lower max_new_tokens",
+        ),
         ("h100:1", ["generate.engine.dtype=fp32"], "generate: the model's 131 GB of fp32 weights"),
         ("a100-80g:8", ["fp8.recipe=tensorwise"], "a100-80g has no FP8"),
         ("h100:8", ["student.model=models/mine"], "models/mine/config.json: no such file"),
