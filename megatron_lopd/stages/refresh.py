@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.artifacts.manifest import Parent, is_committed
 from megatron_lopd.config import Recipe, deciding
+from megatron_lopd.engines.library import library_versions
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
@@ -139,7 +141,8 @@ def _share_rollout(recipe: Recipe, each: Round, directory: Path) -> None:
 
 
 def _run_rollout(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
-    return Output(shards_in(directory), count_rollouts(directory))
+    versions = library_versions(recipe.rollout.engine)
+    return Output(shards_in(directory), count_rollouts(directory), versions)
 
 
 def _plan_score(recipe: Recipe, each: Round) -> Plan:
@@ -166,4 +169,5 @@ def _share_score(recipe: Recipe, each: Round, directory: Path) -> None:
 
 def _run_score(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
     stage = each.stage("rollout")
-    return score_output(parent_manifest(recipe, stage), directory_of(recipe, stage), directory)
+    output = score_output(parent_manifest(recipe, stage), directory_of(recipe, stage), directory)
+    return replace(output, versions=library_versions(recipe.score.engine))
