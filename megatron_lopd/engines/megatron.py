@@ -28,6 +28,7 @@ from megatron_lopd.engines.requests import check_finite, check_scoring, memory_a
 from megatron_lopd.errors import EngineError, LopdError
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
+from megatron_lopd.mcore.kernel_trial import agree
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import PackedGPTModel, build_model, response_top_k
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
@@ -153,6 +154,7 @@ def _opened(config: EngineConfig, model_dir: str) -> Iterator[_Model]:
     arch = read_architecture(model_dir)
     compat.prepare()
     with model_parallel(_parallel(config), seed=0) as ranks:
+        agree(compat.device())
         error: LopdError | None = None
         try:
             setting = f"engine.dtype={config.dtype}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 
 from megatron_lopd.mcore.softmax import LOG_ZERO, WIDTH_MULTIPLE, Sums
 
+NO_GPU = "there is no GPU"
 _agreed: dict[str, str] = {}  # by type of device: why not, "" if they can
 
 
@@ -18,16 +20,23 @@ def usable(device: torch.device) -> bool:
     return not (_agreed[device.type] if device.type in _agreed else trial(device.type))
 
 
-def agree(device: torch.device) -> str:
-    """The reason of the first rank that cannot use the kernels, on every rank alike; "" when all can.
+def agree(device: torch.device) -> None:
+    """Use the kernels only if every rank can, and say on rank 0, once, why not; every rank calls.
 
-    Every rank calls, before the first product: ranks that went different ways would wait for each other's
-    collectives for ever.
+    Called before the first product: ranks that went different ways would wait for each other's collectives
+    for ever.
     """
     reasons = [""] * dist.get_world_size()
     dist.all_gather_object(reasons, trial(device.type))
-    _agreed[device.type] = next(filter(None, reasons), "")
-    return _agreed[device.type]
+    why = next(filter(None, reasons), "")
+    if dist.get_rank() == 0 and why not in ("", NO_GPU, _agreed.get(device.type)):
+        print(
+            f"lopd: log-probs are made by torch's own operations, which takes longer, as Triton's kernels "
+            f"cannot be used: {why}",
+            file=sys.stderr,
+            flush=True,
+        )
+    _agreed[device.type] = why
 
 
 @functools.cache
@@ -37,7 +46,7 @@ def trial(device_type: str) -> str:
     Compiles them and compares a few numbers with torch's. On a CPU they run in Triton's interpreter alone.
     """
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no GPU"
+        return NO_GPU
     try:
         return _compare(torch.device(device_type))
     except Exception as error:  # noqa: BLE001 - a compiler, a driver and a cache folder fail in any way
