@@ -10,9 +10,11 @@ from typing import Any
 from gloo import run_ranks
 
 
-def run_interpreted(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_interpreted(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0
+) -> list[Any]:
     """As run_ranks."""
-    return run_ranks(world_size, _interpreted, function, *arguments)
+    return run_ranks(world_size, _interpreted, function, *arguments, timeout=timeout)
 
 
 def _interpreted(function: Callable[..., Any], *arguments: Any) -> Any:
