@@ -10,6 +10,7 @@ CPU = Capabilities(
     gpu=None,
     compute_capability=None,
     transformer_engine=None,
+    lacking="there is no NVIDIA GPU here",
     fp8=dict.fromkeys(FP8_RECIPES, "there is no NVIDIA GPU here"),
     adam="torch",
     gradient_accumulation_fusion=False,
@@ -21,13 +22,15 @@ GPU_ALONE = replace(
     CPU,
     gpu="NVIDIA H100",
     compute_capability=(9, 0),
-    fp8=dict.fromkeys(FP8_RECIPES, "Transformer Engine cannot be imported"),
+    lacking="Transformer Engine is not installed",
+    fp8=dict.fromkeys(FP8_RECIPES, "Transformer Engine is not installed"),
     activation_fusion=True,
     variable_length_attention=True,
 )
 H100 = replace(
     GPU_ALONE,
     transformer_engine="2.11.0",
+    lacking="",
     fp8={
         "delayed": "",
         "tensorwise": "",

@@ -7,6 +7,7 @@ import torch
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, ScoreRequest
 from megatron_lopd.errors import EngineError
+from megatron_lopd.mcore.gpus import require_usable
 
 __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engine"]
 
@@ -31,7 +32,8 @@ def open_engine(config: EngineConfig, model_dir: str) -> Engine:
 
 
 def load_engine(config: EngineConfig, model_dir: str) -> Engine:
-    """`open_engine`, in this process whatever the engine."""
+    """`open_engine`, in this process whatever the engine. ConfigError for a GPU that torch cannot use."""
+    require_usable()
     # Here, for importing any takes seconds.
     if config.name == "vllm":
         from megatron_lopd.engines.vllm import VllmEngine

@@ -34,6 +34,23 @@ def test_bf16_is_near_the_oracle(bench: Bench, layers: str) -> None:
     assert ours.gradient_error(oracle) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("layers", "precision", "bound"),
+    [
+        ("native", "fp32", 1e-4),  # as above
+        ("native", "bf16", 0.05),
+        pytest.param("engine", "bf16", 0.05, marks=on_engine),
+    ],
+)
+def test_the_top_k_objective_has_the_oracle_s_gradient(
+    bench: Bench, layers: str, precision: str, bound: float
+) -> None:
+    ours = bench.outcome(layers, precision, objective="topk_reverse_kl")
+    oracle = bench.oracle(objective="topk_reverse_kl")
+    assert ours.gradient_error(oracle) < bound
+    assert oracle.gradient_error(bench.oracle()) > 0.5, "another objective has another gradient"
+
+
 @pytest.mark.parametrize("layers", LAYERS)
 def test_experts_in_bf16_are_near_the_oracle(bench: Bench, layers: str) -> None:
     ours, oracle = bench.outcome(layers, "bf16", family="qwen3_moe"), bench.oracle("qwen3_moe")

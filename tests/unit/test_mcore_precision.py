@@ -42,7 +42,7 @@ def test_megatron_core_takes_the_options_of_every_recipe(recipe: str) -> None:
 def test_what_the_machine_cannot_is_refused_with_its_reason() -> None:
     cases = {
         "there is no NVIDIA GPU here: drop": (CPU, "tensorwise"),
-        "Transformer Engine cannot be imported: drop": (GPU_ALONE, "delayed"),
+        "Transformer Engine is not installed: drop": (GPU_ALONE, "delayed"),
         "10.0 or higher required for MXFP8 execution: set fp8.recipe to delayed or tensorwise or blockwise": (
             H100,
             "mxfp8",
