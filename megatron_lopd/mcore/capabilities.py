@@ -87,9 +87,9 @@ def _why_no_fp8(recipe: str) -> str:
 def attention_backend() -> str | None:
     """Which of its attentions Transformer Engine takes for packed documents, by its own choice.
 
-    FlashAttention, FusedAttention (cuDNN's), UNFUSED, which makes the [S, S] matrices of every head, or
-    "none"; None where it is not loaded, or its release cannot be asked. As Megatron-Core calls it: causal, in
-    bf16, heads of 128. GPU, cuDNN, flash-attn and NVTE_* variables decide: cuDNN's takes packed documents
+    FlashAttention, FusedAttention (cuDNN's), or UNFUSED, which makes the [S, S] matrices of every head; None
+    where it is not loaded, takes none, or cannot be asked in this release. As Megatron-Core calls it: causal,
+    in bf16, heads of 128. GPU, cuDNN, flash-attn and NVTE_* variables decide: cuDNN's takes packed documents
     from sm_90 on, so that an A100 needs flash-attn.
     """
     if not compat.has_transformer_engine():
@@ -110,13 +110,15 @@ def attention_backend() -> str | None:
             head_dim_v=128,
             attn_mask_type="padding_causal",
             window_size=(-1, 0),
+            core_attention_bias_shape=None,  # no bias, of which the defaults describe one
+            core_attention_bias_requires_grad=False,
             deterministic=os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0",
         )
         flash, _, fused, _, unfused, _ = utils.get_attention_backend(packed)
     except (ImportError, AttributeError, TypeError, ValueError):  # of a release that spells it otherwise
         return None
     chosen = {"FlashAttention": flash, "FusedAttention": fused, UNFUSED: unfused}
-    return next((name for name, is_chosen in chosen.items() if is_chosen), "none")
+    return next((name for name, is_chosen in chosen.items() if is_chosen), None)
 
 
 def notices(precision: Literal["fp32", "bf16"]) -> list[str]:

@@ -292,6 +292,12 @@ RELIANCES = (
         "has experts trained by an optimizer of their own at every layout",
     ),
     Reliance(
+        "mcore/experts.py",
+        f"{_MOE}:RouterGatingLinearFunction.forward",
+        "if te_general_gemm is not None and router_dtype != torch.float64",
+        "routes fp32 models in fp64 where Transformer Engine's product would be one of TF32",
+    ),
+    Reliance(
         "mcore/checkpoint.py",
         "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
         "return load_common(checkpoint_dir)",

@@ -132,6 +132,8 @@ class AttentionParams:
     head_dim_v: int
     attn_mask_type: str
     window_size: tuple[int, int]
+    core_attention_bias_shape: None
+    core_attention_bias_requires_grad: bool
     deterministic: bool
 
 
