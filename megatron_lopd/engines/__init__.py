@@ -16,9 +16,10 @@ def open_engine(config: EngineConfig, model_dir: str) -> Engine:
     """Load a Hugging Face checkpoint into the engine that `config.name` asks for; `close` it when done.
 
     vLLM runs in a process of its own, under the Python of `config.python`. Raises EngineError when the model
-    does not load.
+    does not load, and ConfigError where the CPU would do the work of a GPU that torch cannot use.
     """
-    if config.name != "vllm":
+    if config.name != "vllm":  # which says itself what it lacks
+        require_usable()
         return load_engine(config, model_dir)
     from megatron_lopd.engines.process import EngineProcess
 
@@ -32,8 +33,7 @@ def open_engine(config: EngineConfig, model_dir: str) -> Engine:
 
 
 def load_engine(config: EngineConfig, model_dir: str) -> Engine:
-    """`open_engine`, in this process whatever the engine. ConfigError for a GPU that torch cannot use."""
-    require_usable()
+    """`open_engine`, in this process whatever the engine."""
     # Here, for importing any takes seconds.
     if config.name == "vllm":
         from megatron_lopd.engines.vllm import VllmEngine

@@ -9,7 +9,7 @@ import torch
 
 from megatron_lopd.cli import main
 from megatron_lopd.config import EngineConfig
-from megatron_lopd.engines import load_engine
+from megatron_lopd.engines import open_engine
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import gpus
 from tests.pipeline import write_recipe
@@ -49,7 +49,7 @@ def test_the_cpu_does_not_do_a_gpu_s_work_in_silence(
     assert main(["doctor"]) == 0
     assert "GPU               torch cannot use it: The NVIDIA driver" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="has an NVIDIA GPU and torch cannot use it"):
-        load_engine(EngineConfig(), str(tmp_path / "student"))
+        open_engine(EngineConfig(), str(tmp_path / "student"))
     with pytest.raises(ConfigError, match="has an NVIDIA GPU and torch cannot use it"):
         train(make_root(tmp_path / "job", samples=2))
     assert not (tmp_path / "job" / "run").exists(), "nothing was allocated or written"
