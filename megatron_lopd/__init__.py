@@ -2,12 +2,16 @@
 
 Megatron-Core warns at import about each optional package it lacks (Apex, Transformer Engine). `lopd
 doctor` reports those; on every other command's console they are noise. They are filtered here, since
-every module of the package is imported after this one, and so Megatron-Core is too.
+every module of the package is imported after this one, and so Megatron-Core is too. For the same reason
+Transformer Engine is brought in from here, before Megatron-Core looks for it.
 """
 
 import logging
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -38,3 +42,16 @@ for _logger, _message in (
     ("dist_checkpointing.strategies.common", "load_common is deprecated"),
 ):
     logging.getLogger(f"megatron.core.{_logger}").addFilter(_other_than(_message))
+
+
+class _TransformerEngineFirst(MetaPathFinder):
+    """Finds no module, but loads Transformer Engine when Megatron-Core is about to be imported."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if fullname == "megatron.core":
+            from megatron_lopd.mcore.transformer_engine import load  # imports torch, which --help need not
+
+            load()
+
+
+sys.meta_path.insert(0, _TransformerEngineFirst())

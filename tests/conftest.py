@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.slurm.cluster import installed as slurm_installed
@@ -18,6 +19,9 @@ from tests.vllm_python import VLLM_PYTHON
 # Here and in every process started from here, before torch is imported: sums in two threads round
 # differently, and many tests hold two processes to the same bits.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A GPU that torch cannot use, as with a torch for CPUs on a machine that has one, is none to the tests.
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # A machine that others use as well may take any time.
 settings.register_profile("unhurried", deadline=None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from megatron_lopd.config import OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_lopd.config import Fp8Config, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES
@@ -72,6 +72,7 @@ def train(
     work: str = "run",
     *,
     parallel: ParallelConfig | None = None,
+    fp8: Fp8Config | None = None,
     objective: str = "sampled_reverse_kl",
     identity: str = "a job",
     preflight: Any = None,
@@ -90,6 +91,7 @@ def train(
         objective=objective,
         parallel=parallel or ParallelConfig(),
         precision="fp32",
+        fp8=fp8,
         seed=0,
         model_dir=root / "model",
         data=TrainingData(root / "data", root / "data"),

@@ -6,7 +6,7 @@ from megatron_lopd.config.engine import EngineConfig
 from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.load import deciding, describe_keys, load_cluster, load_recipe, to_plain
-from megatron_lopd.config.parallel import ParallelConfig
+from megatron_lopd.config.parallel import ParallelConfig, Recompute
 from megatron_lopd.config.prompts import PromptSource, PromptSources
 from megatron_lopd.config.recipe import (
     EvaluateConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "PromptSource",
     "PromptSources",
     "Recipe",
+    "Recompute",
     "RolloutConfig",
     "Sampling",
     "ScoreConfig",

@@ -8,6 +8,8 @@ from typing import Literal
 
 from megatron_lopd.config.keys import key, require
 
+Recompute = Literal["none", "core_attn", "mlp", "moe_act", "moe", "selective", "full"]
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -20,8 +22,10 @@ class ParallelConfig:
     expert: int = key("expert parallel size: ranks that share the experts of a layer", 1)
     expert_tensor: int | None = key("tensor parallel size within experts (ranks); empty: as tensor", None)
     sequence: bool = key("sequence parallelism, when tensor > 1", True)
-    recompute: Literal["none", "selective", "full"] = key(
-        "activations made again in the backward pass: none, attention's (selective), whole layers (full)",
+    recompute: Recompute = key(
+        "activations made again in the backward pass, by Megatron-Core's name of a layer's part: none; "
+        "core_attn (pays without Transformer Engine); mlp of dense models; moe_act, experts' SwiGLU; moe, "
+        "experts whole; selective: mlp, or moe_act where it can be, else moe; full: whole layers",
         "none",
     )
     processes: int = key("processes `lopd run` starts for sft and train on this machine (ranks)", 1)

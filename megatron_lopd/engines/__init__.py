@@ -7,6 +7,7 @@ import torch
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, ScoreRequest
 from megatron_lopd.errors import EngineError
+from megatron_lopd.mcore.gpus import require_usable
 
 __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engine"]
 
@@ -15,9 +16,10 @@ def open_engine(config: EngineConfig, model_dir: str) -> Engine:
     """Load a Hugging Face checkpoint into the engine that `config.name` asks for; `close` it when done.
 
     vLLM runs in a process of its own, under the Python of `config.python`. Raises EngineError when the model
-    does not load.
+    does not load, and ConfigError where the CPU would do the work of a GPU that torch cannot use.
     """
-    if config.name != "vllm":
+    if config.name != "vllm":  # which says itself what it lacks
+        require_usable()
         return load_engine(config, model_dir)
     from megatron_lopd.engines.process import EngineProcess
 

@@ -18,6 +18,7 @@ from megatron_lopd.estimate.memory import EngineMemory, engine_memory, kv_bytes
 from megatron_lopd.estimate.shapes import PUBLISHED, Shape, layer_experts
 from megatron_lopd.mcore.architecture import Architecture
 from megatron_lopd.mcore.flops import step_flops
+from megatron_lopd.mcore.recompute import recomputed_part
 
 # Share of HBM bandwidth that decoding reaches. An assumption, fitted to nothing.
 DECODING = 0.6
@@ -49,8 +50,20 @@ def forward_flops(arch: Architecture, work: Work) -> float:
 
 
 def training_flops(arch: Architecture, work: Work, parallel: ParallelConfig) -> float:
-    """FLOPs spent on forward and backward, and on the forward made again where layers are recomputed."""
-    return forward_flops(arch, work) * (4 if parallel.recompute == "full" else 3)
+    """FLOPs spent on forward and backward, and on the forward of what is recomputed."""
+    forward = forward_flops(arch, work)
+    part = recomputed_part(arch, parallel, None, grouped=True)
+    again = 0.0
+    if part == "full":
+        again = forward
+    elif part in ("mlp", "moe"):
+        experts = arch.experts
+        width = arch.ffn_size if experts is None else experts.top_k * experts.ffn_size
+        again = 6.0 * arch.num_layers * arch.hidden_size * width * work.samples * work.length
+    elif part == "core_attn":
+        inner = arch.num_heads * arch.head_dim
+        again = 2.0 * arch.num_layers * inner * work.samples * work.length**2
+    return 3 * forward + again
 
 
 def bubble(parallel: ParallelConfig, micro_batches: float) -> float:

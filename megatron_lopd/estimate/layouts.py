@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_lopd.config import ParallelConfig
+from megatron_lopd.config import ParallelConfig, Recompute
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.estimate.gpus import Cluster
 from megatron_lopd.estimate.memory import Training, TrainingMemory, training_memory
 from megatron_lopd.mcore.architecture import Architecture, check_layout
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")  # from what costs no time to what costs most
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def own_layout(arch: Architecture, parallel: ParallelConfig, cluster: Cluster, t
 def smallest_layout(arch: Architecture, cluster: Cluster, training: Training, batch: int) -> Layout | None:
     """The layout that fits with the fewest model-parallel ranks (tensor x pipeline x context), if one does.
 
-    Among equals first what recomputes nothing, then fewer pipeline stages, context and expert ranks, which
+    Among equals first what recomputes least, then fewer pipeline stages, context and expert ranks, which
     cost bubbles and traffic between nodes. Tensor parallelism stays within a node. Data parallel ranks are at
     most the `batch`'s samples.
     """
@@ -69,9 +70,7 @@ def candidates(arch: Architecture, cluster: Cluster) -> Iterator[ParallelConfig]
     """Every layout of powers of two on all of `cluster` that `check_layout` takes."""
     tensors = [size for size in SIZES if size <= cluster.node_size]
     experts = SIZES if arch.experts else (1,)
-    for tensor, pipeline, context, expert, recompute in product(
-        tensors, SIZES, SIZES, experts, ("none", "full")
-    ):
+    for tensor, pipeline, context, expert, recompute in product(tensors, SIZES, SIZES, experts, RECOMPUTE):
         if cluster.count % (tensor * pipeline * context) or cluster.count % (pipeline * expert):
             continue
         parallel = ParallelConfig(
@@ -80,7 +79,7 @@ def candidates(arch: Architecture, cluster: Cluster) -> Iterator[ParallelConfig]
             context=context,
             expert=expert,
             expert_tensor=1 if arch.experts else None,
-            recompute=recompute,  # type: ignore[arg-type]
+            recompute=recompute,
             processes=cluster.count,
         )
         try:
@@ -98,7 +97,7 @@ def _cost(parallel: ParallelConfig) -> tuple[int, ...]:
     ranks = parallel.tensor * parallel.pipeline * parallel.context
     return (
         ranks,
-        parallel.recompute == "full",
+        RECOMPUTE.index(parallel.recompute),
         parallel.pipeline,
         parallel.context,
         parallel.expert,

@@ -13,8 +13,9 @@ otherwise 1:
     3 (q + k) / tensor     q, k, v as projected, q and k as rotated, attention's output (q = heads x head_dim,
                            k = KV heads x head_dim), and 4 bytes a head of log-sum-exp
     3 f / tensor           gate and up, and their product
-and of experts top_k tokens of h in and out, and 3 f each. Stage 0 of p keeps the layers of p micro-batches at
-once (1F1B, Narayanan et al. 2021, arXiv 2104.04473), of p + (p - 1) / v interleaved; the last keeps one.
+and of experts top_k tokens of h in and out, and 3 f each. A recomputed part is there for one layer at a time.
+Stage 0 of p keeps the layers of p micro-batches at once (1F1B, Narayanan et al. 2021, arXiv 2104.04473), of
+p + (p - 1) / v interleaved; the last keeps one.
 Log-probs: what mcore/token_loss.py holds of a chunk of rows. No [tokens, vocabulary] is ever held.
 """
 
@@ -28,6 +29,7 @@ from typing import Literal
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.estimate.shapes import Shape, layer_dense, layer_experts
 from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.mcore.recompute import recomputed_part
 
 # Bytes of logits that are made at once on a GPU: mcore/row_chunks.py's CHUNK_BYTES["cuda"] (a test holds them
 # equal), and where there is room up to the second, beyond which chunks gain little.
@@ -132,7 +134,7 @@ def _on_stage(
 
 
 def layer_activations(arch: Architecture, parallel: ParallelConfig, training: Training) -> float:
-    """Bytes a layer keeps of one token for its backward pass, nothing recomputed."""
+    """Bytes a layer makes for one token and its backward pass needs, whether they are kept or made again."""
     tensor = parallel.tensor
     shared = tensor if parallel.sequence else 1
     inner, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
@@ -145,18 +147,33 @@ def layer_activations(arch: Architecture, parallel: ParallelConfig, training: Tr
     return kept * training.element + 4 * arch.num_heads / tensor
 
 
+def recomputed_activations(arch: Architecture, parallel: ParallelConfig, training: Training) -> float:
+    """Bytes of `layer_activations` that `parallel.recompute` spares, in Transformer Engine's layers."""
+    tensor, hidden, experts = parallel.tensor, arch.hidden_size, arch.experts
+    shared = tensor if parallel.sequence else 1
+    part = recomputed_part(arch, parallel, None, grouped=training.precision == "bf16")
+    if part == "full":
+        return layer_activations(arch, parallel, training) - hidden * training.element / shared
+    left_out = 0.0
+    if part == "mlp":  # the norm before it is within its first product
+        left_out = hidden / shared + 3 * arch.ffn_size / tensor
+    elif experts is not None and part == "moe_act":
+        left_out = experts.top_k * experts.ffn_size / tensor
+    elif experts is not None and part == "moe":
+        left_out = experts.top_k * (2 * hidden / shared + 3 * experts.ffn_size / tensor)
+        left_out += 2 * experts.count / shared
+    return left_out * training.element  # flash attention, core_attn, keeps q, k, v and its output either way
+
+
 def _activations(arch: Architecture, parallel: ParallelConfig, training: Training, stage: int) -> float:
     tokens = training.tokens / parallel.context
     layers = arch.num_layers // parallel.pipeline
     waiting = float(parallel.pipeline - stage)
     if parallel.virtual_pipeline > 1:
         waiting += (parallel.pipeline - 1) / parallel.virtual_pipeline
-    layer = layer_activations(arch, parallel, training)
-    if parallel.recompute != "full":
-        return tokens * layers * layer * waiting
-    shared = parallel.tensor if parallel.sequence else 1
-    between_layers = arch.hidden_size * training.element / shared
-    return tokens * (layers * between_layers * waiting + layer)
+    whole = layer_activations(arch, parallel, training)
+    made_again = recomputed_activations(arch, parallel, training)
+    return tokens * (layers * (whole - made_again) * waiting + made_again)
 
 
 def _log_probs(arch: Architecture, parallel: ParallelConfig, training: Training) -> float:

@@ -112,7 +112,7 @@ class PackedAttention(torch.nn.Module):
             key, value = _keys_of_all_ranks(key, value, spans.key_index)
         flash = compat.variable_length_attention(query.dtype)
         if flash is not None:
-            out: torch.Tensor = flash(
+            out = flash(
                 query,
                 key,
                 value,
@@ -121,8 +121,6 @@ class PackedAttention(torch.nn.Module):
                 spans.max_q,
                 spans.max_k,
                 scale=self.scale,
-                window_size=(-1, 0),
-                enable_gqa=True,
             )
             return out.flatten(1)
         return bucketed_attention(query, key, value, spans, self.scale).flatten(1)

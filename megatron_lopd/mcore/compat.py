@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from packaging.version import Version
@@ -24,6 +24,7 @@ from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.mcore import transformer_engine
 
 # The releases of Megatron-Core that the tests run on, and between them all that were tried.
 OLDEST, NEWEST = "0.16.1", "0.19.2"
@@ -302,6 +303,12 @@ RELIANCES = (
         "is_expert_parallel = not getattr(param, 'allreduce', True)",
         "has experts trained by an optimizer of their own at every layout",
     ),
+    Reliance(
+        "mcore/experts.py",
+        f"{_MOE}:RouterGatingLinearFunction.forward",
+        "if te_general_gemm is not None and router_dtype != torch.float64",
+        "routes fp32 models in fp64 where Transformer Engine's product would be one of TF32",
+    ),
 )
 
 
@@ -309,12 +316,15 @@ RELIANCES = (
 def prepare() -> None:
     """Make Megatron-Core run on what this machine has. Does its work once; later calls do nothing.
 
+    Products of fp32 stay fp32: images may turn TF32 on by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+
     Raises ConfigError when the installed Megatron-Core is not what a patch or our code was made for.
     """
     if _installed() < Version(OLDEST).release:
         raise ConfigError(
             f"megatron-core {version('megatron-core')} is too old: install one from {OLDEST} to {NEWEST}"
         )
+    torch.backends.cuda.matmul.allow_tf32 = False
     patches: list[Patch] = []
     if not has_transformer_engine():
         patches += WITHOUT_TRANSFORMER_ENGINE
@@ -342,31 +352,50 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-@functools.cache
 def has_transformer_engine() -> bool:
-    """Whether the layers are Transformer Engine's: it imports, and there is a GPU for its kernels."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except ImportError:
-        return False
-    return True
+    """Whether Transformer Engine is loaded, which takes a GPU (mcore/transformer_engine.py)."""
+    return transformer_engine.load().version is not None
 
 
-def variable_length_attention(dtype: torch.dtype) -> Callable[..., Any] | None:
-    """torch's own packed flash attention (torch >= 2.11, CUDA, 16-bit), or None where it cannot run.
+def takes_transformer_engine(precision: Literal["fp32", "bf16"]) -> bool:
+    """Whether a model's layers are Transformer Engine's: in bf16, where it is loaded.
 
-    Called as f(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=, window_size=(-1, 0), enable_gqa=True).
+    In fp32 it multiplies in TF32, of 10 bits, and has no attention but the one that makes [S, S] matrices.
+    """
+    return precision == "bf16" and has_transformer_engine()
+
+
+PackedFlash = Callable[..., torch.Tensor]
+
+
+def variable_length_attention(dtype: torch.dtype) -> PackedFlash | None:
+    """torch's own causal packed flash attention (torch >= 2.11, CUDA, 16-bit), or None where it cannot run.
+
+    Called as f(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale); k and v may have fewer heads.
     """
     if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
         return None
+    return _packed_flash()
+
+
+@functools.cache
+def _packed_flash() -> PackedFlash | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     accepted = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(accepted) else None
+    if not {"scale", "window_size"} <= set(accepted):  # torch 2.10
+        return None
+    takes_groups = "enable_gqa" in accepted  # torch 2.11 does not say what it makes of fewer heads
+
+    def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *where: Any, scale: float) -> Any:
+        if takes_groups:
+            return varlen_attn(q, k, v, *where, scale=scale, window_size=(-1, 0), enable_gqa=True)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return varlen_attn(q, k, v, *where, scale=scale, window_size=(-1, 0))
+
+    return causal
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

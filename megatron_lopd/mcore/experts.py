@@ -8,7 +8,7 @@ what a token becomes does not depend on the others, those of the padding include
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -18,10 +18,21 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture
 
 
-def moe_options(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
-    """TransformerConfig's fields for the experts of `arch`; none for a dense model."""
+def moe_options(
+    arch: Architecture, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]
+) -> dict[str, Any]:
+    """TransformerConfig's fields for the experts of `arch`; none for a dense model.
+
+    Where the layers are Transformer Engine's, one grouped product takes all experts of a rank, and its own
+    kernels sort tokens by expert and add their results up, in a fixed order, where Megatron-Core's
+    `scatter_add_` would in any.
+    """
     if arch.experts is None:
         return {}
+    engine = compat.takes_transformer_engine(precision)
+    # Megatron-Core routes with Transformer Engine's product wherever that is loaded, unless in fp64; between
+    # fp32 factors it is one of TF32, which sends tokens to other experts.
+    in_tf32 = not engine and compat.has_transformer_engine()
     return {
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
@@ -29,10 +40,11 @@ def moe_options(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_router_topk": arch.experts.top_k,
         "moe_ffn_hidden_size": arch.experts.ffn_size,
         "moe_router_pre_softmax": not arch.experts.normalize_top_k,
-        "moe_router_dtype": "fp32",
+        "moe_router_dtype": "fp64" if in_tf32 else "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": compat.has_transformer_engine(),
+        "moe_grouped_gemm": engine,
+        "moe_permute_fusion": engine,
     }
 
 

@@ -23,6 +23,7 @@ from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
 from megatron_lopd.mcore.precision import check_precision, fp8_options
+from megatron_lopd.mcore.recompute import check_recompute, recompute_options
 from megatron_lopd.mcore.softmax import ResponseLogProbs
 from megatron_lopd.mcore.spec import decoder_spec
 from megatron_lopd.mcore.token_loss import SummedLoss, TokenLoss, vocab_parallel_loss
@@ -87,10 +88,12 @@ def build_model(
     One chunk of consecutive layers, or `parallel.virtual_pipeline` of them, in the order they run.
     `precision` is that of the parameters and activations; `fp8` makes the layers' matrix products in FP8.
     `seed` decides the initial weights, which are the same at every layout; reading a checkpoint
-    overwrites them. Raises ConfigError when `parallel` cannot split `arch`, or `fp8` cannot be had here.
+    overwrites them. Raises ConfigError when `parallel` cannot split `arch`
+    or recompute what it names, or `fp8` cannot be had here.
     """
     check_layout(arch, parallel)
     check_precision(arch, parallel, fp8)
+    check_recompute(arch, parallel, fp8, grouped=compat.takes_transformer_engine(precision))
     config = transformer_config(arch, parallel, precision, fp8)
     chunks = [_build_chunk(arch, parallel, config, number) for number in range(parallel.virtual_pipeline)]
     for chunk in chunks:
@@ -136,7 +139,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's description of the model, its split and its numerics."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    machine = capabilities()
+    machine, engine_layers = capabilities(), compat.takes_transformer_engine(precision)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -166,7 +169,7 @@ def transformer_config(
         bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        apply_rope_fusion=machine.rope_fusion,
+        apply_rope_fusion=engine_layers,
         bias_activation_fusion=machine.activation_fusion,
         gradient_accumulation_fusion=machine.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
@@ -174,8 +177,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         **fp8_options(fp8),
         **_interleaving(parallel),
-        **_recomputation(parallel),
-        **moe_options(arch, parallel),
+        **recompute_options(arch, parallel, fp8, grouped=engine_layers),
+        **moe_options(arch, parallel, precision),
     )
 
 
@@ -193,18 +196,6 @@ def _interleaving(parallel: ParallelConfig) -> dict[str, Any]:
         "overlap_p2p_comm": True,
         "batch_p2p_comm": False,
     }
-
-
-def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
-    if parallel.recompute == "full":
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    if parallel.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
 
 
 def response_loss(

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore import compat
+from megatron_lopd.mcore import compat, transformer_engine
 
 _entries = itertools.count()
 # How long a collective, or the ranks' first meeting, waits for the last rank. What may take long on one rank
@@ -83,6 +83,7 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield _ranks()
     finally:
+        transformer_engine.forget_fp8_state()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 

@@ -30,9 +30,9 @@ def decoder_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The decoder of this pipeline rank's model chunk `chunk`, for GPTModel's `transformer_layer_spec`.
 
-    Transformer Engine's layers where it can run (compat), otherwise `native_layer`.
+    Transformer Engine's layers in bf16 where it is loaded (compat), otherwise `native_layer`.
     """
-    if compat.has_transformer_engine():
+    if compat.takes_transformer_engine("bf16" if config.bf16 else "fp32"):
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=arch.experts.count if arch.experts else None,
             moe_grouped_gemm=arch.experts is not None,

@@ -11,11 +11,18 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_lopd.config import EngineConfig, Fp8Config, ParallelConfig, Recipe
+from megatron_lopd.config import EngineConfig, ParallelConfig, Recipe
 from megatron_lopd.engines.library import library_versions, require_library, vllm_version
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.capabilities import FP8_RECIPES, Capabilities, capabilities
+from megatron_lopd.mcore import compat, gpus
+from megatron_lopd.mcore.capabilities import (
+    FP8_RECIPES,
+    UNFUSED,
+    UNFUSED_REMEDY,
+    Capabilities,
+    attention_backend,
+    capabilities,
+)
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages.base import base_versions
 from megatron_lopd.stages.run import STAGES, describe
@@ -27,7 +34,7 @@ def diagnose(recipe: Recipe | None) -> Iterator[str]:
     """Yield the lines of the diagnosis. Raises ConfigError when the recipe cannot run here."""
     compat.prepare()
     machine = capabilities()
-    for name, text in (*_machine(recipe), *choices(machine)):
+    for name, text in (*_machine(recipe), *choices(machine, attention_backend())):
         yield f"{name:{WIDTH}}{text}"
     if recipe is not None:
         for name, text in plan(recipe, machine):
@@ -42,20 +49,26 @@ def _machine(recipe: Recipe | None) -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+    if len(kinds := gpus.kinds()) > 1:
+        yield "", f"{len(kinds)} kinds: the ranks of a job must be on one: set CUDA_VISIBLE_DEVICES to it"
     if not torch.cuda.is_available():
-        yield "GPU", "none: everything runs on the CPU"
+        unusable = gpus.why_unusable()
+        yield "GPU", f"torch cannot use it: {unusable}" if unusable else "none: everything runs on the CPU"
     yield "versions", ", ".join(f"{name} {text}" for name, text in base_versions().items())
     yield "vLLM", vllm_version("") or "absent from this Python"
     yield "modelopt", "installed" if find_spec("modelopt") else "absent: no export.quantization=fp8"
 
 
-def choices(machine: Capabilities) -> Iterator[tuple[str, str]]:
-    """(feature, what training takes for it and why), from what the machine can."""
+def choices(machine: Capabilities, backend: str | None) -> Iterator[tuple[str, str]]:
+    """(feature, what training in bf16 takes for it and why), from what the machine can.
+
+    `backend` is `attention_backend()`.
+    """
     engine = machine.transformer_engine
     lacking = "no GPU" if machine.gpu is None else "no Transformer Engine"
     yield "collectives", "gloo (no GPU)" if machine.gpu is None else f"nccl, on {machine.gpu}"
-    yield "layers", f"Transformer Engine {engine}" if engine else f"torch-native ({lacking})"
-    yield "attention", _attention(machine)
+    yield "layers", f"Transformer Engine {engine}" if engine else f"torch-native ({machine.lacking})"
+    yield "attention", _attention(machine, backend)
     yield "experts", "grouped GEMM" if engine else f"one after another ({lacking})"
     yield from _fp8_choices(machine)
     yield "Adam", f"{machine.adam}'s{'' if machine.adam == 'torch' else ', fused'}"
@@ -73,9 +86,11 @@ def _chosen(machine: Capabilities, possible: bool, needed: str, name: str) -> st
     return f"not {name} ({'no GPU' if machine.gpu is None else f'no {needed}'})"
 
 
-def _attention(machine: Capabilities) -> str:
+def _attention(machine: Capabilities, backend: str | None) -> str:
+    if backend == UNFUSED:
+        return f"WARNING: Transformer Engine's {UNFUSED}: {UNFUSED_REMEDY}"
     if machine.transformer_engine is not None:
-        return "Transformer Engine's, packed"
+        return f"Transformer Engine's {backend or 'own'}, packed"
     if machine.variable_length_attention:
         return "torch's variable-length flash attention in bf16, SDPA in fp32 (no Transformer Engine)"
     return f"torch SDPA, documents of like length together ({'old torch' if machine.gpu else 'no GPU'})"
@@ -91,10 +106,12 @@ def _fp8_choices(machine: Capabilities) -> Iterator[tuple[str, str]]:
 
 def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
     """(setting, what the recipe makes of it here). Raises ConfigError for what the machine cannot do."""
+    gpus.require_usable()
     require_fp8(recipe.fp8, machine)
-    yield "precision", _precision(recipe.precision, recipe.fp8)
+    yield "precision", _precision(recipe, machine)
     parallel = recipe.parallel
     processes = int(os.environ.get("WORLD_SIZE", parallel.processes))
+    gpus.require_one_kind(processes)
     yield "layout", _layout(parallel, processes)
     yield (
         "communication",
@@ -130,9 +147,12 @@ def _engine(engine: EngineConfig, section: str) -> str:
     return f"{engine.name}{versions}{place}, {engine.dtype}{shared}"
 
 
-def _precision(precision: str, fp8: Fp8Config | None) -> str:
+def _precision(recipe: Recipe, machine: Capabilities) -> str:
+    precision, fp8 = recipe.precision, recipe.fp8
     if fp8 is None:
-        return f"{precision}, master weights and log-probs fp32"
+        native = precision == "fp32" and machine.transformer_engine is not None
+        layers = " in torch-native layers, for Transformer Engine's multiply in TF32" if native else ""
+        return f"{precision}{layers}, master weights and log-probs fp32"
     ends = fp8.bf16_first_last_layers
     kept = f", first and last {ends} layers bf16" if ends else ""
     return (

@@ -16,8 +16,11 @@ from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConf
 from megatron_lopd.convert.offline import megatron_to_hf
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import check_layout, read_architecture
+from megatron_lopd.mcore.gpus import require_one_kind, require_usable
 from megatron_lopd.mcore.precision import check_precision, packed_padding
+from megatron_lopd.mcore.recompute import check_recompute
 from megatron_lopd.stages.base import Plan
 from megatron_lopd.stages.inputs import train_config
 from megatron_lopd.training.checkpoints import checkpoint_name
@@ -28,9 +31,13 @@ from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
 def check_trainable(model_dir: Path, recipe: Recipe) -> None:
     """Raise ConfigError unless the model can be split and its numbers computed as the recipe says, here."""
+    require_usable()
+    require_one_kind(recipe.parallel.processes)
     architecture = read_architecture(model_dir)
     check_layout(architecture, recipe.parallel)
     check_precision(architecture, recipe.parallel, recipe.fp8)
+    grouped = compat.takes_transformer_engine(recipe.precision)
+    check_recompute(architecture, recipe.parallel, recipe.fp8, grouped=grouped)
 
 
 def check_budget(recipe: Recipe, config: TrainingConfig) -> None:
@@ -57,12 +64,7 @@ def _preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
     if tolerance is None:  # that of the coarsest numbers among the trainer's and the sampler's
         precisions = {recipe.precision, recipe.rollout.engine.dtype}
         tolerance = max(TOLERANCES[name] for name in (*precisions, *(["fp8"] if recipe.fp8 else [])))
-    return Preflight(
-        config.preflight_samples,
-        tolerance,
-        recipe.rollout.sampling,
-        finds_scales=recipe.fp8 is not None and recipe.fp8.recipe == "delayed",
-    )
+    return Preflight(config.preflight_samples, tolerance, recipe.rollout.sampling)
 
 
 def identity_of(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,18 +24,21 @@ from megatron_lopd.errors import EngineDied, EngineError, NumericsError, StopReq
 from megatron_lopd.estimate.memory import Training, logit_rows
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
-from megatron_lopd.mcore.capabilities import capabilities
+from megatron_lopd.mcore.capabilities import capabilities, notices
 from megatron_lopd.mcore.flops import peak_flops, step_flops
+from megatron_lopd.mcore.gpus import require_one_kind, require_usable
 from megatron_lopd.mcore.kernel_trial import agree
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import check_precision, packed_padding
+from megatron_lopd.mcore.recompute import check_recompute
 from megatron_lopd.objectives import get_objective
 from megatron_lopd.training.agreement import any_rank
 from megatron_lopd.training.batches import Batches, CachedBatches
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
+from megatron_lopd.training.fp8_scales import find_scales
 from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
 from megatron_lopd.training.live import LiveBatches, LiveData
 from megatron_lopd.training.metrics import Counts, summarize
@@ -98,15 +102,21 @@ def run_training(job: TrainingJob) -> Progress:
     guard stops the run, and with the checkpoint saved EngineError from a live sampler or teacher, and
     StopRequested after SIGTERM or SIGUSR1 or when a live teacher's process was killed.
     """
+    require_usable()
+    require_one_kind(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))))
     compat.prepare()
     architecture = read_architecture(job.model_dir)
     _check_data(job, architecture)
     check_precision(architecture, job.parallel, job.fp8)
+    grouped = compat.takes_transformer_engine(job.precision)
+    check_recompute(architecture, job.parallel, job.fp8, grouped=grouped)
     with (
         StopSignals() as stop,
         model_parallel(job.parallel, job.seed) as ranks,
         Reporter(job.name, job.work_dir, ranks.rank) as reporter,
     ):
+        for line in notices(job.precision):
+            reporter.note(line)
         kept = checkpoints_kept(job.config)
         checkpoints = Checkpoints(job.work_dir / "checkpoints", job.identity, architecture, job.lineage, kept)
         newest = newest_checkpoint(checkpoints, reporter.note)
@@ -171,9 +181,10 @@ class _Run:
                 progress = replace(progress, recent_drift=())
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
         live = isinstance(self.job.data, LiveData)
+        if newest is None and not live:  # a checkpoint brings its own scales
+            self._find_scales(self.loader.micro_batches(self.part.samples(0).tolist()))
         if self.job.preflight is not None and progress.step == self.part.first_step and not live:
-            finds_scales = self.job.preflight.finds_scales and newest is None  # a checkpoint brings its own
-            self._preflight_check(replace(self.job.preflight, finds_scales=finds_scales)).check_cached()
+            self._preflight_check(self.job.preflight).check_cached()
         self.reporter.begin(progress.step, self.total_steps)
         try:
             with self._batches(progress.step) as batches:
@@ -220,6 +231,14 @@ class _Run:
             )
         return progress
 
+    def _find_scales(self, micro_batches: list[MicroBatch]) -> None:
+        """Under FP8's delayed scaling, from as few of the first step's micro-batches as the layout takes."""
+        fp8 = self.job.fp8
+        if fp8 is not None and fp8.recipe == "delayed":
+            few = micro_batches[: self.loader.count_multiple]
+            budget = self.job.config.micro_batch_tokens
+            find_scales(self.optimization, self.objective, few, budget, self.device)
+
     def _check_sampler(self, micro_batches: list[MicroBatch]) -> None:
         """Raise NumericsError unless trainer and live sampler give the first step the same log-probs."""
         if self.job.preflight is not None:
@@ -249,6 +268,7 @@ class _Run:
         micro_batches = batches.get(before.step)
         data_wait = max(0.0, time.perf_counter() - began - sum(batches.seconds.values()))
         if before.step == 0 and isinstance(self.job.data, LiveData):
+            self._find_scales(micro_batches)
             self._check_sampler(micro_batches)
         zero_gradients(self.optimization)
         parts = run_micro_batches(

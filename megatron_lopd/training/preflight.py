@@ -30,15 +30,11 @@ TOLERANCES = {"fp32": 1e-3, "bf16": 0.05, "fp8": 0.2}
 
 @dataclass(frozen=True)
 class Preflight:
-    """`samples` rollouts must agree within a mean of `tolerance` nats; `sampling` is how they were drawn.
-
-    `finds_scales`: the trainer's FP8 scales come from earlier steps, of which there is none yet.
-    """
+    """`samples` rollouts must agree within a mean of `tolerance` nats; `sampling` is how they were drawn."""
 
     samples: int
     tolerance: float
     sampling: Sampling
-    finds_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,11 +110,6 @@ class PreflightCheck:
         taken at it too. Top-p and top-k renormalise over sets of tokens that were not kept: then nothing is
         compared, and `note` says so. Raises NumericsError, which names the likely `causes`, when they
         disagree.
-
-        FP8's delayed scaling has no scales before it has seen values, and would be compared at a scale of 1:
-        with `finds_scales` it goes over the rollouts once beforehand. The scales found are those that
-        training starts from, as if it had begun with these samples; no other recipe keeps anything of this
-        check.
         """
         sampling, tolerance = self.preflight.sampling, self.preflight.tolerance
         if sampling.top_p < 1 or sampling.top_k > 0:
@@ -146,7 +137,9 @@ class PreflightCheck:
         """loss, p99 and max of the differences, alike on every rank."""
         agreement = Agreement()
 
-        def forward() -> dict[str, float]:
+        for chunk in self.chunks:
+            chunk.eval()  # recomputed layers would stack up FP8 scales for a backward that never comes
+        with torch.no_grad():
             parts = run_micro_batches(
                 self.chunks,
                 agreement,
@@ -156,14 +149,6 @@ class PreflightCheck:
                 forward_only=True,
                 temperature=self.preflight.sampling.temperature or 1.0,
             )
-            return summarize(parts, Counts.of(micro_batches, self.device), agreement, self.ranks, self.device)
-
-        for chunk in self.chunks:
-            chunk.eval()  # recomputed layers would stack up scales for a backward that never comes
-        if self.preflight.finds_scales:
-            forward()  # with gradients enabled, as only then Transformer Engine moves its scales on
-        with torch.no_grad():
-            measured = forward()
         for chunk in self.chunks:
             chunk.train()
-        return measured
+        return summarize(parts, Counts.of(micro_batches, self.device), agreement, self.ranks, self.device)

@@ -44,17 +44,21 @@ LAYOUTS: dict[str, Layout] = {
     "one process": Layout(ParallelConfig(), ALL),
     "micro-batches of 24 tokens": Layout(ParallelConfig(), tokens=24),
     "micro-batches of 200 tokens": Layout(ParallelConfig(), ("tied", "experts"), tokens=200),
-    "recompute selective": Layout(ParallelConfig(recompute="selective")),
+    "recompute core_attn": Layout(ParallelConfig(recompute="core_attn"), ("tied", "experts")),
+    "recompute selective": Layout(ParallelConfig(recompute="selective"), ("tied", "experts")),
     "recompute full": Layout(ParallelConfig(recompute="full"), ALL),
     "TP2": Layout(ParallelConfig(tensor=2, sequence=False, processes=2), ("untied, with bias",)),
     "TP2 + SP": Layout(ParallelConfig(tensor=2, processes=2), ALL),
     "TP2 + SP, recompute full": Layout(ParallelConfig(tensor=2, recompute="full", processes=2)),
+    "TP2 + SP, recompute selective": Layout(
+        ParallelConfig(tensor=2, recompute="selective", processes=2), ("tied", "experts")
+    ),
     "PP2": Layout(ParallelConfig(pipeline=2, processes=2), DENSE),
     "PP2 + VPP2": Layout(
         ParallelConfig(pipeline=2, virtual_pipeline=2, processes=2), ("tied", "experts"), tokens=32
     ),
     "CP2": Layout(ParallelConfig(context=2, processes=2), ("tied", "experts")),
-    "CP2, recompute selective": Layout(ParallelConfig(context=2, recompute="selective", processes=2)),
+    "CP2, recompute core_attn": Layout(ParallelConfig(context=2, recompute="core_attn", processes=2)),
     "DP2, distributed optimizer": Layout(ParallelConfig(processes=2), ALL),
     "EP2": Layout(ParallelConfig(expert=2, processes=2), EXPERTS),
     "ETP2": Layout(ParallelConfig(expert_tensor=2, processes=2), EXPERTS),
@@ -97,7 +101,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "fixed_negative": ("fixed_negative", {}),
 }
-WITH_OPTIONS = ("one process", "micro-batches of 24 tokens", "TP2 + SP", "CP2, recompute selective")
+WITH_OPTIONS = ("one process", "micro-batches of 24 tokens", "TP2 + SP", "CP2, recompute core_attn")
 
 Runs = dict[tuple[str, str, str], Trained]  # layout, model, loss
 

@@ -96,7 +96,7 @@ def test_the_output_weight_s_gradient_may_come_with_the_loss(
 def test_the_matrix_sees_rows_that_are_not_of_the_tokens(
     matrix: Matrix, field: str, wrong: set[str]
 ) -> None:
-    name = "CP2, recompute selective"
+    name = "CP2, recompute core_attn"
     ranks = run_ranks(2, train_with_rows_of_other_tokens, matrix.root, name, field)
     for loss in losses_of(name, "tied"):
         trained = [rank[name, "tied", loss] for rank in ranks]

@@ -86,17 +86,41 @@ def test_a_checkpoint_brings_back_weights_moments_and_fp8_scales(
         assert work.one_pass().nats_from(after) < 1e-6
 
 
+@pytest.mark.needs("gpu", "engine", "delayed")
+def test_the_first_step_of_delayed_scaling_has_scales_both_ways(bench: Bench) -> None:
+    with training(bench.checkpoints["qwen3"], "engine", "bf16", Fp8Config("delayed")) as work:
+        before = _state(work)
+        work.find_scales()
+        after = _state(work)
+        assert not any(chunk_grad.any() for chunk_grad in _gradients(work)), "thrown away"
+    scales = [name for name in after if name.endswith("_bwd.scale")]
+    assert scales
+    # The first of a layer's is its output gradient's; others stand for products that it does not have.
+    assert all(after[name][0] != 1 for name in scales), [name for name in scales if after[name][0] == 1]
+    for name in before.keys() & after.keys():
+        assert "scaling" in name or torch.equal(before[name], after[name]), name
+
+
+def _gradients(work: Work) -> list[torch.Tensor]:
+    return [buffer.grad_data for buffer in work.optimization.chunks[0].buffers]
+
+
 def _state(work: Work) -> dict[str, torch.Tensor]:
-    """Copies of the weights, the optimizer's moments and, under delayed scaling, scales and amax history."""
+    """Copies of the weights, the optimizer's moments and, under delayed scaling, scales and amax history.
+
+    Attention has scales too, and uses none, for it is not in FP8: Megatron-Core saves none of them.
+    """
     state = {name: value.detach().cpu().clone() for name, value in _chunk(work).named_parameters()}
     for part in work.optimization.optimizer.chained_optimizers:
         for number, moments in enumerate(part.optimizer.state.values()):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[f"{number}.{name}"] = moments[name].cpu().clone()
     for name, module in _chunk(work).named_modules():
+        if name.endswith("core_attention"):
+            continue
         for direction in ("scaling_fwd", "scaling_bwd"):
             scaling = getattr(module, "fp8_meta", {}).get(direction)
-            if hasattr(scaling, "amax_history"):
+            if hasattr(scaling, "amax_history"):  # it has them under delayed scaling alone
                 state[f"{name}.{direction}.amax"] = scaling.amax_history.cpu().clone()
                 state[f"{name}.{direction}.scale"] = scaling.scale.cpu().clone()
     return state

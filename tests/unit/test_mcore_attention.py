@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer import TransformerConfig
+from torch.nn.attention import varlen
 
+from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.attention import Spans, bucketed_attention, spans_of
 from megatron_lopd.mcore.norm import RMSNorm
 
@@ -79,6 +84,87 @@ def test_context_parallel_ranks_make_up_the_whole(chunks: list[int], size: int) 
         here = gathered[spans.key_index]
         out = bucketed_attention(q[mine], k[here], v[here], spans, 0.3)
         torch.testing.assert_close(out, whole[mine], rtol=1e-10, atol=1e-10)  # fp64 rounding
+
+
+def varlen_attn_of_2_13(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: None = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """A fake of torch.nn.attention.varlen's, which needs CUDA: its signature, refusals and formula."""
+    if key.shape[1] != query.shape[1] and not enable_gqa:
+        raise ValueError("Expect query and key/value to have the same number of heads")
+    assert window_size == (-1, 0), "causal"
+    assert scale is not None
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    spans = [slice(a, b) for a, b in itertools.pairwise(cu_seq_q.tolist())]
+    return torch.cat([one_document(query[s], key[s], value[s], scale) for s in spans])
+
+
+def varlen_attn_of_2_11(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: None = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """The same, of the release that knows no groups of queries."""
+    where = cu_seq_q, cu_seq_k, max_q, max_k
+    return varlen_attn_of_2_13(query, key, value, *where, scale=scale, window_size=window_size)
+
+
+def varlen_attn_of_2_10(
+    query: torch.Tensor, key: torch.Tensor, *rest: object, is_causal: bool = False
+) -> None:
+    """Takes neither a scale nor a window."""
+
+
+@pytest.mark.parametrize(
+    ("fake", "can"),
+    [(varlen_attn_of_2_13, True), (varlen_attn_of_2_11, True), (varlen_attn_of_2_10, False)],
+)
+def test_torch_s_packed_attention_is_taken_as_each_release_has_it(
+    monkeypatch: pytest.MonkeyPatch, fake: Callable[..., Any], can: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(varlen, "varlen_attn", fake)
+    compat._packed_flash.cache_clear()
+    flash = compat.variable_length_attention(torch.bfloat16)
+    compat._packed_flash.cache_clear()
+    assert compat.variable_length_attention(torch.float32) is None
+    assert (flash is not None) == can
+    if flash is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(9, heads, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    starts = torch.tensor([0, 5, 7, 9], dtype=torch.int32)
+    ours = flash(q, k, v, starts, starts, 5, 5, scale=0.3)
+    exact = bucketed_attention(q, k, v, spans_of(starts, 5, 1, 0), 0.3)
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)  # fp64 rounding
+    for got, reference in zip(
+        torch.autograd.grad(ours.square().sum(), (q, k, v)),
+        torch.autograd.grad(exact.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, reference, rtol=1e-9, atol=1e-10)
 
 
 def test_rms_norm_normalises_in_fp32() -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from gloo import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore import compat
+from megatron_lopd.estimate.shapes import PUBLISHED
+from megatron_lopd.mcore import compat, spec
 from megatron_lopd.mcore.architecture import Experts, read_architecture
 from megatron_lopd.mcore.capabilities import FP8_RECIPES
 from megatron_lopd.mcore.model import transformer_config
 from megatron_lopd.mcore.precision import check_fp8, require_fp8, token_alignment
-from tests.machines import BLACKWELL, CPU, GPU_ALONE, H100
+from tests.machines import BLACKWELL, CPU, GPU_ALONE, H100, fake_kernels
+from tests.training_zoo import assert_agree, make_root, train
 
 QWEN3_06B = read_architecture(Path(__file__).parents[2] / "tools" / "bench" / "qwen3_0.6b")
 
@@ -42,7 +48,7 @@ def test_megatron_core_takes_the_options_of_every_recipe(recipe: str) -> None:
 def test_what_the_machine_cannot_is_refused_with_its_reason() -> None:
     cases = {
         "there is no NVIDIA GPU here: drop": (CPU, "tensorwise"),
-        "Transformer Engine cannot be imported: drop": (GPU_ALONE, "delayed"),
+        "Transformer Engine is not installed: drop": (GPU_ALONE, "delayed"),
         "10.0 or higher required for MXFP8 execution: set fp8.recipe to delayed or tensorwise or blockwise": (
             H100,
             "mxfp8",
@@ -110,3 +116,38 @@ def test_padding_leaves_every_part_what_transformer_engine_asserts(
     if sequence and tensor > 1:
         assert part % {"blockwise": 128, "mxfp8": 32}.get(recipe, 8) == 0
     assert token_alignment(None, parallel) == 1
+
+
+def test_fp32_takes_no_layer_of_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products of fp32 are of TF32, and where it is loaded, Megatron-Core's router takes them."""
+    fake_kernels(monkeypatch)
+    monkeypatch.setattr(spec, "get_gpt_layer_with_transformer_engine_spec", lambda **options: "engine")
+    monkeypatch.setattr(spec, "get_num_layers_to_build", lambda config, vp_stage: 2)
+    experts = PUBLISHED["Qwen3-30B-A3B"]
+    bf16, fp32 = (transformer_config(experts, ParallelConfig(), each) for each in ("bf16", "fp32"))
+    assert spec.decoder_spec(experts, bf16, 0) == "engine"
+    assert isinstance(spec.decoder_spec(experts, fp32, 0), TransformerBlockSubmodules)
+    assert (bf16.moe_grouped_gemm, bf16.moe_permute_fusion, bf16.moe_router_dtype) == (True, True, "fp32")
+    assert (fp32.moe_grouped_gemm, fp32.moe_permute_fusion, fp32.moe_router_dtype) == (False, False, "fp64")
+    assert (bf16.apply_rope_fusion, fp32.apply_rope_fusion) == (True, False)
+    monkeypatch.setattr(compat, "has_transformer_engine", lambda: False)
+    assert transformer_config(experts, ParallelConfig(), "fp32").moe_router_dtype == "fp32"
+
+
+def test_a_router_in_fp64_and_products_without_tf32(tmp_path: Path) -> None:
+    root = make_root(tmp_path, family="qwen3_moe")
+    ((plain, was_on, is_on),) = run_ranks(1, _train_experts, root, "plain", False)
+    assert was_on
+    assert not is_on, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE would go for the log-probs"
+    ((routed, *_),) = run_ranks(1, _train_experts, root, "routed", True)
+    assert_agree(routed, plain)
+
+
+def _train_experts(root: Path, work: str, engine: bool) -> tuple[list[dict[str, Any]], bool, bool]:
+    """(the steps, whether TF32 was on, whether it is when Megatron-Core is ready)."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as an image's environment has it
+    was_on = torch.backends.cuda.matmul.allow_tf32
+    compat.prepare()
+    compat.has_transformer_engine = lambda: engine
+    steps = train(root, work, steps=3)[1]
+    return steps, was_on, torch.backends.cuda.matmul.allow_tf32

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from dataclasses import dataclass, replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,26 +13,34 @@ import torch
 from megatron_lopd.config import Fp8Config, ParallelConfig, Recipe
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import capabilities as probing
-from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.capabilities import Capabilities, capabilities
+from megatron_lopd.mcore import compat, transformer_engine
+from megatron_lopd.mcore.capabilities import UNFUSED, Capabilities, capabilities
+from megatron_lopd.mcore.transformer_engine import TransformerEngine
 from megatron_lopd.stages.doctor import WIDTH, choices, plan
 from tests.machines import BLACKWELL, CPU, GPU_ALONE, H100
 
 EXPECTED = {
-    "cpu": (CPU, "gloo", "torch-native (no GPU)", "SDPA", "cannot: there is no NVIDIA GPU", "torch's"),
+    "cpu": (
+        CPU,
+        "gloo",
+        "torch-native (there is no NVIDIA GPU here)",
+        "SDPA",
+        "cannot: there is no NVIDIA GPU",
+        "torch's",
+    ),
     "gpu without TE": (
         GPU_ALONE,
         "nccl",
-        "torch-native (no Transformer Engine)",
+        "torch-native (Transformer Engine is not installed)",
         "variable-length",
-        "cannot: Transformer Engine cannot be imported",
+        "cannot: Transformer Engine is not installed",
         "torch's",
     ),
     "h100": (
         H100,
         "nccl",
         "Transformer Engine 2.11.0",
-        "packed",
+        "Transformer Engine's FusedAttention, packed",
         "can: delayed, tensorwise, blockwise",
         "Transformer Engine's, fused",
     ),
@@ -38,7 +48,7 @@ EXPECTED = {
         BLACKWELL,
         "nccl",
         "Transformer Engine 2.11.0",
-        "packed",
+        "Transformer Engine's FusedAttention, packed",
         "can: delayed, tensorwise, blockwise, mxfp8",
         "Transformer Engine's, fused",
     ),
@@ -48,7 +58,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_choices_by_machine(name: str) -> None:
     machine, *expected = EXPECTED[name]
-    lines = dict(choices(machine))
+    lines = dict(choices(machine, "FusedAttention" if machine.transformer_engine else None))
     seen = [lines[feature] for feature in ("collectives", "layers", "attention", "FP8", "Adam")]
     for text, part in zip(seen, expected, strict=True):
         assert part in text
@@ -84,22 +94,89 @@ def test_the_plan_gives_the_data_parallel_size_and_the_precision(monkeypatch: py
         list(plan(recipe, CPU))
 
 
+def test_what_slows_training_down_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    a100 = replace(H100, gpu="NVIDIA A100", compute_capability=(8, 0))
+    line = dict(choices(a100, UNFUSED))["attention"]
+    assert line.startswith("WARNING: Transformer Engine's UnfusedDotProductAttention: time and memory grow")
+    assert "install flash-attn" in line
+    assert dict(choices(H100, None))["attention"] == "Transformer Engine's own, packed"
+    broken = "Transformer Engine 2.11.0 cannot be loaded, because of OSError: libcudnn"
+    assert broken in dict(choices(replace(GPU_ALONE, lacking=broken), None))["layers"]
+
+    monkeypatch.setattr(transformer_engine, "load", lambda: TransformerEngine("2.11.0"))
+    for backend, said in ((UNFUSED, 1), ("FlashAttention", 0), (None, 0)):
+        monkeypatch.setattr(probing, "attention_backend", lambda backend=backend: backend)
+        assert len(probing.notices("bf16")) == said
+        assert not probing.notices("fp32")
+
+
+def test_fp32_is_not_left_to_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "torch-native" in dict(plan(Recipe("run", precision="fp32"), H100))["precision"]
+    assert "torch-native" not in dict(plan(Recipe("run", precision="fp32"), CPU))["precision"]
+    assert "torch-native" not in dict(plan(Recipe("run"), H100))["precision"]
+
+
+@dataclass
+class AttentionParams:
+    """A fake of Transformer Engine's, with the fields of 2.11 that are given."""
+
+    qkv_dtype: torch.dtype
+    qkv_layout: str
+    batch_size: int
+    num_heads: int
+    num_gqa_groups: int
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    head_dim_qk: int
+    head_dim_v: int
+    attn_mask_type: str
+    window_size: tuple[int, int]
+    core_attention_bias_shape: None
+    core_attention_bias_requires_grad: bool
+    deterministic: bool
+
+
+def test_transformer_engine_is_asked_for_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake of its choice: cuDNN's on sm_90, flash-attn where it is, and neither if it may not."""
+    has_flash, asked = False, []
+
+    def get_attention_backend(params: AttentionParams) -> tuple[Any, ...]:
+        asked.append(params)
+        fused = not params.deterministic
+        flash = not fused and has_flash
+        return flash, None, fused, None, not fused and not flash, []
+
+    module = SimpleNamespace(AttentionParams=AttentionParams, get_attention_backend=get_attention_backend)
+    path = "transformer_engine.pytorch.attention.dot_product_attention.utils"
+    monkeypatch.setattr(probing, "importlib", SimpleNamespace(import_module={path: module}.__getitem__))
+    ask = probing.attention_backend.__wrapped__
+    assert ask() is None
+    monkeypatch.setattr(compat, "has_transformer_engine", lambda: True)
+    monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
+    assert ask() == "FusedAttention"
+    assert (asked[-1].qkv_layout, asked[-1].attn_mask_type) == ("thd_thd_thd", "padding_causal")
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    assert ask() == UNFUSED
+    has_flash = True
+    assert ask() == "FlashAttention"
+    module.get_attention_backend = lambda: None  # of a release that asks for something else
+    assert ask() is None
+
+
 def test_this_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probing itself, on a GPU and a Transformer Engine faked down to the functions that are asked."""
     if not torch.cuda.is_available():
         assert capabilities() == CPU
-    engine = ModuleType("transformer_engine.pytorch.quantization")
-    engine.check_fp8_support = lambda: (True, "")  # type: ignore[attr-defined]
-    engine.check_mxfp8_support = lambda: (False, "Too old a device.")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("transformer_engine.pytorch"))
-    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+    checks = SimpleNamespace(
+        check_fp8_support=lambda: (True, ""), check_mxfp8_support=lambda: (False, "Too old a device.")
+    )
     monkeypatch.setitem(sys.modules, "fused_weight_gradient_mlp_cuda", ModuleType("apex's kernel"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(compat, "has_transformer_engine", lambda: True)
-    monkeypatch.setattr(probing, "_engine_version", lambda: "2.0")
+    monkeypatch.setattr(transformer_engine, "load", lambda: TransformerEngine("2.0"))
+    monkeypatch.setattr(transformer_engine, "quantization", lambda: checks)
     seen: Capabilities = capabilities.__wrapped__()
     assert seen.fp8 == {
         "delayed": "",
@@ -107,7 +184,7 @@ def test_this_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
         "blockwise": "Transformer Engine 2.0 does not know this recipe",
         "mxfp8": "Too old a device",
     }
-    assert seen.gpu == "a fake"
+    assert (seen.gpu, seen.transformer_engine, seen.rope_fusion) == ("a fake", "2.0", True)
     assert seen.gradient_accumulation_fusion
-    monkeypatch.setattr(compat, "has_transformer_engine", lambda: False)
-    assert set(capabilities.__wrapped__().fp8.values()) == {"Transformer Engine cannot be imported"}
+    monkeypatch.setattr(transformer_engine, "load", lambda: TransformerEngine(None, "broken", broken=True))
+    assert set(capabilities.__wrapped__().fp8.values()) == {"broken"}

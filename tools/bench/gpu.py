@@ -190,7 +190,7 @@ def layers_of(kind: Kind) -> Iterator[None]:
     """Native layers also where Transformer Engine's would be chosen."""
     chosen = compat.has_transformer_engine
     if not kind.engine:
-        compat.has_transformer_engine = lambda: False  # type: ignore[assignment]
+        compat.has_transformer_engine = lambda: False
     capabilities.cache_clear()
     try:
         yield
