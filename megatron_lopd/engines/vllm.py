@@ -68,7 +68,7 @@ class VllmEngine:
                 trust_remote_code=config.trust_remote_code,
                 dtype={"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
                 tensor_parallel_size=config.tensor,
-                hf_overrides={"head_dtype": "float32"} if head_precision(config, "") == "fp32" else None,
+                hf_overrides=_overrides(config),
                 gpu_memory_utilization=config.memory_share,
                 max_num_seqs=config.batch_size,
                 max_num_batched_tokens=max(BATCHED_TOKENS, config.batch_size),
@@ -80,7 +80,7 @@ class VllmEngine:
                 enable_prefix_caching=True,  # requests for prompt log-probs do not read it
                 enforce_eager=not _has_gpu(),
             )
-        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise EngineError(f"{model_dir}: vLLM does not load the model: {_in_a_line(error)}") from error
 
     def generate(
@@ -220,6 +220,12 @@ def _windows(requests: Sequence[ScoreRequest], top_k: int) -> Iterator[Sequence[
         held += size
     if begin < len(requests):
         yield requests[begin:]
+
+
+def _overrides(config: EngineConfig) -> dict[str, str] | None:
+    """Of the model's own settings: its output layer in fp32, though its others are not."""
+    wanted = config.dtype != "fp32" and head_precision(config, "") == "fp32"
+    return {"head_dtype": "float32"} if wanted else None
 
 
 def _has_gpu() -> bool:
