@@ -36,6 +36,7 @@ from megatron_lopd.stages.base import (
 )
 from megatron_lopd.stages.launch import in_own_process, is_worker, launch, launch_workers
 from megatron_lopd.stages.rounds import Round, due_round, missing_round
+from megatron_lopd.training.preemption import STOP_SIGNALS
 
 STAGES: tuple[Stage, ...] = (
     generate.STAGE,
@@ -231,6 +232,8 @@ def _launched(name: str, processes: int, command: _Command) -> None:
         and due_round(command.recipe, rehash=False)
     ):
         raise RefreshDue(f"{name} waits for its rollouts to be refreshed")
+    if asked_to_stop and code - 128 in STOP_SIGNALS:  # it came before there was anything to save
+        raise StopRequested(f"{name}: stopped on request: run the same command again")
     if code:
         raise _error_of(code)(f"{name} ended with exit code {code}: its own message is above")
 
