@@ -37,15 +37,26 @@ RUN env --unset=PIP_CONSTRAINT pip --python "$(command -v python)" install --no-
     && python tools/image/pinned.py > /opt/pinned-after.txt \
     && diff /opt/pinned-before.txt /opt/pinned-after.txt
 
-# Not root: a run writes as whoever started it (`--user "$(id -u):$(id -g)"` for another uid).
+# Not root: a run writes as whoever started it (`--user "$(id -u):$(id -g)"` for another uid). That one has no
+# name here and no home: compiled kernels and caches go where anybody may write, whatever the base has set.
 ARG LOPD_UID=10001
 RUN useradd --create-home --shell /bin/bash --uid "${LOPD_UID}" lopd \
-    && install --directory --owner lopd --group lopd /workspace
+    && install --directory --owner lopd --group lopd /workspace \
+    && install --directory --mode=1777 /scratch
+ENV USER=lopd \
+    HOME=/scratch \
+    XDG_CACHE_HOME=/scratch/cache \
+    HF_HOME=/scratch/huggingface \
+    MPLCONFIGDIR=/scratch/matplotlib \
+    TORCHINDUCTOR_CACHE_DIR=/scratch/inductor \
+    TRITON_CACHE_DIR=/scratch/triton \
+    VLLM_CACHE_ROOT=/scratch/vllm
 USER ${LOPD_UID}
 WORKDIR /workspace
 
 # There is no GPU while an image is built, so this proves imports and versions; with one, it is HEALTHCHECK's.
-RUN lopd doctor
+# What it leaves in /scratch would be this uid's, and another could not write beside it.
+RUN lopd doctor && find /scratch -mindepth 1 -delete
 
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="megatron-lopd" \

@@ -46,6 +46,7 @@ task() {
     if [ "$ranks" -eq 0 ]; then
         exec python -m megatron_lopd.cli "${arguments[@]}"
     fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK > ranks ? SLURM_CPUS_PER_TASK / ranks : 1))} # else torchrun's 1
     trap '' USR1
     # Jobs that share a node differ, and so do attempts: one that finds its port taken is queued again.
     local port=$((20000 + (SLURM_JOB_ID + 997 * ${SLURM_RESTART_COUNT:-0}) % 10000))

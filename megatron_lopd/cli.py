@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_lopd import __version__
+from megatron_lopd import __version__, environment
 from megatron_lopd.config import Recipe, describe_keys, load_recipe, to_plain
 from megatron_lopd.errors import ConfigError, LopdError, StopRequested
 
@@ -36,6 +36,7 @@ STAGE_HELP = {
     "report": "8. summary.json and a page with figures",
     "online": "the baseline: standard OPD from the sft stage's model, with a live teacher",
 }
+TRAINERS = ("sft", "train", "online")
 _SECTIONS = {
     "generate": ("teacher", "prompts.sft", "generate"),
     "tokenize": ("student", "sft.data", "sft.teacher"),
@@ -54,6 +55,7 @@ _SECTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process exit code."""
     options = _parse(arguments)
+    environment.make_writable()
     try:
         options.handler(options)
     except LopdError as error:
@@ -158,6 +160,10 @@ def _key_help(command: str) -> str:
 
 def _run_stages(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
+    if options.command in TRAINERS:
+        environment.set_for_training(recipe.parallel)
+    elif options.command == "run" and not options.dry_run:
+        environment.hide_gpus()
     from megatron_lopd.stages import run
 
     names = [stage.name for stage in run.STAGES] if options.command == "run" else [options.command]

@@ -9,6 +9,8 @@ from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.keys import key, require
 from megatron_lopd.config.parallel import ParallelConfig
 
+ALONE = 0.85  # of a GPU's memory, where nothing else is on it
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -27,7 +29,12 @@ class EngineConfig:
     trust_remote_code: bool = key("run code that comes with the model", False)
     python: str = key("vllm: the Python that has it; empty: this one", "", operational=True)
     tensor: int = key("vllm: GPUs that hold one copy of the model", 1, operational=True)
-    memory_fraction: float = key("vllm: share of a GPU's memory it takes", 0.85, operational=True)
+    memory_fraction: float | None = key(
+        "vllm: share of a GPU's memory it takes; empty: 0.85, or as online's teacher half of what is free "
+        "beside the trainer",
+        None,
+        operational=True,
+    )
     micro_batch_tokens: int = key("token budget of a packed micro-batch (megatron)", 16384, operational=True)
     parallel: ParallelConfig | None = key(
         "how megatron's model is split over ranks; empty: the recipe's parallel", None, operational=True
@@ -39,7 +46,7 @@ class EngineConfig:
         require(self.workers >= 1, "engine.workers must be at least 1")
         require(self.shard_samples >= 1, "engine.shard_samples must be at least 1")
         require(self.tensor >= 1, "engine.tensor must be at least 1")
-        require(0 < self.memory_fraction <= 1, "engine.memory_fraction must be above 0 and at most 1")
+        require(0 < self.memory_share <= 1, "engine.memory_fraction must be above 0 and at most 1")
         for option, plain in (("python", ""), ("tensor", 1)):
             require(
                 self.name == "vllm" or getattr(self, option) == plain,
@@ -60,3 +67,8 @@ class EngineConfig:
             "engine.fp8.recipe=delayed finds its scales in earlier micro-batches, and scores would depend on "
             "their order: set it to tensorwise or blockwise",
         )
+
+    @property
+    def memory_share(self) -> float:
+        """`memory_fraction`, or its default where the engine has the GPU to itself."""
+        return ALONE if self.memory_fraction is None else self.memory_fraction

@@ -6,6 +6,7 @@ import torch
 
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import EngineError
 from megatron_lopd.mcore.gpus import require_usable
 
@@ -15,9 +16,11 @@ __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engi
 def open_engine(config: EngineConfig, model_dir: str) -> Engine:
     """Load a Hugging Face checkpoint into the engine that `config.name` asks for; `close` it when done.
 
-    vLLM runs in a process of its own, under the Python of `config.python`. Raises EngineError when the model
-    does not load, and ConfigError where the CPU would do the work of a GPU that torch cannot use.
+    vLLM runs in a process of its own, under the Python of `config.python`. What this process has kept of GPU
+    memory, and no longer uses, is given back first. Raises EngineError when the model does not load, and
+    ConfigError where the CPU would do the work of a GPU that torch cannot use.
     """
+    give_back_memory()
     if config.name != "vllm":  # which says itself what it lacks
         require_usable()
         return load_engine(config, model_dir)

@@ -18,9 +18,17 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score, TopK
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
-from megatron_lopd.engines.requests import check_finite, check_scoring, check_tokens, memory_advice, windows
+from megatron_lopd.engines.requests import (
+    check_finite,
+    check_scoring,
+    check_tokens,
+    give_back_memory,
+    memory_advice,
+    windows,
+)
 from megatron_lopd.engines.sampling import BLOCK, draw, uniforms
 from megatron_lopd.errors import EngineError
+from megatron_lopd.mcore.compat import matmul_fp32
 
 # Elements of a [tokens, vocabulary] block of logits: 128 MB in fp32, and 220 tokens of a vocabulary of 152 k.
 LOGITS_ELEMENTS = 1 << 25
@@ -48,7 +56,7 @@ class TransformersEngine:
         self._head = head
         self._decoder = model.base_model
         self._weights = _checkpoint_weights(model)
-        self._head_weight = head.weight.detach().float()  # [V, h]; fp32 weights are shared, not copied
+        self._head_weight = _head_weight(head.weight.detach(), self._device)  # [V, h]
         self._head_bias = None if head.bias is None else head.bias.detach().float()
         self._model_config = model.config
         self._positions: int | None = getattr(model.config, "max_position_embeddings", None)
@@ -112,7 +120,9 @@ class TransformersEngine:
                 self._head_bias.copy_(self._head.bias)
 
     def close(self) -> None:
-        """Nothing runs elsewhere; its memory goes with the last reference to it."""
+        """Drop the model, whoever still holds the engine, and give back its memory."""
+        vars(self).clear()
+        give_back_memory()
 
     def _score_window(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
         lengths = [len(request.prompt_tokens) + len(request.response_tokens) for request in requests]
@@ -241,7 +251,10 @@ class TransformersEngine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., V]."""
-        return F.linear(hidden.float(), self._head_weight, self._head_bias)
+        if self._head_weight.dtype == torch.float32:
+            return F.linear(hidden.float(), self._head_weight, self._head_bias)
+        logits = matmul_fp32(hidden.flatten(0, -2), self._head_weight.t()).view(*hidden.shape[:-1], -1)
+        return logits if self._head_bias is None else logits.add_(self._head_bias)
 
     def _left_padded(self, requests: Sequence[GenerateRequest], max_new_tokens: int) -> tuple[Tensor, Tensor]:
         """Prompts int64 [B, P], and an attention mask for all that will follow: int64 [B, P + max_new]."""
@@ -296,6 +309,15 @@ class TransformersEngine:
     def _memory_advice(self, advice: str) -> AbstractContextManager[None]:
         setting = f"engine.batch_size={self._config.batch_size}"
         return memory_advice(self._model_dir, self._device, setting, advice)
+
+
+def _head_weight(weight: Tensor, device: torch.device) -> Tensor:
+    """The output layer's weight as `_logits` multiplies it; shared with the model where it can be.
+
+    A GPU's bf16 products are exact, and added up and given in fp32; a CPU has none such, so there it is a
+    copy in fp32.
+    """
+    return weight if device.type == "cuda" else weight.float()
 
 
 def _load_model(config: EngineConfig, model_dir: str) -> Any:

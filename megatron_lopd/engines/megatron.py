@@ -24,7 +24,13 @@ from megatron_lopd.data.collate import LossNormalization, MicroBatch
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
 from megatron_lopd.engines.ranks import channel
-from megatron_lopd.engines.requests import check_finite, check_scoring, memory_advice, windows
+from megatron_lopd.engines.requests import (
+    check_finite,
+    check_scoring,
+    give_back_memory,
+    memory_advice,
+    windows,
+)
 from megatron_lopd.errors import EngineError, LopdError
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
@@ -75,6 +81,8 @@ class MegatronEngine:
         """Free the model, on every rank. The engine is of no use afterwards."""
         channel().send(_Close())
         self._opened.close()
+        del self._model
+        give_back_memory()
 
     def _score_window(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
         channel().send(_Score(requests, top_k))
@@ -115,6 +123,7 @@ def serve() -> None:
             else:
                 opened.close()
                 model = None
+                give_back_memory()
 
 
 @contextmanager

@@ -11,8 +11,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_lopd import environment
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
@@ -27,13 +30,16 @@ from megatron_lopd.errors import EngineDied, EngineError
 
 # A process whose pipe has closed is as good as gone: how long its exit code may take to appear.
 EXIT_SECONDS = 30.0
+# How long what a killed process had started, killed with it, may take to give back its GPU.
+GROUP_SECONDS = 10.0
+POLL_SECONDS = 0.05
 
 
 class EngineProcess:
     """`open_engine(config, model_dir)` over there. Loading has begun when this returns: see `ready`.
 
-    `name` says in messages whose process it is. A context manager: leaving it ends the process, which never
-    outlives this one, whatever ends it.
+    `name` says in messages whose process it is. A context manager: leaving it ends the process, and what that
+    has started; it never outlives this one, whatever ends it.
     """
 
     def __init__(self, name: str, config: EngineConfig, model_dir: str, threads: int) -> None:
@@ -48,10 +54,13 @@ class EngineProcess:
                     str(theirs.fileno()),
                 ],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path()},
+                env=environment.for_engine(os.environ)
+                | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path()},
                 stdin=subprocess.DEVNULL,
+                process_group=0,
             )
         self.pid = self._process.pid
+        self._is_killed = False
         self._latest: _Results | None = None
         self._send((config, model_dir))
 
@@ -62,17 +71,29 @@ class EngineProcess:
         self.close()
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+        """End the process, and wait until it and what it has started have given back their memory."""
+        self._kill()
         self._pipe.close()
+
+    def _kill(self) -> None:
+        """Once: the whole group, for vLLM's workers hold GPUs of their own."""
+        if self._is_killed:
+            return
+        self._is_killed = True
+        deadline = time.monotonic() + GROUP_SECONDS
+        with suppress(ProcessLookupError):  # there is nobody left
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+            while time.monotonic() < deadline:  # a zombie that nobody collects would stay for ever
+                os.killpg(self.pid, 0)
+                time.sleep(POLL_SECONDS)
 
     def ready(self) -> None:
         """Wait until the model is loaded. Raises EngineError when it does not load, EngineDied as `score`."""
         self._receive()
 
     def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
-        """As `Engine.score`. Raises EngineDied too, when a signal killed the process."""
+        """As `Engine.score`. Raises EngineDied too, when a signal killed the process or it hangs."""
         return self._ask("score", list(requests), top_k)
 
     def generate(
@@ -112,7 +133,12 @@ class EngineProcess:
         return answer
 
     def _ended(self) -> EngineError:
-        code = self._process.wait(EXIT_SECONDS)
+        code = None
+        with suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(EXIT_SECONDS)
+        self._kill()  # what it had started, too
+        if code is None:
+            return EngineDied(f"{self._name}'s process (pid {self.pid}) stopped answering, and was killed")
         if code < 0:
             return EngineDied(
                 f"{self._name}'s process (pid {self.pid}) was killed by {signal.Signals(-code).name}"
@@ -191,10 +217,6 @@ def _main() -> None:
         signal.signal(number, signal.SIG_IGN)
     pr_set_pdeathsig = 1  # Linux's prctl(2); had the parent died before, the pipe would be closed
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     with Connection(int(sys.argv[1])) as pipe:
         serve(pipe)
 

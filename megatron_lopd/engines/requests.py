@@ -1,7 +1,9 @@
-"""What engines in this process share: requests looked at before anything is run, and the errors of a run."""
+"""What engines in this process share: requests looked at before anything is run, the errors of a run, and
+giving back memory after it."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -92,3 +94,14 @@ def memory_advice(model_dir: str, device: torch.device, setting: str, advice: st
         if not is_memory and "can't allocate memory" not in str(error):  # what torch's CPU allocator says
             raise
         raise EngineError(f"{model_dir}: out of memory on {device} ({setting}): {advice}") from error
+
+
+def give_back_memory() -> None:
+    """Return to the driver the GPU memory that nothing here refers to any more: others may need it now.
+
+    What torch keeps for its own next use counts as taken for every other process. A process that has not
+    touched a GPU does not begin to.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

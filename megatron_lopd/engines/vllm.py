@@ -13,9 +13,10 @@ from transformers import AutoConfig
 
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score, TopK
+from megatron_lopd.engines.library import head_precision
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
 from megatron_lopd.engines.requests import check_finite, check_scoring, check_tokens
-from megatron_lopd.errors import EngineError
+from megatron_lopd.errors import EngineDied, EngineError
 
 # The engine core in this process: it ends with it, and its errors are raised here.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -35,6 +36,9 @@ LEAST_TEMPERATURE = 1e-2
 
 LONGEST_REASON = 400  # characters of vLLM's own words in an error
 
+# What torch's allocators and vLLM's own say of a GPU or a host that is full, in a worker's words too.
+FULL = ("out of memory", "can't allocate memory")
+
 # The least mass that 1 minus a sum of fp32 probabilities can tell from nothing.
 RESOLUTION = 2.0**-24
 
@@ -44,7 +48,8 @@ class VllmEngine:
 
     The tail's mass is 1 minus the rest's, in float64 from fp32 log-probs: good to about 1e-6 of mass, never
     below 2^-24 by itself, and never more than the tokens left over times the k-th probability, which is what
-    bounds it where the teacher is sure. Raises EngineError when vLLM refuses the model.
+    bounds it where the teacher is sure. The output layer's product is in fp32 where vLLM can
+    (`library.head_precision`). Raises EngineError when vLLM refuses the model.
     """
 
     def __init__(self, config: EngineConfig, model_dir: str) -> None:
@@ -63,7 +68,8 @@ class VllmEngine:
                 trust_remote_code=config.trust_remote_code,
                 dtype={"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
                 tensor_parallel_size=config.tensor,
-                gpu_memory_utilization=config.memory_fraction,
+                hf_overrides=_overrides(config),
+                gpu_memory_utilization=config.memory_share,
                 max_num_seqs=config.batch_size,
                 max_num_batched_tokens=max(BATCHED_TOKENS, config.batch_size),
                 max_model_len=None if self._positions is None else self._positions + 1,
@@ -74,7 +80,7 @@ class VllmEngine:
                 enable_prefix_caching=True,  # requests for prompt log-probs do not read it
                 enforce_eager=not _has_gpu(),
             )
-        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise EngineError(f"{model_dir}: vLLM does not load the model: {_in_a_line(error)}") from error
 
     def generate(
@@ -187,15 +193,19 @@ class VllmEngine:
 
     def _run(self, prompts: Sequence[NDArray[np.int32]], parameters: Sequence[Any]) -> list[Any]:
         from vllm import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
 
+        base = EngineDeadError.__mro__[-4]  # what all of vLLM's errors have below Exception, if anything
         asked = [TokensPrompt(prompt_token_ids=tokens.tolist()) for tokens in prompts]
         try:
             outputs: list[Any] = self._llm.generate(asked, list(parameters), use_tqdm=False)
-        except (ValueError, MemoryError, RuntimeError) as error:
-            raise EngineError(
-                f"{self._model_dir}: vLLM failed: {_in_a_line(error)}: if memory ran out, lower "
-                "engine.batch_size or engine.memory_fraction"
-            ) from error
+        except (ValueError, MemoryError, RuntimeError, TimeoutError, base) as error:
+            text = f"{self._model_dir}: vLLM failed: {_in_a_line(error)}"
+            if isinstance(error, MemoryError) or any(each in str(error).lower() for each in FULL):
+                advice = "lower engine.batch_size or engine.memory_fraction"
+                raise EngineError(f"{text}: memory ran out: {advice}") from error
+            crashes = RuntimeError, TimeoutError, EngineDeadError  # a worker's end, or of a kernel in it
+            raise (EngineDied if isinstance(error, crashes) else EngineError)(text) from error
         return outputs
 
 
@@ -210,6 +220,12 @@ def _windows(requests: Sequence[ScoreRequest], top_k: int) -> Iterator[Sequence[
         held += size
     if begin < len(requests):
         yield requests[begin:]
+
+
+def _overrides(config: EngineConfig) -> dict[str, str] | None:
+    """Of the model's own settings: its output layer in fp32, though its others are not."""
+    wanted = config.dtype != "fp32" and head_precision(config, "") == "fp32"
+    return {"head_dtype": "float32"} if wanted else None
 
 
 def _has_gpu() -> bool:

@@ -156,7 +156,7 @@ class Sizing:
                 "several GPUs: itself it takes one GPU, and all of batch_size at once"
             )
         memory, sizes, element = self.cluster.gpu.memory_bytes, self._sizes(config), _element(config)
-        share = config.memory_fraction if config.name == "vllm" else ENGINE_SHARE
+        share = config.memory_share if config.name == "vllm" else ENGINE_SHARE
         found = engine_memory(shape, element, config.batch_size, length, memory, sizes, share)
         if found is None:
             weights = shape.parameters * element / 1e9

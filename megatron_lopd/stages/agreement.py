@@ -132,11 +132,7 @@ def _at_shared_ids(first: Score, second: Score) -> NDArray[np.float32]:
 
 def _scored(engine: EngineConfig, teacher: Path, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
     with closing(open_engine(engine, str(teacher))) as opened:
-        scores = list(opened.score(requests, top_k))
-    del opened
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what follows may be in another process
-    return scores
+        return list(opened.score(requests, top_k))
 
 
 def _tolerances(engine: EngineConfig, agreement: AgreementConfig) -> Spread:

@@ -72,6 +72,7 @@ class Stage:
     `check(recipe)` returns what would be done, a line each. `processes(recipe)` is how many ranks
     `lopd run` starts for it. Every rank enters; rank 0 alone plans, proves and commits, and `run` in the
     others is given `OTHER_RANK` as their plan. What is about to be read they hash together, a share each.
+    `on_gpu(recipe)`: whether it uses a GPU, where there is one; `lopd run` then has another process do it.
     `complete(recipe, plan)` adds what a stage was made from that came only while it was at work.
     A stage with `share` may be made by several processes at once: `share(recipe, plan, directory)` returns
     once all that they make together is there, and `run` then makes the rest in one of them; `workers(recipe)`
@@ -84,6 +85,7 @@ class Stage:
     plan: Callable[[Recipe], Plan]
     run: Callable[[Recipe, Plan, Path], Output]
     processes: Callable[[Recipe], int] = lambda recipe: 1
+    on_gpu: Callable[[Recipe], bool] = lambda recipe: True
     needed: Callable[[Recipe], bool] = lambda recipe: True
     complete: Callable[[Recipe, Plan], Plan] = lambda recipe, plan: plan
     share: Callable[[Recipe, Plan, Path], None] | None = None

@@ -141,10 +141,10 @@ def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
 def _engine(engine: EngineConfig, section: str) -> str:
     """What would run a stage's model. ConfigError when it is not installed."""
     require_library(engine, section)
-    versions = "".join(f" {version}" for version in library_versions(engine).values())
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions(engine).items())
     place = f" of {engine.python}" if engine.python else ""
     shared = f", {engine.workers} workers on each machine" if engine.workers > 1 else ""
-    return f"{engine.name}{versions}{place}, {engine.dtype}{shared}"
+    return f"{versions or engine.name}{place}, {engine.dtype}{shared}"
 
 
 def _precision(recipe: Recipe, machine: Capabilities) -> str:

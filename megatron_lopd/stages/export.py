@@ -60,4 +60,12 @@ def _write_quantized(recipe: Recipe, directory: Path, lineage: ModelLineage) -> 
     return seal_model(out_dir, lineage)
 
 
-STAGE = Stage("export", "model", check, plan, run, needed=lambda recipe: recipe.train is not None)
+STAGE = Stage(
+    "export",
+    "model",
+    check,
+    plan,
+    run,
+    on_gpu=lambda recipe: recipe.export.quantization == "fp8",
+    needed=lambda recipe: recipe.train is not None,
+)

@@ -13,14 +13,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import FrameType
+from typing import Any, TypeVar
 
-import torch
-
+from megatron_lopd import environment
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.training.preemption import STOP_SIGNALS
 
+T = TypeVar("T")
 # Once one rank has failed the others wait for it in a collective: how long they get to notice.
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
@@ -36,7 +39,7 @@ def launch(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
     rank that signal n killed.
     """
     port = _free_port()
-    environments = [_environment(rank, processes, port) for rank in range(processes)]
+    environments = [environment.for_rank(rank, processes, port, os.environ) for rank in range(processes)]
     return _run(arguments, environments, all_or_none=True)
 
 
@@ -46,7 +49,7 @@ def launch_workers(arguments: Sequence[str], workers: int) -> int:
     They know of each other by the stage's directory alone: when one ends the others go on. Returns 0 when one
     of them ended so, else the first exit code. Raises ConfigError when the GPUs do not divide.
     """
-    gpus = _visible_gpus()
+    gpus = environment.visible_gpus()
     if gpus and len(gpus) % workers:
         raise ConfigError(
             f"engine.workers={workers} does not divide this machine's {len(gpus)} GPUs: set it to a number "
@@ -56,13 +59,21 @@ def launch_workers(arguments: Sequence[str], workers: int) -> int:
     environments = []
     for number in range(workers):
         mine = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[number * share : (number + 1) * share])} if gpus else {}
-        environments.append(_cores(workers) | os.environ | mine | {WORKER: str(number)})
+        environments.append(
+            environment.threads(workers) | environment.showing_gpus(os.environ) | mine | {WORKER: str(number)}
+        )
     return _run(arguments, environments, all_or_none=False)[0]
 
 
 def is_worker() -> bool:
     """Whether this process is one that `launch_workers` started."""
     return WORKER in os.environ
+
+
+def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
+    """What `work(*arguments)` returns or raises in a new process, which sees the GPUs that this one hides."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=environment.show_gpus) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def _run(
@@ -108,36 +119,10 @@ def _wait_for_one(workers: Sequence[subprocess.Popen[bytes]]) -> int:
     return failed if failed >= 0 else 128 - failed
 
 
-def _visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES names, or all there are."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [each for each in named.split(",") if each]
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
 def _die_with_parent() -> None:
     """A kill -9 of the launcher must not leave ranks behind that go on writing. Linux's prctl(2)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    return (
-        _cores(processes)
-        | os.environ
-        | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    )
-
-
-def _cores(processes: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
 
 
 def _free_port() -> int:

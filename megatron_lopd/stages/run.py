@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Recipe
+from megatron_lopd.environment import hides_gpus
 from megatron_lopd.errors import ConfigError, DataError, LopdError, NumericsError, RefreshDue, StopRequested
 from megatron_lopd.stages import (
     evaluate,
@@ -32,8 +34,9 @@ from megatron_lopd.stages.base import (
     execute,
     is_main_rank,
 )
-from megatron_lopd.stages.launch import is_worker, launch, launch_workers
+from megatron_lopd.stages.launch import in_own_process, is_worker, launch, launch_workers
 from megatron_lopd.stages.rounds import Round, due_round, missing_round
+from megatron_lopd.training.preemption import STOP_SIGNALS
 
 STAGES: tuple[Stage, ...] = (
     generate.STAGE,
@@ -62,26 +65,31 @@ def describe(recipe: Recipe, names: Sequence[str]) -> list[str]:
 
 
 def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
-    """Every stage the recipe needs, in order. Nothing is spent before the whole recipe is checked."""
+    """Every stage the recipe needs, in order. Nothing is spent before the whole recipe is checked.
+
+    Where this process hides GPUs (`environment.hide_gpus`), others do whatever uses one: each gives all of it
+    back when it ends.
+    """
     needed = [stage for stage in STAGES if stage.needed(recipe)]
     if not needed:
         raise ConfigError("the recipe asks for nothing: give a section sft, and train to go on to OPD")
     check_run_dir(recipe)
     waiting = [stage for stage in needed if not is_committed(directory_of(recipe, stage.name))]
-    for stage in waiting:
-        stage.check(recipe)
+    names = [stage.name for stage in waiting]
+    planned = in_own_process(_check, recipe, names) if _asks_of_gpu(recipe) else _check(recipe, names)
+    command = _Command(recipe, recipe_path, overrides)
     done = 0
     for number, stage in enumerate(needed, start=1):
         if stage in waiting:
-            _say(f"[{number}/{len(needed)}] {stage.name}: {'; '.join(stage.check(recipe))}")
+            _say(f"[{number}/{len(needed)}] {stage.name}: {'; '.join(planned[stage.name])}")
         started = time.monotonic()
-        if stage in waiting and stage.processes(recipe) > 1:
-            _refreshing(stage, recipe, partial(_launch, stage, recipe, recipe_path, overrides))
+        if stage in waiting and stage.processes(recipe) == 1 and _is_divided(stage, recipe):
+            _launch_workers(stage, command)
             done += 1
-        elif stage in waiting and _is_divided(stage, recipe):
-            _launch_workers(stage, recipe, recipe_path, overrides)
+        elif stage in waiting and _is_launched(stage, recipe):
+            _refreshing(stage, command, partial(_launch, stage, command))
             done += 1
-        elif _refreshing(stage, recipe, partial(execute, stage, recipe)):
+        elif _refreshing(stage, command, partial(execute, stage, recipe)):
             done += 1
             _say(f"[{number}/{len(needed)}] {stage.name}: done in {time.monotonic() - started:.1f} s")
     if report.STAGE in needed:
@@ -96,19 +104,20 @@ def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str
     One of ALONE starts its ranks itself, unless it is one of them already.
     """
     stage = next(stage for stage in (*STAGES, *ALONE) if stage.name == name)
+    command = _Command(recipe, recipe_path, overrides)
     if is_main_rank():
         check_run_dir(recipe)
         stage.check(recipe)
     if stage in ALONE and stage.processes(recipe) > 1 and "RANK" not in os.environ:
         stage.plan(recipe)
-        _launch(stage, recipe, recipe_path, overrides)
+        _launch(stage, command)
         return
     if is_main_rank():
         for earlier in _before(stage, recipe):
             check_unchanged(earlier, recipe)
     started = time.monotonic()
     if not is_committed(directory_of(recipe, name)) and _is_divided(stage, recipe):
-        _launch_workers(stage, recipe, recipe_path, overrides)
+        _launch_workers(stage, command)
     elif execute(stage, recipe):
         _say(f"{name}: done in {time.monotonic() - started:.1f} s: {directory_of(recipe, name)}")
     else:
@@ -136,15 +145,19 @@ def run_refresh(recipe: Recipe) -> None:
         )
 
 
-def _refreshing(stage: Stage, recipe: Recipe, attempt: Callable[[], bool]) -> bool:
+def _refreshing(stage: Stage, command: _Command, attempt: Callable[[], bool]) -> bool:
     """What `attempt` at a stage returns; train's is made again after each refresh that it stops for."""
+    recipe = command.recipe
     if stage is not train.STAGE or is_committed(directory_of(recipe, stage.name)):
         return attempt()
     while True:
         each = due_round(recipe)
         if each is not None:
             check_begun(stage, recipe)
-            _refresh(each, recipe)
+            if hides_gpus():
+                _launched("refresh", 1, command)
+            else:
+                _refresh(each, recipe)
         try:
             return attempt()
         except RefreshDue:
@@ -173,19 +186,56 @@ def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
             yield earlier
 
 
-def _launch(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> bool:
-    """Run a stage in as many processes as the recipe says. They have printed what went wrong, if anything."""
-    code, asked_to_stop = launch([stage.name, recipe_path, *overrides], stage.processes(recipe))
+@dataclass(frozen=True)
+class _Command:
+    """The recipe, and how another process is told of it."""
+
+    recipe: Recipe
+    path: str
+    overrides: Sequence[str]
+
+    def arguments(self, name: str) -> list[str]:
+        """Of `lopd`, to do with it what `name` says."""
+        return [name, self.path, *self.overrides]
+
+
+def _check(recipe: Recipe, names: Sequence[str]) -> dict[str, list[str]]:
+    """What each of the named stages would do. Raises as their checks do."""
+    return {stage.name: stage.check(recipe) for stage in STAGES if stage.name in names}
+
+
+def _asks_of_gpu(recipe: Recipe) -> bool:
+    """Whether checking the recipe has a GPU looked at that this process does not see: for FP8 alone."""
+    gate = recipe.score.agreement
+    asked = recipe.fp8, recipe.score.engine.fp8, gate.engine.fp8 if gate is not None else None
+    return hides_gpus() and any(fp8 is not None for fp8 in asked)
+
+
+def _is_launched(stage: Stage, recipe: Recipe) -> bool:
+    """Whether other processes do a stage of `lopd run`, rather than this one."""
+    return stage.processes(recipe) > 1 or (hides_gpus() and stage.on_gpu(recipe))
+
+
+def _launch(stage: Stage, command: _Command) -> bool:
+    """Run a stage in as many processes as the recipe says. Raises RefreshDue when train waits for that."""
+    _launched(stage.name, stage.processes(command.recipe), command)
+    return True
+
+
+def _launched(name: str, processes: int, command: _Command) -> None:
+    """`lopd name` in its own processes. They have printed what went wrong, if anything."""
+    code, asked_to_stop = launch(command.arguments(name), processes)
     if (
         code == RefreshDue.exit_code
         and not asked_to_stop
-        and stage is train.STAGE
-        and due_round(recipe, rehash=False)
+        and name == train.STAGE.name
+        and due_round(command.recipe, rehash=False)
     ):
-        raise RefreshDue(f"{stage.name} waits for its rollouts to be refreshed")
+        raise RefreshDue(f"{name} waits for its rollouts to be refreshed")
+    if asked_to_stop and code - 128 in STOP_SIGNALS:  # it came before there was anything to save
+        raise StopRequested(f"{name}: stopped on request: run the same command again")
     if code:
-        raise _error_of(code)(f"{stage.name} ended with exit code {code}: its own message is above")
-    return True
+        raise _error_of(code)(f"{name} ended with exit code {code}: its own message is above")
 
 
 def _is_divided(stage: Stage, recipe: Recipe) -> bool:
@@ -193,9 +243,9 @@ def _is_divided(stage: Stage, recipe: Recipe) -> bool:
     return stage.share is not None and stage.workers(recipe) > 1 and not is_worker()
 
 
-def _launch_workers(stage: Stage, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
-    stage.plan(recipe)  # what cannot be is said once
-    code = launch_workers([stage.name, recipe_path, *overrides], stage.workers(recipe))
+def _launch_workers(stage: Stage, command: _Command) -> None:
+    stage.plan(command.recipe)  # what cannot be is said once
+    code = launch_workers(command.arguments(stage.name), stage.workers(command.recipe))
     if code:
         raise _error_of(code)(f"{stage.name}'s workers ended with exit code {code}: their messages are above")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import EngineConfig, Recipe, ScoreConfig, deciding
-from megatron_lopd.engines.library import library_versions, require_library
+from megatron_lopd.engines.library import library_versions, require_library, score_advice
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.agreement import AGREEMENT_FILE, check_agreement, check_engine
 from megatron_lopd.stages.base import OTHER_RANK, Output, Plan, Stage, directory_of, parent_manifest
@@ -32,7 +32,7 @@ def check(recipe: Recipe) -> list[str]:
     require_library(recipe.score.engine, "score")
     if recipe.score.agreement is not None:
         require_library(recipe.score.agreement.engine, "score.agreement")
-    return lines
+    return lines + score_advice(recipe.score.engine)
 
 
 def plan(recipe: Recipe) -> Plan:

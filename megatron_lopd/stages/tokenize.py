@@ -74,5 +74,6 @@ STAGE = Stage(
     check,
     plan,
     run,
+    on_gpu=lambda recipe: False,
     needed=lambda recipe: recipe.sft is not None and recipe.sft.data is not None,
 )

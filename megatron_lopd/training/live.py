@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ from megatron_lopd.data.records import Rollout, Sample
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import DataError, EngineDied, EngineError
 from megatron_lopd.mcore.architecture import Architecture
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
@@ -94,10 +95,21 @@ class _Share:
     teacher_s: float = 0.0
 
 
+def beside_trainer(config: EngineConfig) -> EngineConfig:
+    """A teacher's engine on the trainer's GPU: with half of what is free there, unless it is told its share.
+
+    The other half is for what the trainer takes later: the sampler, the optimizer's moments, activations.
+    """
+    if config.memory_fraction is not None or not torch.cuda.is_available():
+        return config
+    free, total = torch.cuda.mem_get_info()
+    return replace(config, memory_fraction=free / total / 2)
+
+
 class LiveBatches:
     """Batches that are sampled and scored when they are asked for, by all ranks together.
 
-    Entering opens the student's sampler and the teacher's process on every rank; leaving ends the process.
+    Entering opens the student's sampler and the teacher's process on every rank; leaving ends both.
     Both this and `get` raise EngineError on every rank alike, EngineDied when a teacher's process was
     killed: no collective is left half done, and nothing of the trainer has changed.
     """
@@ -150,13 +162,13 @@ class LiveBatches:
 
     def _start(self, stack: ExitStack) -> _Share:
         data = self._data
+        give_back_memory()  # before the teacher's process is told its share
         try:
+            engine = beside_trainer(data.score.engine)
             self._teacher = stack.enter_context(
-                EngineProcess(
-                    "the teacher", data.score.engine, str(data.teacher_dir), torch.get_num_threads()
-                )
+                EngineProcess("the teacher", engine, str(data.teacher_dir), torch.get_num_threads())
             )
-            self._student = open_engine(data.engine, str(data.student_dir))
+            self._student = stack.enter_context(closing(open_engine(data.engine, str(data.student_dir))))
             self._teacher.ready()
         except EngineError as error:
             return _Share([], error)

@@ -397,3 +397,21 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
     GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=2.0)).save_pretrained(tmp_path)
     with pytest.raises(EngineError, match="granite changes its logits after the output layer"):
         open_engine(EngineConfig(), str(tmp_path))
+
+
+def test_a_gpus_output_layer_is_the_models_own_and_multiplied_into_fp32(model_dir: str) -> None:
+    """Here by the products that a CPU has instead, which are the same: of bf16 numbers, added up in fp32."""
+    cpu = open_engine(EngineConfig(dtype="bf16"), model_dir)
+    assert isinstance(cpu, hf.TransformersEngine)
+    weight = cpu._head.weight.detach()
+    asked = [ScoreRequest("a", np.array([1, 2], dtype=np.int32), np.arange(20, dtype=np.int32))]
+    (expected,) = cpu.score(asked, 4)
+    assert cpu._head_weight.dtype == torch.float32
+    cpu._head_weight = hf._head_weight(weight, torch.device("cuda"))
+    assert cpu._head_weight is weight
+    (score,) = cpu.score(asked, 4)
+    np.testing.assert_array_equal(score.log_probs, expected.log_probs)
+    assert score.top_k is not None
+    assert expected.top_k is not None
+    np.testing.assert_array_equal(score.top_k.ids, expected.top_k.ids)
+    np.testing.assert_array_equal(score.top_k.tail_log_probs, expected.top_k.tail_log_probs)

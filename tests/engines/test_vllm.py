@@ -7,18 +7,21 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score
 from megatron_lopd.engines import Completion, GenerateRequest, ScoreRequest, open_engine
+from megatron_lopd.engines.library import library_versions
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.errors import EngineDied, EngineError
 from tests.model_zoo import make_model_dir
@@ -155,6 +158,52 @@ def test_a_real_model_is_scored_as_by_transformers(
     """SmolLM2-135M on text; test_smollm2.py holds the megatron engine to the same scores."""
     with closing(open_engine(CONFIG, str(smollm2))) as opened:
         assert_agree(list(opened.score(smollm2_asked, TOP_K)), smollm2_scores)
+
+
+def test_a_bf16_model_has_its_output_layer_in_fp32(tmp_path: Path) -> None:
+    """Of a model whose layers add nothing, so that both engines have the same bf16 hidden states."""
+    make_model_dir(tmp_path, vocab_size=VOCABULARY, max_position_embeddings=64, head_dim=HEAD)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    weights["lm_head.weight"] *= 3 / weights["lm_head.weight"].std()  # logits to 40: in bf16, steps of 1/4
+    save_file(weights, path, metadata={"format": "pt"})
+    rng = np.random.default_rng(4)
+    prompt = np.array([1, 2, 3], dtype=np.int32)
+    asked = [
+        ScoreRequest(f"s{at}", prompt, rng.integers(1, VOCABULARY, 40, dtype=np.int32)) for at in range(4)
+    ]
+    config = replace(CONFIG, dtype="bf16")
+    assert library_versions(config)["vllm output layer"] == "fp32"
+    with closing(open_engine(config, str(tmp_path))) as opened:
+        scores = list(opened.score(asked, TOP_K))
+    expected = open_engine(EngineConfig(dtype="bf16"), str(tmp_path)).score(asked, TOP_K)
+    for score, reference in zip(scores, expected, strict=True):
+        # fp32 sums of 32 products in another order; a bf16 output layer is off by up to 0.1.
+        np.testing.assert_allclose(score.log_probs, reference.log_probs, atol=1e-4, rtol=0)
+        assert score.top_k is not None
+        assert (np.diff(score.top_k.log_probs) < 0).all(), "no ties"
+
+
+def test_a_killed_worker_is_an_engine_that_died_and_none_is_left(
+    model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers of vLLM's own, each with a part of the model."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it wants a NUMA node for each
+    prompt = np.array([1, 2, 3], dtype=np.int32)
+    with closing(open_engine(replace(CONFIG, tensor=2), model_dir)) as opened:
+        assert isinstance(opened, EngineProcess)
+        children = psutil.Process(opened.pid).children(recursive=True)
+        workers = [child for child in children if "Worker" in child.name()]
+        assert len(workers) == 2
+        assert len(list(opened.score([ScoreRequest("a", prompt, prompt)]))) == 1
+        workers[1].kill()
+        with pytest.raises(EngineDied, match="vLLM failed"):
+            list(opened.score([ScoreRequest("a", prompt, prompt)]))
+    _, left = psutil.wait_procs(children, timeout=0)
+    assert not [child for child in left if child.status() != "zombie"]
 
 
 def test_what_cannot_be_run_is_refused_in_a_line(engine: EngineProcess) -> None:

@@ -106,6 +106,23 @@ def test_kill_9_in_train_and_in_the_refreshes_changes_nothing(refreshed: Path, r
     assert not list((root / "run").rglob(".tmp-*"))
 
 
+@pytest.mark.timeout(900)  # eight starts of a command
+def test_where_there_is_a_gpu_others_do_the_stages_and_end_alike(
+    refreshed: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name in CUDA_VISIBLE_DEVICES is a fake GPU: it is all that `lopd run` looks at, to leave it alone."""
+    untrained(root)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-fake")
+    in_round_two = MOMENTS["a step in the middle of the second round"]
+    assert interrupt(root, in_round_two, signal.SIGTERM, *OVERRIDES) == 75
+    assert start(root, *OVERRIDES).wait(SECONDS) == 0, (root / "log").read_text()
+    log = (root / "log").read_text()
+    assert log.count("lopd train: ") == 3, "stopped as asked, and each time rollouts were due; all said once"
+    assert log.count("lopd run: ") == 1
+    expected, found = outcome(refreshed / "run"), outcome(root / "run")
+    assert [name for name in expected | found if found.get(name) != expected.get(name)] == []
+
+
 def test_a_round_samples_what_its_steps_visit_and_no_more(refreshed: Path) -> None:
     whole = open_shards(ROLLOUTS, refreshed / "run/rollout").sample_ids
     plan = BatchPlan(SAMPLES, BATCH, seed=5)

@@ -200,5 +200,6 @@ STAGE = Stage(
     check,
     plan,
     run,
+    on_gpu=lambda recipe: False,
     needed=lambda recipe: recipe.prompts.eval is not None and recipe.train is not None,
 )
