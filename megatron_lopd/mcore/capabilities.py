@@ -7,12 +7,11 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
-from megatron_lopd.mcore import compat
+from megatron_lopd.mcore import compat, kernels
 
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
@@ -57,8 +56,7 @@ def capabilities() -> Capabilities:
         adam=_adam(),
         # Megatron-Core's output layer refuses the option without Apex's kernel, TE's own layers or not.
         gradient_accumulation_fusion=has_gpu and _imports("fused_weight_gradient_mlp_cuda"),
-        # SwiGLU and its gradient as one kernel each, which torch.compile makes with Triton.
-        activation_fusion=has_gpu and find_spec("triton") is not None,
+        activation_fusion=has_gpu and kernels.triton_runs(),  # SwiGLU and its gradient: mcore/swiglu.py
         rope_fusion=compat.has_transformer_engine(),
         variable_length_attention=compat.variable_length_attention(torch.bfloat16) is not None,
     )
