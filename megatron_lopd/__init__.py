@@ -2,14 +2,19 @@
 
 Megatron-Core warns at import about each optional package it lacks (Apex, Transformer Engine). `lopd
 doctor` reports those; on every other command's console they are noise. They are filtered here, since
-every module of the package is imported after this one, and so Megatron-Core is too.
+every module of the package is imported after this one, and so Megatron-Core is too; which is also why what
+must be there before it is (`jit`) is put there here.
 """
 
 import logging
 import warnings
 from collections.abc import Callable
 
+from megatron_lopd.mcore import jit
+
 __version__ = "0.1.0"
+
+jit.install()
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 # What torch says of Megatron-Core's code. The filter above does not see these: without CUDA they come

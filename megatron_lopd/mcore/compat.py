@@ -274,6 +274,12 @@ WITHOUT_TRANSFORMER_ENGINE = (
 
 RELIANCES = (
     Reliance(
+        "mcore/jit.py",
+        "megatron.core.fusions.fused_bias_dropout:bias_dropout_add_fused_train",
+        "@jit_fuser",
+        "puts off the compilation of what is decorated so",
+    ),
+    Reliance(
         "mcore/model.py",
         "megatron.core.models.gpt:GPTModel.forward",
         "return self._postprocess(",
