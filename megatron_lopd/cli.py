@@ -158,9 +158,9 @@ def _key_help(command: str) -> str:
 
 def _run_stages(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    from megatron_lopd.stages import run
+    from megatron_lopd.stages import run, table
 
-    names = [stage.name for stage in run.STAGES] if options.command == "run" else [options.command]
+    names = [stage.name for stage in table.STAGES] if options.command == "run" else [options.command]
     if options.dry_run:
         _print_dry_run(recipe, run.describe(recipe, names))
     elif options.command == "run":

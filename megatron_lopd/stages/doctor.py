@@ -18,7 +18,8 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.capabilities import FP8_RECIPES, Capabilities, capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages.base import base_versions
-from megatron_lopd.stages.run import STAGES, describe
+from megatron_lopd.stages.run import describe
+from megatron_lopd.stages.table import STAGES
 
 WIDTH = 18  # of the column of names
 
