@@ -11,7 +11,7 @@ from megatron_lopd.config import ParallelConfig
 from megatron_lopd.estimate.gpus import GPUS
 from megatron_lopd.estimate.hours import Work
 from megatron_lopd.estimate.memory import Training, training_memory
-from megatron_lopd.estimate.micro_batches import A_STAGE, STEP, MicroBatches, fitting_tokens, micro_batches
+from megatron_lopd.estimate.micro_batches import STEP, MicroBatches, fitting_tokens, micro_batches
 from megatron_lopd.estimate.shapes import PUBLISHED
 
 MICRO_BATCH = Training(16384, "bf16", fp8=False)
@@ -55,11 +55,10 @@ def test_what_a_step_cannot_fill_is_not_asked_for() -> None:
 
 def test_a_pipeline_keeps_enough_micro_batches_to_be_busy() -> None:
     parallel = ParallelConfig(pipeline=4, processes=8)
-    few = replace(BATCH, samples=64)  # 135,872 tokens on each of two ranks
+    few = replace(BATCH, samples=16)  # 33,968 tokens on each of two ranks
     found = micro_batches(PUBLISHED["Qwen3-8B"], parallel, H100, MICRO_BATCH, few)
     assert found is not None
-    assert found.count >= A_STAGE * 4 - 1  # one less by rounding up to a STEP
-    assert found.largest < 135_872 / (A_STAGE * 4) + STEP
+    assert found.largest == 3072  # a sixteenth, 2,123, rounded up
 
 
 def test_where_not_even_a_step_fits_there_is_none() -> None:
