@@ -79,7 +79,9 @@ def measure(name: str, packages: list[Path], rounds: int) -> dict[str, dict[str,
 def run(name: str, package: Path, processes: int) -> tuple[float, float]:
     """(wall clock seconds until the last has ended, CPU seconds of all) of so many processes at once."""
     before, began = os.times(), time.perf_counter()
-    started = [subprocess.Popen(_command(name), env=_environment(package)) for _ in range(processes)]
+    started = [
+        subprocess.Popen(_command(name), cwd=package, env=_environment(package)) for _ in range(processes)
+    ]
     if any(process.wait() for process in started):
         raise SystemExit(f"imports.py: {name} of {package} failed: its own message is above")
     after = os.times()
@@ -90,7 +92,9 @@ def run(name: str, package: Path, processes: int) -> tuple[float, float]:
 def by_package(name: str, package: Path) -> Counter[str]:
     """Microseconds of the modules of each top-level package, torch's by one level more."""
     command = _command(name, "-X", "importtime")
-    ended = subprocess.run(command, env=_environment(package), capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        command, cwd=package, env=_environment(package), capture_output=True, text=True, check=True
+    )
     microseconds: Counter[str] = Counter()
     for line in ended.stderr.splitlines():
         if line.startswith("import time:") and "cumulative" not in line:
