@@ -2,8 +2,8 @@
 
 Megatron-Core warns at import about each optional package it lacks (Apex, Transformer Engine). `lopd
 doctor` reports those; on every other command's console they are noise. They are filtered here, since
-every module of the package is imported after this one, and so Megatron-Core is too. For the same reason
-Transformer Engine is brought in from here, before Megatron-Core looks for it.
+every module of the package is imported after this one, and so Megatron-Core is too; which is also why what
+must be there before it is put there here: Transformer Engine, and `jit` for its own.
 """
 
 import logging
@@ -13,7 +13,11 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
+from megatron_lopd.mcore import jit
+
 __version__ = "0.1.0"
+
+jit.install()
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 # What torch says of Megatron-Core's code. The filter above does not see these: without CUDA they come

@@ -164,9 +164,9 @@ def _run_stages(options: argparse.Namespace) -> None:
         environment.set_for_training(recipe.parallel)
     elif options.command == "run" and not options.dry_run:
         environment.hide_gpus()
-    from megatron_lopd.stages import run
+    from megatron_lopd.stages import run, table
 
-    names = [stage.name for stage in run.STAGES] if options.command == "run" else [options.command]
+    names = [stage.name for stage in table.STAGES] if options.command == "run" else [options.command]
     if options.dry_run:
         _print_dry_run(recipe, run.describe(recipe, names))
     elif options.command == "run":

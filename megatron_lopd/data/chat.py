@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from megatron_lopd.data.prompts import Message
 from megatron_lopd.errors import ConfigError, DataError
@@ -56,6 +55,8 @@ class Chat:
     def __init__(self, model_dir: str, trust_remote_code: bool = False) -> None:
         if not Path(model_dir).is_dir():
             raise ConfigError(f"{model_dir}: no such model directory")
+        from transformers import AutoTokenizer  # takes seconds, and training's ranks make no Chat
+
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(
                 model_dir, trust_remote_code=trust_remote_code, local_files_only=True

@@ -120,11 +120,13 @@ def _on_stage(
     replicas = world // (parallel.tensor * parallel.pipeline)
     expert_replicas = world // (parallel.expert_tensor_size * parallel.expert * parallel.pipeline)
     state = 12 if training.precision == "bf16" else 8
-    # Transformer Engine keeps each matrix in FP8 twice, as it stands and transposed, beside the bf16 one.
-    element = training.element + (2 if training.fp8 else 0)
+    # Transformer Engine keeps a layer's matrices in FP8 twice, as they stand and transposed, beside bf16.
+    vocabulary = arch.padded_vocab_size(parallel.tensor) // parallel.tensor * arch.hidden_size
+    ends = (stage == 0) + (stage == parallel.pipeline - 1 and not (arch.tied and stage == 0))
+    in_fp8 = count - ends * vocabulary if training.fp8 else 0
     last = stage == parallel.pipeline - 1
     return TrainingMemory(
-        weights=float(element * count),
+        weights=float(training.element * count + 2 * in_fp8),
         gradients=4.0 * count,
         optimizer=state * (weights.dense / replicas + weights.experts / expert_replicas),
         activations=_activations(arch, parallel, training, stage),
@@ -144,7 +146,22 @@ def layer_activations(arch: Architecture, parallel: ParallelConfig, training: Tr
     else:
         expert = 2 * arch.hidden_size / shared + 3 * arch.experts.ffn_size / tensor
         kept += arch.experts.top_k * expert + 2 * arch.experts.count / shared
-    return kept * training.element + 4 * arch.num_heads / tensor
+    return kept * training.element + 4 * arch.num_heads / tensor - _spared_by_fp8(arch, parallel, training)
+
+
+def _spared_by_fp8(arch: Architecture, parallel: ParallelConfig, training: Training) -> float:
+    """Bytes of `layer_activations` less: products keep their inputs in FP8, of one byte for two.
+
+    Attention keeps its output in bf16 as well as the projection does in FP8. Nothing is counted off where
+    layers are recomputed.
+    """
+    if not training.fp8 or parallel.recompute != "none":
+        return 0.0
+    hidden = arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
+    spared = hidden - arch.num_heads * arch.head_dim / parallel.tensor
+    if arch.experts is None:
+        return spared + hidden + arch.ffn_size / parallel.tensor
+    return spared + arch.experts.top_k * (hidden + arch.experts.ffn_size / parallel.tensor)
 
 
 def recomputed_activations(arch: Architecture, parallel: ParallelConfig, training: Training) -> float:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from megatron_lopd.config import ParallelConfig, Recipe, TrainingConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.estimate.gpus import Cluster
+from megatron_lopd.estimate.hours import Work
 from megatron_lopd.estimate.layouts import Layout, least_layout, own_layout, smallest_layout
 from megatron_lopd.estimate.memory import Training
+from megatron_lopd.estimate.micro_batches import LAUNCHING, MicroBatches, micro_batches
 from megatron_lopd.estimate.saves import STAGING_RATE, WRITING_RATE, SaveEstimate, save_estimate
 from megatron_lopd.estimate.shapes import Shape
 from megatron_lopd.estimate.stages import Sizing, StageEstimate
@@ -24,7 +26,8 @@ class TrainingPlan:
 
     `own` is None where `parallel` cannot split the model or the GPUs, `smallest` where nothing fits;
     `problem` is then, or when `own` is too large, one line that says what to change. `save` is a checkpoint
-    at `own`.
+    at `own`. `micro_batch_tokens` is the recipe's, `micro_batches` what `own` has room for, None where it has
+    none.
     """
 
     stage: str
@@ -32,6 +35,8 @@ class TrainingPlan:
     smallest: Layout | None
     problem: str | None
     save: SaveEstimate | None
+    micro_batch_tokens: int
+    micro_batches: MicroBatches | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,17 @@ class Plan:
     training: list[TrainingPlan]
     stages: list[StageEstimate]
     assumptions: list[str]
+
+    @property
+    def advice(self) -> list[str]:
+        """Micro-batches by which stages would train faster, a line each: overrides, and why."""
+        return [
+            f"{part.stage}.micro_batch_tokens={part.micro_batches.largest}: the GPU waits for the CPU below "
+            f"some {part.micro_batches.waits_below}, and so with {part.micro_batch_tokens}"
+            for part in self.training
+            if part.micro_batches is not None
+            and part.micro_batch_tokens < min(part.micro_batches.waits_below, part.micro_batches.largest)
+        ]
 
     @property
     def problems(self) -> list[str]:
@@ -78,9 +94,11 @@ def make_plan(recipe: Recipe, cluster: Cluster, fill: float = 1.0) -> Plan:
     )
     sections: dict[str, TrainingConfig | None] = {"sft": recipe.sft, "train": recipe.train}
     training = [
-        _plan_training(name, section, sizing)
+        _with_micro_batches(_plan_training(name, section, sizing), section, sizing, stage.work)
         for name, section in sections.items()
-        if section is not None and any(stage.name == name for stage in stages)
+        if section is not None
+        for stage in stages
+        if stage.name == name
     ]
     used = {stage.model for stage in stages}
     models: dict[str, Shape] = {}
@@ -93,15 +111,16 @@ def make_plan(recipe: Recipe, cluster: Cluster, fill: float = 1.0) -> Plan:
 
 def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> TrainingPlan:
     recipe, cluster, arch = sizing.recipe, sizing.cluster, sizing.student.arch
-    training = Training(section.micro_batch_tokens, recipe.precision, recipe.fp8 is not None)
+    tokens = section.micro_batch_tokens
+    training = Training(tokens, recipe.precision, recipe.fp8 is not None)
     smallest = smallest_layout(arch, cluster, training, section.global_batch_size)
     try:
         own = own_layout(arch, recipe.parallel, cluster, training)
     except ConfigError as error:
-        return TrainingPlan(name, None, smallest, str(error), None)
+        return TrainingPlan(name, None, smallest, str(error), None, tokens)
     save = save_estimate(arch, own.parallel, cluster.count, cluster.node_size, training)
     if own.fits(cluster):
-        return TrainingPlan(name, own, smallest, None, save)
+        return TrainingPlan(name, own, smallest, None, save, tokens)
     over = (own.memory.total - cluster.gpu.memory_bytes) / GB
     part = getattr(own.memory, own.memory.largest.replace("-", "_")) / GB
     problem = (
@@ -110,7 +129,7 @@ def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> Traini
     )
     if smallest is not None:
         remedy = f"set {overrides(smallest, recipe.parallel)}"
-        return TrainingPlan(name, own, smallest, problem + remedy, save)
+        return TrainingPlan(name, own, smallest, problem + remedy, save, tokens)
     least = least_layout(arch, cluster, training)
     assert least is not None  # `own` divides the model, and so do candidates
     still = (least.memory.total - cluster.gpu.memory_bytes) / GB
@@ -119,7 +138,22 @@ def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> Traini
     )
     if (least.memory.activations + least.memory.log_probs) / GB > still:
         remedy += ", or lower micro_batch_tokens"
-    return TrainingPlan(name, own, None, problem + remedy, save)
+    return TrainingPlan(name, own, None, problem + remedy, save, tokens)
+
+
+def _with_micro_batches(
+    part: TrainingPlan, section: TrainingConfig, sizing: Sizing, work: Work
+) -> TrainingPlan:
+    if part.own is None:
+        return part
+    recipe, batch = sizing.recipe, replace(work, samples=section.global_batch_size)
+    training = Training(section.micro_batch_tokens, recipe.precision, recipe.fp8 is not None)
+    sizing.assume(
+        f"micro-batches: Python launches a layer's kernels, forward and backward, in {LAUNCHING * 1e3:.1f} "
+        "ms, as measured beside an H100"
+    )
+    arch, gpu = sizing.student.arch, sizing.cluster.gpu
+    return replace(part, micro_batches=micro_batches(arch, part.own.parallel, gpu, training, batch))
 
 
 def overrides(layout: Layout, parallel: ParallelConfig) -> str:
@@ -160,12 +194,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "smallest": _layout_json(part.smallest, plan.cluster),
                 "problem": part.problem,
                 "save": None if part.save is None else asdict(part.save),
+                "micro_batch_tokens": part.micro_batch_tokens,
+                "micro_batches": None if part.micro_batches is None else asdict(part.micro_batches),
             }
             for part in plan.training
         ],
         "stages": [asdict(stage) | {"hours": stage.gpu_hours / plan.cluster.count} for stage in plan.stages],
         "gpu_hours": sum(stage.gpu_hours for stage in plan.stages),
         "disk_bytes": sum(stage.disk for stage in plan.stages),
+        "advice": plan.advice,
         "assumptions": plan.assumptions,
     }
 
@@ -222,6 +259,22 @@ def _memory_table(plan: Plan) -> Iterator[str]:
     for part in plan.training:
         if part.smallest is not None and part.smallest != part.own:
             yield f"  smallest for {part.stage}: {overrides(part.smallest, plan.parallel)}"
+    yield ""
+    yield from _micro_batch_table(plan)
+
+
+def _micro_batch_table(plan: Plan) -> Iterator[str]:
+    """Tokens of a micro-batch: the recipe's, and the most that the recipe's layout has room and use for."""
+    yield "tokens of a micro-batch, the recipe's layout:"
+    yield f"  {'':6}{'recipe':>10}{'largest':>10}{'of a step':>12}{'full':>8}{'GPU waits below':>18}"
+    for part in plan.training:
+        made = part.micro_batches
+        if made is not None:
+            yield (
+                f"  {part.stage:6}{part.micro_batch_tokens:10d}{made.largest:10d}{made.count:12d}"
+                f"{made.fill:8.2f}{made.waits_below:18d}"
+            )
+    yield from (f"  faster: {line}" for line in plan.advice)
 
 
 def _save_table(plan: Plan) -> Iterator[str]:

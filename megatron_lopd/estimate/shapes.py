@@ -1,16 +1,12 @@
-"""A model's shape from its config.json, read as JSON: importing transformers takes longer than a plan."""
+"""How large a model is: by its config.json, or, before it is here, by what was published of it."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import SUPPORTED_OPTIONS, Architecture, Experts, Family
-
-FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
+from megatron_lopd.mcore.architecture import Architecture, Experts, Family, read_architecture
 
 
 @dataclass(frozen=True)
@@ -59,51 +55,7 @@ def read_shape(model_dir: str) -> Shape:
                 f"Face model directory, or a path that ends in one of {', '.join(PUBLISHED)}"
             )
         return Shape(PUBLISHED[name], f"{model_dir}: not here, taken to have the published shape of {name}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-    return Shape(_architecture(path, raw))
-
-
-def _architecture(path: Path, raw: Any) -> Architecture:
-    family = raw.get("model_type") if isinstance(raw, dict) else None
-    if family not in FAMILIES:
-        raise ConfigError(f"{path}: model_type {family!r} is not supported, only {', '.join(FAMILIES)} are")
-    for option, supported in SUPPORTED_OPTIONS.items():
-        if raw.get(option) not in (None, supported):
-            raise ConfigError(f"{path}: {option}={raw[option]!r} is not supported, only {supported!r} is")
-    heads, hidden = _count(path, raw, "num_attention_heads"), _count(path, raw, "hidden_size")
-    # transformers' own defaults for keys that old checkpoints leave out.
-    head_dim = raw.get("head_dim") or (128 if family in ("qwen3", "qwen3_moe") else hidden // heads)
-    experts = None
-    if family == "qwen3_moe":
-        experts = Experts(
-            # transformers 5 writes the second name, the published files have the first.
-            count=_count(path, raw, "num_experts" if "num_experts" in raw else "num_local_experts"),
-            top_k=_count(path, raw, "num_experts_per_tok"),
-            ffn_size=_count(path, raw, "moe_intermediate_size"),
-            normalize_top_k=bool(raw.get("norm_topk_prob", False)),
-        )
-    return _decoder(
-        family,
-        layers=_count(path, raw, "num_hidden_layers"),
-        hidden=hidden,
-        ffn=_count(path, raw, "intermediate_size"),
-        heads=heads,
-        groups=_count(path, raw, "num_key_value_heads"),
-        head_dim=head_dim,
-        vocabulary=_count(path, raw, "vocab_size"),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        experts=experts,
-    )
-
-
-def _count(path: Path, raw: dict[str, Any], key: str) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{path}: {key} is {value!r}: it must be a whole number of at least 1")
-    return value
+    return Shape(read_architecture(model_dir))
 
 
 def _decoder(

@@ -79,69 +79,108 @@ class Architecture:
 def read_architecture(hf_dir: str | Path) -> Architecture:
     """Read `hf_dir`/config.json, with the defaults transformers has for the keys it leaves out.
 
-    Raises ConfigError naming the file and the key for a model family or an option that is not supported.
+    As JSON: importing transformers takes seconds, in each rank of a job, and nothing else in training needs
+    it. Raises ConfigError naming the file and the key for a model family or an option that is not supported,
+    or a value that is none.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig  # takes seconds, and most of this package does not need it
-
     path = Path(hf_dir) / "config.json"
-    family = _read_family(path)
-    try:
-        config = AutoConfig.from_pretrained(hf_dir)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: transformers does not accept it: {reason}") from error
-    for size in (
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    ):
-        if getattr(config, size) < 1:
-            raise ConfigError(f"{path}: {size} is {getattr(config, size)}: it must be at least 1")
+    raw = _read_json(path)
+    family: Any = raw.get("model_type")
+    if family not in get_args(Family):
+        raise ConfigError(
+            f"{path}: model_type={family!r} is not supported, only {', '.join(get_args(Family))} are"
+        )
     for option, supported in SUPPORTED_OPTIONS.items():
-        value = getattr(config, option, supported)
-        if value != supported and value is not None:
-            raise ConfigError(f"{path}: {option}={value!r} is not supported, only {supported!r} is")
+        if raw.get(option) not in (None, supported):
+            raise ConfigError(f"{path}: {option}={raw[option]!r} is not supported, only {supported!r} is")
+    values = _Values(path, raw)
+    hidden, heads = values.count("hidden_size"), values.count("num_attention_heads")
+    if raw.get("head_dim") is None and family != "qwen3" and hidden % heads:
+        raise ConfigError(f"{path}: hidden_size={hidden} does not divide by num_attention_heads={heads}")
+    positions = values.count("max_position_embeddings", 2048 if family == "llama" else 32768)
+    rope = _rope_of(path, raw)
     return Architecture(
         family=family,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_size=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        norm_eps=config.rms_norm_eps,
-        init_std=config.initializer_range,
-        tied=config.tie_word_embeddings,
+        num_layers=values.count("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_size=values.count("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=values.count("num_key_value_heads", heads if family == "llama" else None),
+        head_dim=values.count("head_dim", 128 if family == "qwen3" else hidden // heads),
+        vocab_size=values.count("vocab_size"),
+        max_positions=positions,
+        norm_eps=values.number("rms_norm_eps", 1e-6),
+        init_std=values.number("initializer_range", 0.02),
+        tied=values.flag("tie_word_embeddings"),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        rope_theta=float(config.rope_parameters["rope_theta"]),
-        rope_scaling=_read_rope_scaling(path, config.rope_parameters),
-        experts=_read_experts(path, config) if family == "qwen3_moe" else None,
+        rope_theta=_Values(path, {"rope_theta": raw.get("rope_theta")} | rope).number("rope_theta", 1e4),
+        rope_scaling=_rope_scaling(path, rope, positions),
+        experts=_experts(values) if family == "qwen3_moe" else None,
     )
 
 
-def _read_family(path: Path) -> Family:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is not there: give a Hugging Face checkpoint directory") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a JSON object: {error}") from error
-    if model_type not in get_args(Family):
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: not a JSON object, but {type(raw).__name__}")
+    return raw
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The values of a config.json by kind; one that is absent or null has the default, where there is one."""
+
+    path: Path
+    raw: dict[str, Any]
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """Raises ConfigError unless it is a whole number of at least 1."""
+        value = self._value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._refusal(key, "a whole number of at least 1")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Raises ConfigError unless it is a number of at least 0."""
+        value = self._value(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise self._refusal(key, "a number of at least 0")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """False by default. Raises ConfigError unless it is true or false."""
+        value = self._value(key, False)
+        if not isinstance(value, bool):
+            raise self._refusal(key, "true or false")
+        return value
+
+    def _value(self, key: str, default: object) -> object:
+        value = self.raw.get(key)
+        return default if value is None else value
+
+    def _refusal(self, key: str, wanted: str) -> ConfigError:
+        found = repr(self.raw[key]) if key in self.raw else "missing"
+        return ConfigError(f"{self.path}: {key} is {found}: it must be {wanted}")
+
+
+def _rope_of(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The rotary options: transformers 5 writes `rope_parameters`, older ones `rope_scaling` or nothing."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError(
-            f"{path}: model_type={model_type!r} is not supported, only {', '.join(get_args(Family))} are"
+            f"{path}: rope_parameters={rope!r} is not supported, only one set for all layers is"
         )
-    family: Family = model_type
-    return family
+    return rope
 
 
-def _read_rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
-    rope_type = rope.get("rope_type", "default")
+def _rope_scaling(path: Path, rope: dict[str, Any], positions: int) -> RopeScaling | None:
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     rotated = rope.get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
         raise ConfigError(f"{path}: partial_rotary_factor={rotated} is not supported, only 1.0 is")
@@ -152,25 +191,28 @@ def _read_rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
             f"{path}: rope_type={rope_type!r} (rope_parameters, or rope_scaling in older files) is not "
             "supported, only 'default' and 'llama3' are"
         )
+    values = _Values(path, rope)
     return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position_embeddings=rope["original_max_position_embeddings"],
+        factor=values.number("factor"),
+        low_freq_factor=values.number("low_freq_factor"),
+        high_freq_factor=values.number("high_freq_factor"),
+        original_max_position_embeddings=values.count("original_max_position_embeddings", positions),
     )
 
 
-def _read_experts(path: Path, config: Any) -> Experts:
-    if config.norm_topk_prob and config.num_experts_per_tok == 1:
+def _experts(values: _Values) -> Experts:
+    experts = Experts(
+        # transformers 5 writes the second name, the published files have the first.
+        count=values.count("num_experts" if "num_experts" in values.raw else "num_local_experts", 128),
+        top_k=values.count("num_experts_per_tok", 8),
+        ffn_size=values.count("moe_intermediate_size", 768),
+        normalize_top_k=values.flag("norm_topk_prob"),
+    )
+    if experts.normalize_top_k and experts.top_k == 1:
         raise ConfigError(
-            f"{path}: norm_topk_prob=True with num_experts_per_tok=1 trains no router: set it to false"
+            f"{values.path}: norm_topk_prob=True with num_experts_per_tok=1 trains no router: set it to false"
         )
-    return Experts(
-        count=config.num_experts,
-        top_k=config.num_experts_per_tok,
-        ffn_size=config.moe_intermediate_size,
-        normalize_top_k=config.norm_topk_prob,
-    )
+    return experts
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:

@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore import transformer_engine
+from megatron_lopd.mcore import kernels, transformer_engine
 
 # The releases of Megatron-Core that the tests run on, and between them all that were tried.
 OLDEST, NEWEST = "0.16.1", "0.19.2"
@@ -274,6 +274,12 @@ WITHOUT_TRANSFORMER_ENGINE = (
 
 RELIANCES = (
     Reliance(
+        "mcore/jit.py",
+        "megatron.core.fusions.fused_bias_dropout:bias_dropout_add_fused_train",
+        "@jit_fuser",
+        "puts off the compilation of what is decorated so",
+    ),
+    Reliance(
         "mcore/model.py",
         "megatron.core.models.gpt:GPTModel.forward",
         "return self._postprocess(",
@@ -330,6 +336,10 @@ def prepare() -> None:
         patches += WITHOUT_TRANSFORMER_ENGINE
     if not torch.cuda.is_available():
         patches += WITHOUT_CUDA
+    elif kernels.is_installed():
+        from megatron_lopd.mcore import swiglu  # imports Triton
+
+        patches += swiglu.PATCHES  # whether Megatron-Core calls them is for `capabilities` to say
     patches = [patch for patch in patches if patch.reliance.applies]
     for reliance in (*RELIANCES, *(patch.reliance for patch in patches)):
         if reliance.applies:

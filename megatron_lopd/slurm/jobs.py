@@ -11,7 +11,7 @@ from megatron_lopd.errors import ConfigError
 from megatron_lopd.stages.base import directory_of
 from megatron_lopd.stages.inputs import scoring_of
 from megatron_lopd.stages.rounds import is_made, rounds_of
-from megatron_lopd.stages.run import STAGES
+from megatron_lopd.stages.table import STAGES
 
 SHARED = tuple(stage.name for stage in STAGES if stage.share is not None)
 CPU_STAGES = ("tokenize", "export", "report")

@@ -13,7 +13,8 @@ from megatron_lopd.config import Cluster, Recipe
 from megatron_lopd.errors import ConfigError, EngineError, LopdError, NotInstalled
 from megatron_lopd.slurm.jobs import Job
 from megatron_lopd.slurm.script import Submission, render
-from megatron_lopd.stages.run import STAGES, check_run_dir
+from megatron_lopd.stages.run import check_run_dir
+from megatron_lopd.stages.table import STAGES
 
 
 def check(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster, submission: Submission) -> list[str]:

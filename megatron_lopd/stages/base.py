@@ -21,7 +21,14 @@ from typing import IO, Any
 
 import megatron_lopd
 from megatron_lopd.artifacts.claims import make_once, remove_claims
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, atomic_write_json, publish, read_json
+from megatron_lopd.artifacts.files import (
+    TEMPORARY_PREFIX,
+    atomic_write_json,
+    canonical_json,
+    publish,
+    read_json,
+    sha256_bytes,
+)
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import (
     MANIFEST,
@@ -54,6 +61,12 @@ class Plan:
 
 
 OTHER_RANK = Plan({}, {}, "proved")
+
+
+def identity_of(plan: Plan) -> str:
+    """A digest of all that decides a training job's numbers; its checkpoints carry it."""
+    parents = {role: parent.digests for role, parent in plan.parents.items()}
+    return sha256_bytes(canonical_json([plan.config, parents]))
 
 
 @dataclass(frozen=True)

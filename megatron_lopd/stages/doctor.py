@@ -25,7 +25,8 @@ from megatron_lopd.mcore.capabilities import (
 )
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages.base import base_versions
-from megatron_lopd.stages.run import STAGES, describe
+from megatron_lopd.stages.run import describe
+from megatron_lopd.stages.table import STAGES
 
 WIDTH = 18  # of the column of names
 

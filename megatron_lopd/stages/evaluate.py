@@ -13,7 +13,7 @@ from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.stages.base import Output, Plan, directory_of, parent_manifest
 from megatron_lopd.stages.grading import answering, check_sets, grade_answers, share_right
 from megatron_lopd.stages.sampling import count_rollouts
 from megatron_lopd.stages.sharing import Work, make_parts
@@ -101,15 +101,3 @@ def _teacher_answers(recipe: Recipe, grader: Grader) -> dict[str, Any] | None:
         return None
     share = share_right(directory, directory / "tokenizer", prompts, recipe.evaluate, grader)
     return {"sampled": share, "n": len(open_shards(ROLLOUTS, directory))}
-
-
-STAGE = Stage(
-    "evaluate",
-    "evaluation",
-    check,
-    plan,
-    run,
-    needed=lambda recipe: recipe.prompts.eval is not None and recipe.sft is not None,
-    share=share,
-    workers=lambda recipe: recipe.evaluate.engine.workers,
-)

@@ -9,7 +9,7 @@ from megatron_lopd.artifacts.lineage import ModelLineage, artifact_parent
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.convert.quantize import quantize_fp8, require_modelopt
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.stages.base import Output, Plan, directory_of, parent_manifest
 from megatron_lopd.stages.students import lineage_of, seal_model, write_student
 
 EXACT, QUANTIZED = "model", "model-fp8"
@@ -58,14 +58,3 @@ def _write_quantized(recipe: Recipe, directory: Path, lineage: ModelLineage) -> 
     samples = recipe.export.calibration_samples
     quantize_fp8(directory / EXACT, out_dir, directory_of(recipe, "rollout"), samples)
     return seal_model(out_dir, lineage)
-
-
-STAGE = Stage(
-    "export",
-    "model",
-    check,
-    plan,
-    run,
-    on_gpu=lambda recipe: recipe.export.quantization == "fp8",
-    needed=lambda recipe: recipe.train is not None,
-)

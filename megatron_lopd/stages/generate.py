@@ -9,7 +9,7 @@ from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage
+from megatron_lopd.stages.base import Output, Plan
 from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, rollout_work, shards_in
 from megatron_lopd.stages.sharing import make_parts
 
@@ -54,17 +54,3 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     voice = copy_files(inputs.teacher_directory(recipe), directory / "tokenizer", VOICE)
     files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
     return Output(files, count_rollouts(directory), library_versions(recipe.generate.engine))
-
-
-STAGE = Stage(
-    "generate",
-    "rollouts",
-    check,
-    plan,
-    run,
-    needed=lambda recipe: (
-        recipe.sft is not None and recipe.sft.data is None and recipe.sft.checkpoint is None
-    ),
-    share=share,
-    workers=lambda recipe: recipe.generate.engine.workers,
-)

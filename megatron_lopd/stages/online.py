@@ -14,7 +14,7 @@ from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, is_main_rank, parent_manifest
+from megatron_lopd.stages.base import Output, Plan, directory_of, is_main_rank, parent_manifest
 from megatron_lopd.stages.grading import check_sets, grade_model
 from megatron_lopd.stages.sampling import encode_prompts, sample_seed
 from megatron_lopd.stages.students import (
@@ -167,14 +167,3 @@ def _live_data(recipe: Recipe, student: Path) -> LiveData:
         teacher_dir=inputs.teacher_directory(recipe),
         score=recipe.score,
     )
-
-
-STAGE = Stage(
-    "online",
-    "model",
-    check,
-    plan,
-    run,
-    processes=lambda recipe: recipe.parallel.processes,
-    needed=lambda recipe: recipe.train is not None,
-)

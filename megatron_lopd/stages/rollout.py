@@ -9,7 +9,7 @@ from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, parent_manifest
+from megatron_lopd.stages.base import Output, Plan, parent_manifest
 from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, rollout_work, shards_in
 from megatron_lopd.stages.sharing import make_parts
 
@@ -61,15 +61,3 @@ def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     return Output(shards_in(directory), count_rollouts(directory), library_versions(recipe.rollout.engine))
-
-
-STAGE = Stage(
-    "rollout",
-    "rollouts",
-    check,
-    plan,
-    run,
-    needed=lambda recipe: recipe.train is not None,
-    share=share,
-    workers=lambda recipe: recipe.rollout.engine.workers,
-)

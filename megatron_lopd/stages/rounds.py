@@ -29,8 +29,14 @@ from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.engines.library import require_library
 from megatron_lopd.errors import ConfigError, DataError, LineageError
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Plan, begun_plan, directory_of, parent_manifest, unchanged_manifest
-from megatron_lopd.stages.students import identity_of
+from megatron_lopd.stages.base import (
+    Plan,
+    begun_plan,
+    directory_of,
+    identity_of,
+    parent_manifest,
+    unchanged_manifest,
+)
 from megatron_lopd.training.checkpoints import KIND as CHECKPOINT
 from megatron_lopd.training.checkpoints import checkpoint_name
 

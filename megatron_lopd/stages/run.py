@@ -1,4 +1,4 @@
-"""The order of the stages, and running all of them or one."""
+"""Running all stages, or one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,6 @@ from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Recipe
 from megatron_lopd.environment import hides_gpus
 from megatron_lopd.errors import ConfigError, DataError, LopdError, NumericsError, RefreshDue, StopRequested
-from megatron_lopd.stages import (
-    evaluate,
-    export,
-    generate,
-    online,
-    refresh,
-    report,
-    rollout,
-    score,
-    sft,
-    tokenize,
-    train,
-)
 from megatron_lopd.stages.base import (
     Stage,
     check_begun,
@@ -36,20 +23,8 @@ from megatron_lopd.stages.base import (
 )
 from megatron_lopd.stages.launch import in_own_process, is_worker, launch, launch_workers
 from megatron_lopd.stages.rounds import Round, due_round, missing_round
+from megatron_lopd.stages.table import ALONE, ONLINE, REPORT, SFT, STAGES, TRAIN, function
 from megatron_lopd.training.preemption import STOP_SIGNALS
-
-STAGES: tuple[Stage, ...] = (
-    generate.STAGE,
-    tokenize.STAGE,
-    sft.STAGE,
-    rollout.STAGE,
-    score.STAGE,
-    train.STAGE,
-    export.STAGE,
-    evaluate.STAGE,
-    report.STAGE,
-)
-ALONE = (online.STAGE,)  # run by their own command, and by it alone
 
 
 def describe(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -60,7 +35,7 @@ def describe(recipe: Recipe, names: Sequence[str]) -> list[str]:
             state = "committed" if is_committed(directory_of(recipe, stage.name)) else "to do"
             lines += [f"{stage.name:9} [{state}] {line}" for line in stage.check(recipe)]
     if "refresh" in names:
-        lines += [f"refresh   [to do] {line}" for line in refresh.check(recipe)]
+        lines += [f"refresh   [to do] {line}" for line in function("refresh", "check")(recipe)]
     return lines
 
 
@@ -92,8 +67,8 @@ def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
         elif _refreshing(stage, command, partial(execute, stage, recipe)):
             done += 1
             _say(f"[{number}/{len(needed)}] {stage.name}: done in {time.monotonic() - started:.1f} s")
-    if report.STAGE in needed:
-        _say(report.headline(recipe))
+    if REPORT in needed:
+        _say(function("report", "headline")(recipe))
     if not done:
         _say(f"nothing to do: all {len(needed)} stages in {recipe.run_dir} are committed and unchanged")
 
@@ -122,17 +97,17 @@ def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str
         _say(f"{name}: done in {time.monotonic() - started:.1f} s: {directory_of(recipe, name)}")
     else:
         _say(f"{name}: nothing to do: {directory_of(recipe, name)} is committed and unchanged")
-    if stage is online.STAGE:
-        _say(online.headline(recipe))
+    if stage is ONLINE:
+        _say(function("online", "headline")(recipe))
 
 
 def run_refresh(recipe: Recipe) -> None:
     """Make the next refresh's artifacts from train's newest checkpoint, if training has come to it."""
     check_run_dir(recipe)
-    refresh.check(recipe)
-    for earlier in _before(train.STAGE, recipe):
+    function("refresh", "check")(recipe)
+    for earlier in _before(TRAIN, recipe):
         check_unchanged(earlier, recipe)
-    check_begun(train.STAGE, recipe)
+    check_begun(TRAIN, recipe)
     each, missing = due_round(recipe), missing_round(recipe)
     if each is not None:
         _refresh(each, recipe)
@@ -148,7 +123,7 @@ def run_refresh(recipe: Recipe) -> None:
 def _refreshing(stage: Stage, command: _Command, attempt: Callable[[], bool]) -> bool:
     """What `attempt` at a stage returns; train's is made again after each refresh that it stops for."""
     recipe = command.recipe
-    if stage is not train.STAGE or is_committed(directory_of(recipe, stage.name)):
+    if stage is not TRAIN or is_committed(directory_of(recipe, stage.name)):
         return attempt()
     while True:
         each = due_round(recipe)
@@ -165,7 +140,7 @@ def _refreshing(stage: Stage, command: _Command, attempt: Callable[[], bool]) ->
 
 
 def _refresh(each: Round, recipe: Recipe) -> None:
-    for stage in refresh.stages_of(each):
+    for stage in function("refresh", "stages_of")(each):
         started = time.monotonic()
         if execute(stage, recipe):
             _say(f"{stage.name}: done in {time.monotonic() - started:.1f} s")
@@ -181,7 +156,7 @@ def check_run_dir(recipe: Recipe) -> None:
 
 def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
     """The committed stages in front of `stage`."""
-    for earlier in STAGES[: STAGES.index(sft.STAGE) + 1 if stage in ALONE else STAGES.index(stage)]:
+    for earlier in STAGES[: STAGES.index(SFT) + 1 if stage in ALONE else STAGES.index(stage)]:
         if earlier.needed(recipe) and is_committed(directory_of(recipe, earlier.name)):
             yield earlier
 
@@ -228,7 +203,7 @@ def _launched(name: str, processes: int, command: _Command) -> None:
     if (
         code == RefreshDue.exit_code
         and not asked_to_stop
-        and name == train.STAGE.name
+        and name == TRAIN.name
         and due_round(command.recipe, rehash=False)
     ):
         raise RefreshDue(f"{name} waits for its rollouts to be refreshed")

@@ -10,10 +10,9 @@ from megatron_lopd.config import EngineConfig, Recipe, ScoreConfig, deciding
 from megatron_lopd.engines.library import library_versions, require_library, score_advice
 from megatron_lopd.stages import inputs
 from megatron_lopd.stages.agreement import AGREEMENT_FILE, check_agreement, check_engine
-from megatron_lopd.stages.base import OTHER_RANK, Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.stages.base import OTHER_RANK, Output, Plan, directory_of, identity_of, parent_manifest
 from megatron_lopd.stages.sampling import score_output, score_work
 from megatron_lopd.stages.sharing import make_parts
-from megatron_lopd.stages.students import identity_of
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -91,21 +90,8 @@ def _engines(scoring: ScoreConfig) -> list[EngineConfig]:
     return [scoring.engine, *([scoring.agreement.engine] if scoring.agreement else [])]
 
 
-def _processes(recipe: Recipe) -> int:
+def processes(recipe: Recipe) -> int:
     """As many as the larger of its engines wants."""
     return max(
         each.parallel.processes if each.parallel else 1 for each in _engines(inputs.scoring_of(recipe))
     )
-
-
-STAGE = Stage(
-    "score",
-    "scores",
-    check,
-    plan,
-    run,
-    processes=_processes,
-    needed=lambda recipe: recipe.train is not None,
-    share=share,
-    workers=lambda recipe: recipe.score.engine.workers,
-)

@@ -12,11 +12,10 @@ from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, is_main_rank, parent_manifest
+from megatron_lopd.stages.base import Output, Plan, directory_of, identity_of, is_main_rank, parent_manifest
 from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
-    identity_of,
     lineage_of,
     train_to_checkpoint,
     training_settings,
@@ -138,14 +137,3 @@ def _plan_elsewhere(recipe: Recipe, config: SftConfig) -> Plan:
             )
         )
     return Plan(training_settings(recipe, config), parents, inputs.status_of(proofs, carried.status))
-
-
-STAGE = Stage(
-    "sft",
-    "model",
-    check,
-    plan,
-    run,
-    processes=lambda recipe: recipe.parallel.processes,
-    needed=lambda recipe: recipe.sft is not None,
-)

@@ -11,7 +11,7 @@ from megatron_lopd.artifacts.claims import CLAIMS, ClaimState, Owner, announced,
 from megatron_lopd.artifacts.manifest import is_committed, load_manifest
 from megatron_lopd.config import Recipe
 from megatron_lopd.stages.base import PLAN_FILE, directory_of
-from megatron_lopd.stages.run import STAGES
+from megatron_lopd.stages.table import STAGES
 from megatron_lopd.training.loggers import METRICS_FILE
 from megatron_lopd.training.progress import duration
 

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.files import canonical_json, sha256_bytes
 from megatron_lopd.artifacts.fingerprint import CACHE_NAME, fingerprint_model
 from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
@@ -21,7 +20,7 @@ from megatron_lopd.mcore.architecture import check_layout, read_architecture
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.mcore.recompute import check_recompute
-from megatron_lopd.stages.base import Plan
+from megatron_lopd.stages.base import Plan, identity_of
 from megatron_lopd.stages.inputs import train_config
 from megatron_lopd.training.checkpoints import checkpoint_name
 from megatron_lopd.training.live import LiveData
@@ -65,12 +64,6 @@ def _preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
         precisions = {recipe.precision, recipe.rollout.engine.dtype}
         tolerance = max(TOLERANCES[name] for name in (*precisions, *(["fp8"] if recipe.fp8 else [])))
     return Preflight(config.preflight_samples, tolerance, recipe.rollout.sampling)
-
-
-def identity_of(plan: Plan) -> str:
-    """A digest of all that decides a training job's numbers; its checkpoints carry it."""
-    parents = {role: parent.digests for role, parent in plan.parents.items()}
-    return sha256_bytes(canonical_json([plan.config, parents]))
 
 
 def opd_job(

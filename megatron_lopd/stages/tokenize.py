@@ -21,7 +21,7 @@ from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import write_shard
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage
+from megatron_lopd.stages.base import Output, Plan
 from megatron_lopd.stages.sampling import count_rollouts
 
 
@@ -66,14 +66,3 @@ def _data(recipe: Recipe) -> Path:
     if not Path(data).is_file():
         raise DataError(f"sft.data: {data}: no such file")
     return Path(data)
-
-
-STAGE = Stage(
-    "tokenize",
-    "rollouts",
-    check,
-    plan,
-    run,
-    on_gpu=lambda recipe: False,
-    needed=lambda recipe: recipe.sft is not None and recipe.sft.data is not None,
-)

@@ -13,7 +13,7 @@ from megatron_lopd.errors import RefreshDue
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.stages.base import Output, Plan, directory_of, identity_of, parent_manifest
 from megatron_lopd.stages.rounds import (
     data_of,
     is_made,
@@ -22,12 +22,10 @@ from megatron_lopd.stages.rounds import (
     record_rounds,
     require_engines,
     rounds_of,
-    with_rounds,
 )
 from megatron_lopd.stages.students import (
     check_budget,
     check_trainable,
-    identity_of,
     opd_job,
     train_to_checkpoint,
     training_settings,
@@ -112,15 +110,3 @@ def _segment_at(recipe: Recipe, plan: Plan, step: int) -> Segment:
 def _start(recipe: Recipe) -> Path:
     checkpoint = inputs.train_config(recipe).checkpoint
     return Path(checkpoint) if checkpoint else inputs.reference_directory(recipe)
-
-
-STAGE = Stage(
-    "train",
-    "checkpoint",
-    check,
-    plan,
-    run,
-    processes=lambda recipe: recipe.parallel.processes,
-    needed=lambda recipe: recipe.train is not None,
-    complete=with_rounds,
-)

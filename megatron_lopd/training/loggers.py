@@ -8,8 +8,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_lopd.artifacts.files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -22,6 +20,10 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # `lopd status`, which reads the lines, needs no torch
+        )
+
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         _truncate(path, resumed_step)

@@ -12,7 +12,7 @@ from megatron_lopd.config import EngineConfig, Sampling, load_recipe
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.engines import GenerateRequest, open_engine
 from megatron_lopd.mcore.architecture import check_layout, read_architecture
-from megatron_lopd.stages import run
+from megatron_lopd.stages import run, table
 from megatron_lopd.tasks.arithmetic import grade, problems
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_the_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         *([f"sft.data={data}"] if name == "make_teacher.yaml" else []),
     ]
     recipe = load_recipe(QUICKSTART / name, overrides)
-    assert run.describe(recipe, [stage.name for stage in run.STAGES])
+    assert run.describe(recipe, [stage.name for stage in table.STAGES])
 
 
 def test_the_student_splits_over_two_ranks_either_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from megatron_lopd.artifacts.manifest import MANIFEST, load_manifest
 from megatron_lopd.config import load_recipe
 from megatron_lopd.errors import DataError
 from megatron_lopd.mcore.architecture import read_architecture
-from megatron_lopd.stages import train
 from megatron_lopd.stages.base import execute
+from megatron_lopd.stages.table import TRAIN
 from megatron_lopd.training.checkpoints import Checkpoints
 
 FLIPS = {"rollout": 300, "score": 300, "checkpoint": 400}
@@ -54,7 +54,7 @@ def test_no_flip_in_what_is_trained_on_goes_unseen(
         with flipped(Path("run", stage), rng) as path:
             seen.add(path.name)
             with pytest.raises(DataError, match=str(path)):
-                execute(train.STAGE, recipe)
+                execute(TRAIN, recipe)
             assert not Path("run/train/checkpoints").exists(), f"flip {number}: training began"
     assert seen == {MANIFEST, *load_manifest(Path("run", stage)).files}, "every file had its flips"
 

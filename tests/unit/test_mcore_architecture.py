@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import RopeScaling, check_layout, read_architecture
+from megatron_lopd.mcore.architecture import (
+    Architecture,
+    Experts,
+    RopeScaling,
+    check_layout,
+    read_architecture,
+)
+from tests.model_zoo import FAMILIES, Family, make_config
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -86,6 +94,73 @@ def test_refuses_what_it_cannot_run_and_names_the_key(tmp_path: Path, changes: d
     assert str(tmp_path / "config.json") in str(refusal.value)
     assert named in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reads_what_transformers_reads_whatever_a_file_leaves_out(tmp_path: Path, family: Family) -> None:
+    """Of each optional key in turn, and of all of them."""
+    needed = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    needed |= {"vocab_size"} if family == "llama" else {"vocab_size", "num_key_value_heads"}
+    make_config(family, tied=True, max_position_embeddings=1024, rms_norm_eps=1e-5).save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    optional = [key for key in whole if key not in needed]
+    assert {"head_dim", "tie_word_embeddings", "rope_parameters", "initializer_range"} <= {
+        *optional,
+        "head_dim",
+    }
+    for left_out in ([], optional, *([key] for key in optional)):
+        kept = {key: value for key, value in whole.items() if key not in left_out}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        config = AutoConfig.from_pretrained(tmp_path)
+        experts = None
+        if family == "qwen3_moe":
+            experts = Experts(
+                config.num_experts,
+                config.num_experts_per_tok,
+                config.moe_intermediate_size,
+                config.norm_topk_prob,
+            )
+        heads = config.num_attention_heads
+        assert read_architecture(tmp_path) == Architecture(
+            family,
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            heads,
+            config.num_key_value_heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            config.vocab_size,
+            config.max_position_embeddings,
+            config.rms_norm_eps,
+            config.initializer_range,
+            config.tie_word_embeddings,
+            family == "qwen2",
+            family.startswith("qwen3"),
+            config.rope_parameters["rope_theta"],
+            None,
+            experts,
+        ), left_out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64': it must be a whole number of at least 1"),
+        ({"vocab_size": True}, "vocab_size is True: it must be a whole"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is None: it must be a whole"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small': it must be a number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1: it must be true or false"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing: it must be"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "only one set for all layers"),
+        ({"model_type": "llama", "head_dim": None, "hidden_size": 65}, "65 does not divide by num_attention"),
+    ],
+    ids=lambda case: list(case)[-1] if isinstance(case, dict) else "",
+)
+def test_refuses_a_value_that_is_none(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        read_architecture(write(tmp_path, **changes))
+    assert f"{tmp_path}/config.json: " in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "\xff"])

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore import compat
+from megatron_lopd.mcore import compat, swiglu
 from megatron_lopd.mcore.compat import Reliance
 
-PATCHES = (*compat.WITHOUT_CUDA, *compat.WITHOUT_TRANSFORMER_ENGINE)
+PATCHES = (*compat.WITHOUT_CUDA, *compat.WITHOUT_TRANSFORMER_ENGINE, *swiglu.PATCHES)
 RELIANCES = (*compat.RELIANCES, *(patch.reliance for patch in PATCHES))
 
 

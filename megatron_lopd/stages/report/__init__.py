@@ -13,7 +13,7 @@ from megatron_lopd.artifacts.manifest import Manifest, is_committed, load_manife
 from megatron_lopd.config import Recipe
 from megatron_lopd.errors import DataError
 from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest, seconds_of
+from megatron_lopd.stages.base import Output, Plan, directory_of, parent_manifest, seconds_of
 from megatron_lopd.stages.report.accuracy import accuracy_sets
 from megatron_lopd.stages.report.lineage_graph import Edge, LineageGraph, Node
 from megatron_lopd.stages.report.page import render_page
@@ -192,14 +192,3 @@ def _graph(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) 
 def _maker(path: str, recipe: Recipe, manifests: dict[str, Manifest]) -> str | None:
     """The stage of this run that wrote the model at `path`, if one did."""
     return next((stage for stage in manifests if path == str(directory_of(recipe, stage) / "model")), None)
-
-
-STAGE = Stage(
-    "report",
-    "report",
-    check,
-    plan,
-    run,
-    on_gpu=lambda recipe: False,
-    needed=lambda recipe: recipe.prompts.eval is not None and recipe.train is not None,
-)
