@@ -28,8 +28,9 @@ from megatron_lopd.engines.requests import check_finite, check_scoring, memory_a
 from megatron_lopd.errors import EngineError, LopdError
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
+from megatron_lopd.mcore.kernel_trial import agree
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
-from megatron_lopd.mcore.model import PackedGPTModel, build_model, response_log_probs, response_top_k
+from megatron_lopd.mcore.model import PackedGPTModel, build_model, response_top_k
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import packed_padding
 from megatron_lopd.mcore.schedule import run_schedule
@@ -153,6 +154,7 @@ def _opened(config: EngineConfig, model_dir: str) -> Iterator[_Model]:
     arch = read_architecture(model_dir)
     compat.prepare()
     with model_parallel(_parallel(config), seed=0) as ranks:
+        agree(compat.device())
         error: LopdError | None = None
         try:
             setting = f"engine.dtype={config.dtype}"
@@ -230,8 +232,7 @@ def _score_micro_batch(
     top_k: int, model: PackedGPTModel, batch: MicroBatch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """(no loss, its count, a _TokenScores' tensors but for the places), as `run_schedule` wants."""
-    ids = response_top_k(model, hidden, batch.predict_index, top_k)
-    scored = response_log_probs(model, hidden, batch.predict_index, batch.response_tokens, top_k_ids=ids)
+    ids, scored = response_top_k(model, hidden, batch.predict_index, batch.response_tokens, top_k)
     parts = (scored.log_probs, ids.int(), scored.top_k_log_probs, scored.tail_log_probs)
     return hidden.new_zeros(()), torch.ones((), dtype=torch.int, device=hidden.device), parts
 

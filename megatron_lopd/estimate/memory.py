@@ -15,7 +15,7 @@ otherwise 1:
     3 f / tensor           gate and up, and their product
 and of experts top_k tokens of h in and out, and 3 f each. Stage 0 of p keeps the layers of p micro-batches at
 once (1F1B, Narayanan et al. 2021, arXiv 2104.04473), of p + (p - 1) / v interleaved; the last keeps one.
-Log-probs: mcore/log_probs.py's own blocks. No [tokens, vocabulary] is ever held.
+Log-probs: what mcore/token_loss.py holds of a chunk of rows. No [tokens, vocabulary] is ever held.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from megatron_lopd.config import ParallelConfig
 from megatron_lopd.estimate.shapes import Shape, layer_dense, layer_experts
 from megatron_lopd.mcore.architecture import Architecture
 
-# Logits that mcore/log_probs.py makes at once on a GPU (its CHUNK_ELEMENTS["cuda"]; a test holds them equal).
-LOGITS_AT_ONCE = 2**25
+# Bytes of logits that are made at once on a GPU: mcore/row_chunks.py's CHUNK_BYTES["cuda"] (a test holds them
+# equal), and where there is room up to the second, beyond which chunks gain little.
+LOGIT_BYTES, MOST_LOGIT_BYTES = 1.25e9, 2.5e9
 # CUDA's context, NCCL's and cuBLAS's buffers, and what the allocator loses between blocks. An assumption.
 RESERVED = 5e9
 # Of the memory an engine may use: vLLM's default gpu_memory_utilization.
@@ -159,15 +160,33 @@ def _activations(arch: Architecture, parallel: ParallelConfig, training: Trainin
 
 
 def _log_probs(arch: Architecture, parallel: ParallelConfig, training: Training) -> float:
-    """The peak, in the backward pass, with every token a response: the chosen hidden states and their
-    gradient, added up in fp32; the output matrix's gradient; and of a block the logits, their exponentials,
-    their gradient, and its part of the weight gradient before it is rounded."""
+    """The peak with every token a response: the chosen hidden states and their gradient; and of a chunk of
+    rows the logits, in whose memory their gradient is made, and the fp32 product with it. The output matrix's
+    gradient is added where all gradients are."""
     rows = -(-training.tokens // parallel.context)
+    chunk = min(rows, _rows_in(LOGIT_BYTES, arch, parallel))
+    hidden = arch.hidden_size * (rows * 2 * training.element + chunk * 4)
+    return float(hidden + chunk * _logit_row_bytes(arch, parallel))
+
+
+def logit_rows(
+    arch: Architecture, parallel: ParallelConfig, world: int, training: Training, memory_bytes: float
+) -> int:
+    """Rows whose logits to make at once on GPUs of `memory_bytes`: LOGIT_BYTES, and more, up to
+    MOST_LOGIT_BYTES, where `training_memory` leaves it free."""
+    free = memory_bytes - _on_stage(arch, parallel, world, training, parallel.pipeline - 1).total
+    return _rows_in(LOGIT_BYTES + min(max(free, 0.0), MOST_LOGIT_BYTES - LOGIT_BYTES), arch, parallel)
+
+
+def _rows_in(logit_bytes: float, arch: Architecture, parallel: ParallelConfig) -> int:
+    """In multiples of 256, and at least that: whole tiles of a matrix product."""
+    return max(1, int(logit_bytes // _logit_row_bytes(arch, parallel)) // 256) * 256
+
+
+def _logit_row_bytes(arch: Architecture, parallel: ParallelConfig) -> int:
+    """fp32; where ranks share a vocabulary, one chunk's logits are made while another's are being used."""
     columns = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
-    hidden = arch.hidden_size * rows * (2 * training.element + 4 + 4)
-    matrix = columns * arch.hidden_size * training.element
-    block = min(columns, max(1, LOGITS_AT_ONCE // rows))
-    return float(hidden + matrix + block * (rows * (4 + 4 + training.element) + arch.hidden_size * 4))
+    return 4 * columns * (2 if parallel.tensor > 1 else 1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -21,19 +22,23 @@ from megatron_lopd.mcore.attention import PackedDocuments
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
-from megatron_lopd.mcore.log_probs import ResponseLogProbs, vocab_parallel_log_probs, vocab_parallel_top_k
 from megatron_lopd.mcore.precision import check_precision, fp8_options
+from megatron_lopd.mcore.softmax import ResponseLogProbs
 from megatron_lopd.mcore.spec import decoder_spec
+from megatron_lopd.mcore.token_loss import SummedLoss, TokenLoss, vocab_parallel_loss
+from megatron_lopd.mcore.top_k import vocab_parallel_top_k
 
 
 class PackedGPTModel(GPTModel):  # type: ignore[misc]
     """A GPTModel that reads one packed micro-batch and stops before the output layer.
 
-    The output layer's logits are never made for all positions: `response_log_probs` takes the hidden
-    states from here, and only those that predict a response token.
+    The output layer's logits are never made for all positions: `response_loss` takes the hidden states
+    from here, and only those that predict a response token. `output_grad_ready`, where data parallelism
+    has set it, is called once the output weight's `main_grad` has a micro-batch's gradient.
     """
 
     arch: Architecture
+    output_grad_ready: Callable[[], None] | None = None
 
     def forward(
         self, tokens: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
@@ -202,43 +207,56 @@ def _recomputation(parallel: ParallelConfig) -> dict[str, Any]:
     return {}
 
 
-def response_log_probs(
+def response_loss(
     model: PackedGPTModel,
     hidden: torch.Tensor,
     predict_index: torch.Tensor,
     response_tokens: torch.Tensor,
+    top_k_ids: torch.Tensor | None,
+    token_loss: TokenLoss,
+    loss_weights: torch.Tensor,
+    *,
     temperature: float = 1.0,
-    top_k_ids: torch.Tensor | None = None,
-) -> ResponseLogProbs:
-    """Log-probs and entropy at each response token, on the last pipeline stage.
+    rows: int | None = None,
+) -> SummedLoss:
+    """The weighted sum of a loss of each response token, on the last pipeline stage.
 
-    hidden: what `model` returned. predict_index, response_tokens: int64 [R] (R may be 0), any device: the
-    position whose hidden state predicts each token, and the token. top_k_ids: int64 [R, k], any device, more
-    tokens to take log-probs of. All tensor parallel ranks must call.
+    hidden: what `model` returned. predict_index, response_tokens: int64 [R] (R may be 0): the position whose
+    hidden state predicts each token, and the token. top_k_ids: int64 [R, k], more tokens that the loss reads
+    log-probs of. The rest as of `vocab_parallel_loss`. All tensor parallel ranks must call.
     """
-    chosen = _predicting_states(model, hidden, predict_index)
-    return vocab_parallel_log_probs(
-        chosen,
+    return vocab_parallel_loss(
+        _predicting_states(model, hidden, predict_index),
         model.output_weight(),
-        response_tokens.to(hidden.device, non_blocking=True),
-        None if top_k_ids is None else top_k_ids.to(hidden.device, non_blocking=True),
+        response_tokens,
+        top_k_ids,
+        token_loss,
+        loss_weights,
         vocab_size=model.arch.vocab_size,
         temperature=temperature,
         group=parallel_state.get_tensor_model_parallel_group(),
+        rows=rows,
+        grad_ready=model.output_grad_ready,
     )
 
 
 @torch.no_grad()
 def response_top_k(
-    model: PackedGPTModel, hidden: torch.Tensor, predict_index: torch.Tensor, k: int
-) -> torch.Tensor:
-    """The `k` likeliest tokens at each response token's place, likeliest first: int64 [R, k]; k may be 0.
+    model: PackedGPTModel,
+    hidden: torch.Tensor,
+    predict_index: torch.Tensor,
+    response_tokens: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, ResponseLogProbs]:
+    """The `k` likeliest tokens at each response token's place, likeliest first, int64 [R, k] (k may be 0),
+    and log-probs of the token and of these; constants, on the last pipeline stage.
 
-    Arguments as of `response_log_probs`.
+    Arguments as of `response_loss`.
     """
     return vocab_parallel_top_k(
         _predicting_states(model, hidden, predict_index),
         model.output_weight(),
+        response_tokens,
         k,
         vocab_size=model.arch.vocab_size,
         group=parallel_state.get_tensor_model_parallel_group(),

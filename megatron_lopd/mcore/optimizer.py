@@ -120,6 +120,7 @@ def _wrap(model: Sequence[PackedGPTModel]) -> list[DistributedDataParallel]:
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
         config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
         _gather_output_weight(chunks[-1])
+        _report_output_gradient(chunks[-1])
     return chunks
 
 
@@ -129,6 +130,18 @@ def _gather_output_weight(chunk: DistributedDataParallel) -> None:
     if model.post_process:
         buckets = chunk.param_to_bucket_group[model.output_weight()]
         model.decoder.final_layernorm.register_forward_pre_hook(lambda *unused: buckets.finish_param_sync())
+
+
+def _report_output_gradient(chunk: DistributedDataParallel) -> None:
+    """Have the output layer's weight counted as ready to be reduced where autograd does not see its gradient.
+
+    A weight that is this chunk's embedding as well is counted when the embedding's gradient is added, later.
+    """
+    model = chunk.module
+    if model.post_process and not (model.pre_process and model.share_embeddings_and_output_weights):
+        weight = model.output_weight()
+        buckets = chunk.param_to_bucket_group[weight]
+        model.output_grad_ready = lambda: buckets.register_grad_ready(weight)
 
 
 def finish_gathering(optimization: Optimization) -> None:

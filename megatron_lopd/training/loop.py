@@ -20,10 +20,12 @@ from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.plan import BatchPlan, PlanPart
 from megatron_lopd.errors import EngineDied, EngineError, NumericsError, StopRequested
+from megatron_lopd.estimate.memory import Training, logit_rows
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.flops import peak_flops, step_flops
+from megatron_lopd.mcore.kernel_trial import agree
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
@@ -113,6 +115,7 @@ def run_training(job: TrainingJob) -> Progress:
             job = replace(job, data=segment.data, part=segment.part, lineage=segment.lineage)
             checkpoints = replace(checkpoints, lineage=segment.lineage)
             _check_data(job, architecture)
+        agree(compat.device())
         model = build_model(architecture, job.parallel, job.precision, job.seed, job.fp8)
         if job.init == "pretrained" and newest is None:
             for chunk in model:
@@ -156,6 +159,7 @@ class _Run:
         self.guard = config.guard if isinstance(config, TrainConfig) else None
         self.architecture = model[0].arch
         self.peak_flops = peak_flops(capabilities().gpu)
+        self.rows = _rows_at_once(job, self.architecture, ranks, self.device)
 
     def to_the_end(self, newest: Checkpoint | None) -> Progress:
         """Go on from `newest`, or from the start when there is none."""
@@ -248,7 +252,12 @@ class _Run:
             self._check_sampler(micro_batches)
         zero_gradients(self.optimization)
         parts = run_micro_batches(
-            self.optimization.chunks, self.objective, micro_batches, config.micro_batch_tokens, self.device
+            self.optimization.chunks,
+            self.objective,
+            micro_batches,
+            config.micro_batch_tokens,
+            self.device,
+            rows=self.rows,
         )
         learning_rate = self.optimization.learning_rate
         grad_norm, applied = guarded_step(self.optimization)
@@ -305,6 +314,21 @@ class _Run:
             return {}
         flops = step_flops(self.architecture, lengths.tolist(), response_tokens)
         return {"mfu": flops / (seconds * self.ranks.world_size * self.peak_flops)}
+
+
+def _rows_at_once(
+    job: TrainingJob, architecture: Architecture, ranks: Ranks, device: torch.device
+) -> int | None:
+    """Rows of logits that the log-prob operation may hold, by what training is planned to leave of the card.
+
+    Never by what happens to be free, so that the same recipe on the same card sums in the same order. None,
+    the operation's own choice, on a CPU and beside a live sampler, which takes what there is.
+    """
+    if device.type != "cuda" or isinstance(job.data, LiveData):
+        return None
+    training = Training(job.config.micro_batch_tokens, job.precision, job.fp8 is not None)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return logit_rows(architecture, job.parallel, ranks.world_size, training, memory)
 
 
 def _total_steps(config: TrainingConfig, plan: BatchPlan) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_lopd.data.collate import MicroBatch
-from megatron_lopd.mcore.log_probs import ResponseLogProbs
-from megatron_lopd.mcore.model import PackedGPTModel, response_log_probs
+from megatron_lopd.mcore.model import PackedGPTModel, response_loss
 from megatron_lopd.mcore.schedule import run_schedule
+from megatron_lopd.mcore.softmax import ResponseLogProbs
 from megatron_lopd.objectives import Objective, TokenLogProbs, TokenPlaces, TopKLogProbs
 from megatron_lopd.training.metrics import TokenValues
 
@@ -26,55 +25,80 @@ def run_micro_batches(
     *,
     forward_only: bool = False,
     temperature: float = 1.0,
+    rows: int | None = None,
 ) -> list[TokenValues]:
     """Forward each micro-batch, and backward unless `forward_only`; then finalize the gradients.
 
     `chunks` are this rank's wrapped PackedGPTModels. The gradients end up those of
     `sum(loss_weights * token_weights * token_loss) / sum(loss_count)` over the global batch. `temperature`
-    divides the logits. Returns the values of each micro-batch on the last pipeline stage, nothing on the
-    others.
+    divides the logits; `rows` as of `vocab_parallel_loss`. Returns the values of each micro-batch on the last
+    pipeline stage, nothing on the others.
     """
-
+    finish = _Finish(objective, temperature, rows, with_gradient=not forward_only)
     values: list[TokenValues] = run_schedule(
-        chunks,
-        micro_batches,
-        token_budget,
-        device,
-        partial(_loss, objective, temperature),
-        forward_only=forward_only,
+        chunks, micro_batches, token_budget, device, finish, forward_only=forward_only
     )
     return values
 
 
-def _loss(
-    objective: Objective, temperature: float, model: PackedGPTModel, batch: MicroBatch, hidden: Tensor
-) -> tuple[Tensor, Tensor, TokenValues]:
-    """(summed weighted loss, its count, constants for the metrics), as Megatron-Core's schedules want."""
-    ids = batch.top_k_ids if "top_k" in objective.needs else None
-    scored = response_log_probs(model, hidden, batch.predict_index, batch.response_tokens, temperature, ids)
-    tokens = TokenLogProbs(
-        scored.log_probs,
-        batch.teacher_log_probs if "teacher" in objective.needs else None,
-        batch.behaviour_log_probs if "behaviour" in objective.needs else None,
-        _top_k(batch, scored) if "top_k" in objective.needs else None,
-    )
-    loss = objective.token_loss(tokens)  # [R]
-    places = TokenPlaces(batch.response_position, batch.prefix_discrepancy)
-    weights = batch.loss_weights * objective.token_weights(places)
-    constants = replace(tokens, current=scored.log_probs.detach(), top_k=None)
-    values = TokenValues(loss.detach(), weights, scored.entropy, constants)
-    count = torch.tensor(batch.loss_count, dtype=torch.int, device=hidden.device)
-    return (weights * loss).sum(), count, values
+@dataclass(frozen=True)
+class _Finish:
+    """From a micro-batch's hidden states to (summed weighted loss, its count, constants for the metrics), as
+    Megatron-Core's schedules want."""
+
+    objective: Objective
+    temperature: float
+    rows: int | None
+    with_gradient: bool
+
+    def __call__(
+        self, model: PackedGPTModel, batch: MicroBatch, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, TokenValues]:
+        needs = self.objective.needs
+        places = TokenPlaces(batch.response_position, batch.prefix_discrepancy)
+        weights = batch.loss_weights * self.objective.token_weights(places)
+        everywhere = slice(0, len(weights))
+        # The loss may leave the output weight's gradient behind: not for a forward pass alone, which can have
+        # gradients enabled for what the layers make of it.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.with_gradient):
+            summed = response_loss(
+                model,
+                hidden,
+                batch.predict_index,
+                batch.response_tokens,
+                batch.top_k_ids if "top_k" in needs else None,
+                lambda scored, rows: self.objective.token_loss(self._tokens(batch, scored, rows)),
+                weights,
+                temperature=self.temperature,
+                rows=self.rows,
+            )
+        kept = _kept(self.objective, batch, everywhere)
+        values = TokenValues(
+            summed.token_loss, weights, summed.entropy, TokenLogProbs(summed.log_probs, *kept)
+        )
+        count = torch.tensor(batch.loss_count, dtype=torch.int, device=hidden.device)
+        return summed.total, count, values
+
+    def _tokens(self, batch: MicroBatch, scored: ResponseLogProbs, rows: slice) -> TokenLogProbs:
+        top_k = _top_k(batch, scored, rows) if "top_k" in self.objective.needs else None
+        return TokenLogProbs(scored.log_probs, *_kept(self.objective, batch, rows), top_k)
 
 
-def _top_k(batch: MicroBatch, scored: ResponseLogProbs) -> TopKLogProbs | None:
-    """The kept top k beside the student's; None where none was kept."""
+def _kept(objective: Objective, batch: MicroBatch, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    """The teacher's and the behaviour log-probs of `rows`, as far as the objective needs them."""
+    teacher = batch.teacher_log_probs if "teacher" in objective.needs else None
+    behaviour = batch.behaviour_log_probs if "behaviour" in objective.needs else None
+    return None if teacher is None else teacher[rows], None if behaviour is None else behaviour[rows]
+
+
+def _top_k(batch: MicroBatch, scored: ResponseLogProbs, rows: slice) -> TopKLogProbs | None:
+    """The kept top k of `rows` beside the student's; None where none was kept."""
     if batch.top_k_ids is None or batch.top_k_log_probs is None or batch.tail_log_probs is None:
         return None
     return TopKLogProbs(
         scored.top_k_log_probs,
         scored.tail_log_probs,
-        batch.top_k_log_probs,
-        batch.tail_log_probs,
-        counted=batch.top_k_ids != batch.response_tokens[:, None],
+        batch.top_k_log_probs[rows],
+        batch.tail_log_probs[rows],
+        counted=batch.top_k_ids[rows] != batch.response_tokens[rows, None],
     )

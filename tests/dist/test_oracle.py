@@ -169,7 +169,7 @@ def forward_log_probs(chunks: list[Any], micro_batches: list[list[torch.Tensor]]
     """fp32 log-probs of every token that has one before it; None but on the last pipeline stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_lopd.mcore.model import response_log_probs
+    from megatron_lopd.mcore.model import response_top_k
 
     def forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
@@ -177,7 +177,7 @@ def forward_log_probs(chunks: list[Any], micro_batches: list[list[torch.Tensor]]
         return hidden, partial(read_log_probs, batch)
 
     def read_log_probs(batch: dict[str, Any], hidden: torch.Tensor, **unused: Any) -> torch.Tensor:
-        result = response_log_probs(chunks[-1], hidden, batch["predict_index"], batch["response_tokens"])
+        _, result = response_top_k(chunks[-1], hidden, batch["predict_index"], batch["response_tokens"], 0)
         return result.log_probs
 
     collected = get_forward_backward_func()(

@@ -11,11 +11,13 @@ from megatron_lopd.data.records import Rollout, Score, TopK
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import write_shard
 from megatron_lopd.estimate.memory import (
-    LOGITS_AT_ONCE,
+    LOGIT_BYTES,
+    MOST_LOGIT_BYTES,
     Training,
     engine_memory,
     kv_bytes,
     layer_activations,
+    logit_rows,
     training_memory,
 )
 from megatron_lopd.estimate.shapes import PUBLISHED, Shape, read_shape
@@ -37,10 +39,25 @@ def test_flops_are_what_torch_counts() -> None:
     assert predicted == counted
 
 
-def test_the_block_of_logits_is_the_operation_s_own() -> None:
-    from megatron_lopd.mcore.log_probs import CHUNK_ELEMENTS
+def test_the_chunk_of_logits_is_the_operation_s_own() -> None:
+    from megatron_lopd.mcore.row_chunks import CHUNK_BYTES
 
-    assert CHUNK_ELEMENTS["cuda"] == LOGITS_AT_ONCE
+    assert CHUNK_BYTES["cuda"] == LOGIT_BYTES
+
+
+def test_a_chunk_of_logits_takes_what_training_leaves_free() -> None:
+    """Rows of Qwen3-8B's 151,936 logits, 608 kB each: 1.25 GB of them at least, 2.5 GB at most."""
+    arch, alone = PUBLISHED["Qwen3-8B"], ParallelConfig()
+    used = training_memory(arch, alone, 1, MICRO_BATCH).total
+    rows = [logit_rows(arch, alone, 1, MICRO_BATCH, used + free) for free in (-60e9, 0, 0.5e9, 60e9)]
+    assert rows == [2048, 2048, 2816, 4096]
+    # Two chunks at once, of half as many columns each: as many rows.
+    assert logit_rows(arch, ParallelConfig(tensor=2, processes=2), 2, MICRO_BATCH, 1e12) == 4096
+
+
+def test_log_probs_of_the_largest_vocabulary_take_at_most_3_gb() -> None:
+    memory = training_memory(PUBLISHED["Qwen3-8B"], ParallelConfig(), 1, MICRO_BATCH)
+    assert memory.log_probs + MOST_LOGIT_BYTES - LOGIT_BYTES < 3e9
 
 
 def test_log_probs_take_no_memory_that_grows_with_tokens_times_vocabulary() -> None:
@@ -49,8 +66,7 @@ def test_log_probs_take_no_memory_that_grows_with_tokens_times_vocabulary() -> N
         training_memory(arch, ParallelConfig(), 1, replace(MICRO_BATCH, tokens=tokens)).log_probs
         for tokens in (16384, 32768)
     )
-    # Twice the tokens: their hidden states alone, 2 of bf16 and 2 of fp32 each, and rounding of the block.
-    assert many - few == pytest.approx(16384 * 1024 * 12, rel=0.05)
+    assert many - few == 16384 * 1024 * 2 * 2  # their hidden states alone, and the gradient, in bf16
 
 
 @pytest.mark.parametrize("part", ["weights", "gradients", "activations", "log_probs"])

@@ -1,0 +1,75 @@
+"""Whether the Triton kernels can be used here: found by trying them, once, and agreed on by all ranks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from megatron_lopd.mcore.softmax import LOG_ZERO, WIDTH_MULTIPLE, Sums
+
+NO_GPU = "there is no GPU"
+_agreed: dict[str, str] = {}  # by type of device: why not, "" if they can
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the kernels run on `device`: as the ranks agreed, or where they did not, as `trial` says."""
+    return not (_agreed[device.type] if device.type in _agreed else trial(device.type))
+
+
+def agree(device: torch.device) -> None:
+    """Use the kernels only if every rank can, and say on rank 0, once, why not; every rank calls.
+
+    Called before the first product: ranks that went different ways would wait for each other's collectives
+    for ever.
+    """
+    reasons = [""] * dist.get_world_size()
+    dist.all_gather_object(reasons, trial(device.type))
+    why = next(filter(None, reasons), "")
+    if dist.get_rank() == 0 and why not in ("", NO_GPU, _agreed.get(device.type)):
+        print(
+            f"lopd: log-probs are made by torch's own operations, which takes longer, as Triton's kernels "
+            f"cannot be used: {why}",
+            file=sys.stderr,
+            flush=True,
+        )
+    _agreed[device.type] = why
+
+
+@functools.cache
+def trial(device_type: str) -> str:
+    """Why the kernels cannot be used on this process's device, in one line; "" when they can.
+
+    Compiles them and compares a few numbers with torch's. On a CPU they run in Triton's interpreter alone.
+    """
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return NO_GPU
+    try:
+        return _compare(torch.device(device_type))
+    except Exception as error:  # noqa: BLE001 - a compiler, a driver and a cache folder fail in any way
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else 'no more is said'}"
+
+
+def _compare(device: torch.device) -> str:
+    """Of rows of more than one block, whose gradient is narrower than the logits."""
+    from megatron_lopd.mcore.log_prob_kernels import BLOCK, gradient_in_place, statistics
+
+    row = torch.arange(2 * BLOCK + WIDTH_MULTIPLE, device=device, dtype=torch.float32)
+    logits = torch.stack([torch.sin(row * scale) * 8 for scale in (0.1, 0.7, 1.3)])
+    logits[1, 5] = LOG_ZERO
+    expected = Sums.of(logits.clone())
+    found = statistics(logits)
+    scaled = torch.exp(logits - expected.largest[:, None]) * expected.total[:, None]
+    gradient = gradient_in_place(logits, found.largest, expected.total, torch.bfloat16)
+    # fp32 sums of 8,208 terms of one sign each; then bf16, which keeps 8 bits, and which Triton's interpreter
+    # cuts off instead of rounding.
+    sums_agree = all(
+        torch.allclose(a, b, rtol=1e-4, atol=0)
+        for a, b in zip(vars(found).values(), vars(expected).values(), strict=True)
+    )
+    agree = sums_agree and torch.allclose(gradient.float(), scaled, rtol=2**-7, atol=0)
+    return "" if agree else "compiled, they give wrong numbers"
