@@ -59,8 +59,9 @@ def write_recipe(folder: Path, toy: bool, layers: int | None = None, **sections:
 
 def write_model(directory: Path, seed: int, **sizes: Any) -> None:
     """A Hugging Face directory of SHAPE with `sizes`: bf16 weights drawn from the seed, and a tokenizer."""
+    shape = json.loads((SHAPE / "config.json").read_text(encoding="utf-8"))
     special = {"eos_token_id": 3, "pad_token_id": 0, "bos_token_id": None}
-    config = AutoConfig.from_pretrained(SHAPE, **special, **sizes)
+    config = AutoConfig.for_model(**(shape | special | sizes))
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):

@@ -37,5 +37,5 @@ CHECKS = (
     _check("recipe-bf16", "a 0.6B run from generate to report", "recipes:bf16", 75, 150),
     _check("recipe-fp8", "the same, trained in FP8 tensorwise", "recipes:fp8", 75, 150),
     _check("stage-change", "memory that training leaves behind", "stage_change:run", 25, 60),
-    _check("imports", "seconds until train can begin", "imports:run", 35, 90),
+    _check("imports", "seconds until train can begin", "imports:run", 50, 150),
 )

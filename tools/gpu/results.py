@@ -60,7 +60,9 @@ def table(machine: Mapping[str, str], endings: Sequence[Ending]) -> str:
 
 
 def _shown(figure: Mapping[str, Any]) -> str:
-    values = [f"{key} {_number(value)}" for key, value in figure.items() if key != "figure"]
+    values = [
+        f"{key} {_number(value)}" for key, value in figure.items() if key != "figure" and value is not None
+    ]
     return f"{figure['figure']}: {', '.join(values)}"
 
 

@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import torch
 
 from megatron_lopd.config import Fp8Config, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
-from megatron_lopd.estimate.memory import Training, layer_activations, training_memory
+from megatron_lopd.estimate.memory import Training, layer_activations, logit_rows, training_memory
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.architecture import Architecture, Experts, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.flops import step_flops
+from megatron_lopd.mcore.kernel_trial import agree
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
@@ -48,7 +51,11 @@ EXPERTS_CUT = replace(
 
 @dataclass(frozen=True)
 class Job:
-    """A kind of training step. `engine`: Transformer Engine's layers, else native ones."""
+    """A kind of training step.
+
+    `engine`: Transformer Engine's layers, else native ones. `fused`: the log-prob operation's own kernels
+    where they run, else torch's operations.
+    """
 
     name: str
     arch: Architecture
@@ -56,6 +63,7 @@ class Job:
     samples: int = 16
     longest: int = LONGEST
     engine: bool = True
+    fused: bool = True
     fp8: Fp8Config | None = None
     objective: str = "sampled_reverse_kl"
 
@@ -77,19 +85,32 @@ class Job:
     @property
     def planned_bytes(self) -> float:
         """What `lopd plan` reckons; native layers keep about twice of what Transformer Engine's do."""
-        training = Training(self.micro_batch_tokens, "bf16", self.fp8 is not None)
-        planned = training_memory(self.arch, ALONE, 1, training).total
+        planned = training_memory(self.arch, ALONE, 1, self._training).total
         if not self.engine:
-            layer = layer_activations(self.arch, ALONE, training)
+            layer = layer_activations(self.arch, ALONE, self._training)
             planned += self.micro_batch_tokens * self.arch.num_layers * layer
         return planned
 
+    @property
+    def logit_rows(self) -> int | None:
+        """As training's loop chooses it."""
+        if not torch.cuda.is_available():
+            return None
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return logit_rows(self.arch, ALONE, 1, self._training, memory)
+
+    @property
+    def _training(self) -> Training:
+        return Training(self.micro_batch_tokens, "bf16", self.fp8 is not None)
+
     def largest_fitting(self, free: float) -> str:
-        """The most layers of this model that would fit, in words."""
-        layers = range(self.arch.num_layers, 0, -1)
-        cuts = ((number, replace(self, arch=replace(self.arch, num_layers=number))) for number in layers)
-        found = next((number for number, cut in cuts if cut.planned_bytes <= free), 0)
-        return f"the largest cut that fits: {found} layers" if found else "not even one layer of it fits"
+        """In words, the most layers of this model that would fit, at fewer tokens if need be."""
+        for tokens in (self.micro_batch_tokens >> halvings for halvings in range(4)):
+            for layers in range(self.arch.num_layers, 0, -1):
+                arch = replace(self.arch, num_layers=layers)
+                if replace(self, arch=arch, micro_batch_tokens=tokens).planned_bytes <= free:
+                    return f"the largest cut that fits: {layers} layers at {tokens:,} tokens a micro-batch"
+        return "no cut of it fits"
 
 
 def require_kind(job: Job) -> None:
@@ -143,7 +164,8 @@ def training(job: Job) -> Iterator[Steps]:
     lengths = [len(each.rollout.prompt_tokens) + len(each.rollout.response_tokens) for each in samples]
     responses = sum(len(each.rollout.response_tokens) for each in samples)
     config = TrainConfig(steps=1, micro_batch_tokens=job.micro_batch_tokens)
-    with layers_of(job.engine), model_parallel(ALONE, seed=0) as ranks:
+    with layers_of(job.engine), log_probs_of(job.fused), model_parallel(ALONE, seed=0) as ranks:
+        agree(compat.device())
         model = build_model(job.arch, ALONE, "bf16", fp8=job.fp8)
         optimization = build_optimization(model, OptimizerConfig(lr=1e-6), "bf16", total_steps=100)
         loader = BatchLoader.of(ListedSamples(samples), config, ALONE, ranks, job.fp8)
@@ -152,7 +174,14 @@ def training(job: Job) -> Iterator[Steps]:
 
         def step() -> None:
             zero_gradients(optimization)
-            run_micro_batches(optimization.chunks, objective, micro_batches, job.micro_batch_tokens, here)
+            run_micro_batches(
+                optimization.chunks,
+                objective,
+                micro_batches,
+                job.micro_batch_tokens,
+                here,
+                rows=job.logit_rows,
+            )
             guarded_step(optimization)
 
         yield Steps(optimization, ranks, step, sum(lengths), step_flops(job.arch, lengths, responses))
@@ -170,6 +199,16 @@ def layers_of(engine: bool) -> Iterator[None]:
     finally:
         compat.has_transformer_engine = chosen
         capabilities.cache_clear()
+
+
+@contextmanager
+def log_probs_of(fused: bool) -> Iterator[None]:
+    """torch's operations also where the kernels would be chosen."""
+    if fused:
+        yield
+        return
+    with patch("megatron_lopd.mcore.token_loss.usable", lambda device: False):
+        yield
 
 
 def first_step(toy: bool) -> None:

@@ -1,4 +1,4 @@
-"""Seconds until training can begin, and until its first step is done, with a cold page cache and a warm one."""
+"""Seconds until training can begin, and until its first step is done: with a cold page cache, and warm."""
 
 from __future__ import annotations
 

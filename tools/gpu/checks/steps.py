@@ -19,6 +19,7 @@ JOBS = (
     CUT,
     replace(CUT, name="the same, FP8 tensorwise", fp8=Fp8Config("tensorwise")),
     replace(CUT, name="the same, bf16, top-k 64", objective="topk_reverse_kl"),
+    replace(CUT, name="the same, bf16, torch's log-probs", fused=False),
     replace(CUT, name="the same, FP8 blockwise", fp8=Fp8Config("blockwise")),
     Job("Qwen3-0.6B, bf16", QWEN3_06B),
     Job("Qwen3-0.6B, native layers, 8k tokens", QWEN3_06B, micro_batch_tokens=8192, samples=8, engine=False),
