@@ -103,7 +103,7 @@ def train(
 
 def tensor_digest(checkpoint: Path) -> str:
     """A digest of every tensor in a checkpoint: weights and optimizer state."""
-    from megatron_lopd.convert.torch_dist import TorchDistReader
+    from megatron_lopd.mcore.torch_dist import TorchDistReader
 
     reader = TorchDistReader(checkpoint)
     values = [reader.read(key, ()).numpy() for key in sorted(reader.tensors)]
@@ -113,12 +113,15 @@ def tensor_digest(checkpoint: Path) -> str:
 def save_now(directory: Path, optimization: Any, ranks: Any) -> None:
     """Write the training state into `directory`, and wait for it. Every rank calls."""
     from megatron_lopd.mcore.checkpoint import finish_state, stage_state
+    from megatron_lopd.mcore.shards import ShardedModel
+    from megatron_lopd.mcore.staging import HostBuffer
 
-    staged = stage_state(directory, optimization, ranks)
+    host = HostBuffer(ShardedModel(optimization).own_boxes())
+    staged = stage_state(directory, optimization, ranks, host)
     parts: list[Any] = [None] * ranks.world_size
     torch.distributed.all_gather_object(parts, staged.write())
     if ranks.rank == 0:
-        finish_state(staged, parts)
+        finish_state(directory, parts)
 
 
 def read_steps(work_dir: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +23,7 @@ from megatron_lopd.artifacts.files import (
     fsync_file,
     read_json,
     sha256_bytes,
-    sha256_file,
+    sha256_files,
 )
 from megatron_lopd.errors import DataError
 
@@ -101,11 +101,15 @@ def commit(
     lineage: LineageStatus,
 ) -> Manifest:
     """Hash `files` (paths relative to `directory`), flush them, and write the manifest, last."""
-    entries = {}
-    for name in sorted(files):
-        path = directory / name
+    names = sorted(files)
+    paths = [directory / name for name in names]
+    for path in paths:
         fsync_file(path)
-        entries[name] = FileEntry(path.stat().st_size, sha256_file(path))
+    digests = sha256_files(paths)
+    entries = {
+        name: FileEntry(path.stat().st_size, digest)
+        for name, path, digest in zip(names, paths, digests, strict=True)
+    }
     manifest = Manifest(kind, entries, dict(config), dict(counts), dict(versions), dict(parents), lineage)
     write_manifest(directory, manifest)
     return manifest
@@ -158,29 +162,72 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
     return manifest
 
 
+@dataclass(frozen=True)
+class CommittedFile:
+    """A file of an artifact, and what its manifest says of it."""
+
+    path: Path
+    entry: FileEntry
+    artifact: Path
+
+    def check_size(self) -> None:
+        """Raise DataError when it is missing or not of the size it was committed with."""
+        if not self.path.is_file():
+            raise DataError(
+                f"{self.path}: missing: the manifest lists it; restore it or make the artifact again"
+            )
+        size = self.path.stat().st_size
+        if size != self.entry.size:
+            raise DataError(
+                f"{self.path}: damaged: {size} bytes, the manifest says {self.entry.size}: "
+                f"restore it or remove {self.artifact} to make it again"
+            )
+
+    def check_digest(self, digest: str) -> None:
+        """Raise DataError when `digest` is not the one it was committed with."""
+        if digest != self.entry.sha256:
+            raise DataError(
+                f"{self.path}: damaged: SHA-256 {digest[:12]}, the manifest says {self.entry.sha256[:12]}: "
+                f"restore it or remove {self.artifact} to make it again"
+            )
+
+
+def committed_files(artifact: Path, manifest: Manifest) -> list[CommittedFile]:
+    """The files of an artifact, by name."""
+    return [CommittedFile(artifact / name, entry, artifact) for name, entry in manifest.files.items()]
+
+
+def share_of(files: Iterable[CommittedFile], rank: int, size: int) -> list[CommittedFile]:
+    """What `rank` of `size` takes of them: as many bytes as the others, as near as whole files allow."""
+    shares: list[list[CommittedFile]] = [[] for _ in range(size)]
+    held = [0] * size
+    for file in sorted(files, key=lambda each: (-each.entry.size, str(each.path))):
+        least = held.index(min(held))
+        shares[least].append(file)
+        held[least] += file.entry.size
+    return shares[rank]
+
+
+def verify(files: Sequence[CommittedFile]) -> None:
+    """Re-hash files. DataError naming the first, in their order, that is missing or not what it was."""
+    for file in files:
+        file.check_size()
+    try:
+        for file, digest in zip(files, sha256_files(file.path for file in files), strict=True):
+            file.check_digest(digest)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}: check the disk and its permissions") from error
+
+
 def verify_files(directory: Path, manifest: Manifest, since: int | None = None) -> None:
     """Re-hash every file, or only those modified after `since` (nanoseconds since the epoch).
 
     DataError naming the first that is missing or differs from the manifest.
     """
-    for name, entry in manifest.files.items():
-        path = directory / name
-        if not path.is_file():
-            raise DataError(f"{path}: missing: the manifest lists it; restore it or make the artifact again")
-        size = path.stat().st_size
-        if size != entry.size:
-            raise DataError(
-                f"{path}: damaged: {size} bytes, the manifest says {entry.size}: "
-                f"restore it or remove {directory} to make it again"
-            )
-        if since is not None and path.stat().st_mtime_ns <= since:
-            continue
-        digest = sha256_file(path)
-        if digest != entry.sha256:
-            raise DataError(
-                f"{path}: damaged: SHA-256 {digest[:12]}, the manifest says {entry.sha256[:12]}: "
-                f"restore it or remove {directory} to make it again"
-            )
+    files = committed_files(directory, manifest)
+    for file in files:
+        file.check_size()
+    verify([file for file in files if since is None or file.path.stat().st_mtime_ns > since])
 
 
 def clear_temporaries(directory: Path) -> None:

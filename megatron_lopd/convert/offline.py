@@ -9,9 +9,10 @@ from megatron.core.dist_checkpointing import ShardedObject
 
 from megatron_lopd.convert.hf_checkpoint import HFWeights, HFWriter, carry_over, new_directory
 from megatron_lopd.convert.mappings import Layout, TensorMap, merge_parts, split_parts, tensor_maps
-from megatron_lopd.convert.torch_dist import Chunk, TorchDistReader, save_chunks
+from megatron_lopd.convert.torch_dist import Chunk, save_chunks
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
+from megatron_lopd.mcore.torch_dist import TorchDistReader
 
 HF_SUBDIRECTORY = "hf"  # of a Megatron checkpoint: config, tokenizer, ... for the way back
 

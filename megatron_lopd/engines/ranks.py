@@ -1,4 +1,4 @@
-"""How rank 0 has the other ranks take part in what an engine does: messages, one after the other.
+"""How rank 0 has the other ranks take part in what it does: messages, one after the other.
 
 They go over the store that brought the ranks together and are no collective, so that idle ranks wait for as
 long as rank 0 has other things to do, where a collective would time out.
@@ -26,10 +26,10 @@ PARTING = timedelta(seconds=10)
 
 
 class Channel:
-    """Rank 0 sends, every other rank receives: the same messages in the same order."""
+    """Rank 0 sends, every other rank receives: the same messages in the same order, on channels by `name`."""
 
-    def __init__(self) -> None:
-        self._store = PrefixStore("lopd-engine", world_store())
+    def __init__(self, name: str) -> None:
+        self._store = PrefixStore(f"lopd-{name}", world_store())
         self._others = int(os.environ.get("WORLD_SIZE", "1")) - 1
         self._numbers = itertools.count()
 
@@ -45,6 +45,7 @@ class Channel:
         if last:
             with suppress(DistStoreError):
                 self._store.wait([f"taken{number}"], PARTING)
+                self._store.delete_key(f"taken{number}")
 
     def receive(self) -> Any:
         """The next message, whenever it comes. The last rank to read it clears it away."""
@@ -57,8 +58,22 @@ class Channel:
             self._store.set(f"taken{number}", "")
         return message
 
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on rank 0, whenever the last one comes; nothing elsewhere."""
+        number, rank = next(self._numbers), int(os.environ.get("RANK", "0"))
+        if rank:
+            self._store.set(f"value{number}/{rank}", pickle.dumps(value))  # type: ignore[arg-type]
+            return []
+        keys = [f"value{number}/{other}" for other in range(1, self._others + 1)]
+        values = [value]
+        for key in keys:
+            self._store.wait([key], FOREVER)
+            values.append(pickle.loads(self._store.get(key)))
+            self._store.delete_key(key)
+        return values
+
 
 @functools.cache
-def channel() -> Channel:
+def channel(name: str = "engine") -> Channel:
     """This process's, for its life: the store keeps what was sent, and numbers go on."""
-    return Channel()
+    return Channel(name)

@@ -279,10 +279,16 @@ RELIANCES = (
         "ends the forward pass at the hidden states",
     ),
     Reliance(
-        "mcore/optimizer.py",
-        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_param_state_fully_reshardable",
-        "world_tensors[state_key][param_world_start:param_world_end]",
-        "puts back the padding between buckets, which these offsets count",
+        "mcore/shards.py",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map",
+        'gbuf_range_map["param_map"][param]',
+        "asks for the run of a parameter's elements whose state this rank has",
+    ),
+    Reliance(
+        "mcore/shards.py",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_main_param_and_optimizer_states",
+        '"param": main_param',
+        "asks for that state",
     ),
     Reliance(
         "mcore/optimizer.py",
@@ -295,13 +301,6 @@ RELIANCES = (
         "megatron.core.optimizer:_get_param_groups",
         "is_expert_parallel = not getattr(param, 'allreduce', True)",
         "has experts trained by an optimizer of their own at every layout",
-    ),
-    Reliance(
-        "mcore/checkpoint.py",
-        "megatron.core.dist_checkpointing.serialization:load_common_state_dict",
-        "return load_common(checkpoint_dir)",
-        "counts on its still being read from common.pt",
-        since="0.19.0",
     ),
 )
 

@@ -79,7 +79,6 @@ def build_optimization(
     )
     for part in optimizer.chained_optimizers:
         _allocate_moments(part)
-        _keep_bucket_padding(part)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -180,31 +179,33 @@ def guarded_step(optimization: Optimization) -> tuple[float, bool]:
     return norm, finite
 
 
-def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool) -> dict[Any, Any]:
-    """The optimizer's sharded state dict, in the layout-agnostic form."""
-    state: dict[Any, Any] = optimizer.sharded_state_dict(
-        model_state,
-        is_loading=is_loading,
-        metadata={"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True},
-    )
-    return state
+def common_state(optimizer: Any) -> dict[Any, Any]:
+    """What Adam keeps that is not of single parameters, in Megatron-Core's form for its "fully reshardable"
+    checkpoints: parameter groups, with the number of steps done in each."""
+    states = {
+        index: part.state_dict() | {"param_state_sharding_type": "fully_reshardable"}
+        for index, part in enumerate(optimizer.chained_optimizers)
+    }
+    return states if len(states) > 1 else states[0]
 
 
-def load_optimizer_state(optimizer: Any, state: dict[Any, Any]) -> None:
-    """Load what `optimizer_sharded_state` described and `dist_checkpointing.load` filled in."""
+def load_common_state(optimizer: Any, state: dict[Any, Any]) -> None:
+    """Go on counting steps where `common_state` was. The rest of it is the schedule's and the recipe's.
+
+    Whichever Adam saved it: torch's keeps a float beside each parameter's moments, Transformer Engine's and
+    Apex's an integer a parameter group, and their groups have settings that the other does not know.
+    """
     parts = optimizer.chained_optimizers
     for index, part in enumerate(parts):
-        part_state = dict(state if len(parts) == 1 else state[index])  # ChainedOptimizer's own form
-        moments = part_state.pop("param_state")
-        part.load_state_dict(part_state)
-        # torch's AdamW keeps `step` beside each parameter's moments. Megatron-Core's loader looks for it
-        # in the checkpoint's moments, where it never is, and gives all parameters ONE step tensor, which
-        # then counts every parameter's update: take it out, and hand each parameter its own.
-        steps = {param: entry.pop("step", None) for param, entry in part.optimizer.state.items()}
-        part.load_parameter_state_from_fully_reshardable(moments)
-        for param, step in steps.items():
-            if step is not None:
-                part.optimizer.state[param]["step"] = step.clone()
+        groups = (state if len(parts) == 1 else state[index])["optimizer"]["param_groups"]
+        # A group without parameters on the rank that saved it may have none.
+        step = max(int(group.get("step") or 0) for group in groups)
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for moments in part.optimizer.state.values():
+                moments["step"] = torch.tensor(float(step))  # not shared: each update counts its own up
+        else:
+            for group in part.optimizer.param_groups:
+                group["step"] = step
 
 
 def _allocate_moments(part: Any) -> None:
@@ -217,33 +218,3 @@ def _allocate_moments(part: Any) -> None:
     if isinstance(part.optimizer, torch.optim.AdamW):
         for state in part.optimizer.state.values():
             state["step"] = torch.zeros(())
-
-
-def _keep_bucket_padding(part: Any) -> None:
-    """Let the gathered state have the padding between buckets that its reader counts on.
-
-    DistributedOptimizer.get_parameter_state_dp_zero (megatron-core 0.16.1) drops that padding, and
-    sharded_param_state_fully_reshardable then cuts parameters out at offsets that include it. All that
-    follows the first bucket would be saved shifted; tied embeddings under pipeline parallelism have a
-    bucket of their own.
-    """
-    gather = part.get_parameter_state_dp_zero
-
-    def gather_with_padding(**options: Any) -> dict[Any, Any]:
-        state: dict[Any, Any] = gather(**options)
-        for number, buffer in enumerate(part.buffers):
-            for tensors in state[number].values():
-                for name in ("param", "exp_avg", "exp_avg_sq"):
-                    tensors[name] = _at_bucket_offsets(tensors[name], buffer)
-        return state
-
-    part.get_parameter_state_dp_zero = gather_with_padding
-
-
-def _at_bucket_offsets(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """[buffer.numel_unpadded] -> [buffer.numel], each bucket where it begins in the buffer."""
-    padded = packed.new_zeros(buffer.numel)
-    parts = torch.split(packed, [bucket.numel_unpadded for bucket in buffer.buckets])
-    for bucket, part in zip(buffer.buckets, parts, strict=True):
-        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
-    return padded

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +22,9 @@ from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat
 
 _entries = itertools.count()
+# How long a collective, or the ranks' first meeting, waits for the last rank. What may take long on one rank
+# is waited for outside of collectives; this is for what nobody thought of, and for a disk that hangs.
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -44,21 +49,26 @@ class Ranks:
 
 
 @contextmanager
-def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
+def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Set up every process group Megatron-Core needs, and take them down on the way out.
 
     Under torchrun (RANK and WORLD_SIZE set) the world is its processes; otherwise it is this process
-    alone. `seed` seeds Megatron-Core's named random states. May be entered again in one process.
+    alone. `seed` seeds Megatron-Core's named random states. `timeout` is every group's. May be entered again
+    in one process.
     Raises ConfigError when the processes do not divide into the groups of `parallel`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     _check_world(parallel, world_size)
     compat.prepare()
+    device = None  # of the groups: the one that NCCL is to use, where it would otherwise have to guess
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses.
     store = PrefixStore(f"lopd{next(_entries)}", world_store())
-    torch.distributed.init_process_group(compat.backend(), store=store, rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        compat.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+    )
     chunks = parallel.virtual_pipeline
     try:
         parallel_state.initialize_model_parallel(
@@ -68,6 +78,7 @@ def model_parallel(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor_size,
+            distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield _ranks()
@@ -96,7 +107,7 @@ def _store(rank: int, world_size: int) -> Store:
     if "RANK" not in os.environ:
         return HashStore()
     store: Store
-    store, _, _ = next(rendezvous("env://", rank, world_size))
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
     return store
 
 

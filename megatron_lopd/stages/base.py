@@ -36,6 +36,7 @@ from megatron_lopd.artifacts.manifest import (
 )
 from megatron_lopd.config import Recipe
 from megatron_lopd.errors import ConfigError, DataError, LineageError, LopdError, StopRequested
+from megatron_lopd.training.agreement import on_rank_zero, verify_together
 from megatron_lopd.training.preemption import stopping_at_once
 
 PLAN_FILE = "plan.json"
@@ -70,7 +71,7 @@ class Stage:
 
     `check(recipe)` returns what would be done, a line each. `processes(recipe)` is how many ranks
     `lopd run` starts for it. Every rank enters; rank 0 alone plans, proves and commits, and `run` in the
-    others is given `OTHER_RANK` as their plan, so that a thousand ranks do not hash the same terabyte.
+    others is given `OTHER_RANK` as their plan. What is about to be read they hash together, a share each.
     `complete(recipe, plan)` adds what a stage was made from that came only while it was at work.
     A stage with `share` may be made by several processes at once: `share(recipe, plan, directory)` returns
     once all that they make together is there, and `run` then makes the rest in one of them; `workers(recipe)`
@@ -108,6 +109,8 @@ def execute(stage: Stage, recipe: Recipe) -> bool:
     committed = is_committed(directory)
     if not is_main_rank():
         if not committed:
+            if stage.share is None:
+                _verify_parents_together(recipe, OTHER_RANK)
             stage.run(recipe, OTHER_RANK, directory)
         return not committed
     if committed:
@@ -120,7 +123,7 @@ def execute(stage: Stage, recipe: Recipe) -> bool:
     with _sole_worker(directory):
         clear_temporaries(directory)
         _begin(stage, directory, plan)
-        _verify_parents(recipe, plan)
+        _verify_parents_together(recipe, plan)
         _make(stage, recipe, plan, time.monotonic())
     return True
 
@@ -155,7 +158,8 @@ def _execute_shared(
     with stopping_at_once(f"{stage.name}: stopped on request: the shards that were whole are kept"):
         _open_lock(directory).close()
         _begin(stage, directory, plan)
-        _verify_parents(recipe, plan)
+        for parent, manifest in _parents_of(recipe, plan).items():
+            verify_files(parent, manifest)
         try:
             share(recipe, plan, directory)
         except StopRequested:
@@ -166,12 +170,19 @@ def _execute_shared(
     clear_temporaries(directory)
 
 
-def _verify_parents(recipe: Recipe, plan: Plan) -> None:
-    """Re-hash every file of the artifacts about to be read. DataError naming one that is damaged."""
-    for parent in plan.parents.values():
-        if parent.kind == "artifact":
-            directory = directory_of(recipe, parent.path)
-            verify_files(directory, load_manifest(directory))
+def _parents_of(recipe: Recipe, plan: Plan) -> dict[Path, Manifest]:
+    """The artifacts about to be read, by directory."""
+    names = [parent.path for parent in plan.parents.values() if parent.kind == "artifact"]
+    directories = [directory_of(recipe, name) for name in names]
+    return {directory: load_manifest(directory) for directory in directories}
+
+
+def _verify_parents_together(recipe: Recipe, plan: Plan) -> None:
+    """Re-hash every file of the artifacts about to be read, each rank its share. Every rank calls.
+
+    DataError, in every rank, naming one that is damaged.
+    """
+    verify_together(on_rank_zero(lambda: _parents_of(recipe, plan)))
 
 
 @contextmanager

@@ -1,36 +1,71 @@
-"""What ranks must decide alike: work done once for all of them, and flags any one of them may raise."""
+"""What ranks must decide alike: work done once for all of them, and flags any one of them may raise.
+
+Where rank 0 or each rank may work for long, the others wait on the store, which has no timeout, and in no
+collective, which has one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_lopd.artifacts.manifest import Manifest, committed_files, share_of, verify
+from megatron_lopd.engines.ranks import channel
 from megatron_lopd.errors import DataError, LopdError
 
 T = TypeVar("T")
+CHANNEL = "agreement"
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 alone. Every rank gets its result, or raises its LopdError.
 
     An OSError becomes a DataError naming the file: left to itself it would end rank 0 and hang the others.
+    No process group is needed.
     """
     outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    if _rank_and_size()[0] == 0:
         try:
             outcome[0] = work()
         except LopdError as error:
             outcome[1] = error
         except OSError as error:
             outcome[1] = DataError(f"{error.filename}: {error.strerror}: check the disk and its permissions")
-    dist.broadcast_object_list(outcome, src=0)
+        channel(CHANNEL).send(outcome, last=True)  # each may be the last: an error ends rank 0
+    else:
+        outcome = channel(CHANNEL).receive()
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def verify_together(artifacts: Mapping[Path, Manifest]) -> None:
+    """Re-hash every file of artifacts, by directory, each rank its share. Every rank calls, with the same.
+
+    Raises the same DataError in every rank when a file is missing or damaged. No process group is needed.
+    """
+    files = [
+        file for directory, manifest in artifacts.items() for file in committed_files(directory, manifest)
+    ]
+    fault: DataError | None = None
+    try:
+        verify(share_of(files, *_rank_and_size()))
+    except DataError as error:
+        fault = error
+    faults = channel(CHANNEL).collect(fault)
+    first = on_rank_zero(lambda: next((each for each in faults if each is not None), None))
+    if first is not None:
+        raise first
+
+
+def _rank_and_size() -> tuple[int, int]:
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 `step_00000050/` is written under a temporary name, its files listed with their digests in
 manifest.json, flushed, and renamed. A kill at any moment leaves either the whole directory or a
-temporary one that is swept away. Rank 0 alone works here; saving.py brings the ranks together.
+temporary one that is swept away. Rank 0 alone changes anything here; saving.py brings the ranks together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from megatron_lopd.artifacts.manifest import (
     Manifest,
     clear_temporaries,
     load_manifest,
-    verify_files,
     write_manifest,
 )
 from megatron_lopd.errors import CheckpointError, DataError
@@ -55,6 +54,14 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Present:
+    """A directory that has a checkpoint's name, and its manifest, or what is wrong with that."""
+
+    path: Path
+    manifest: Manifest | DataError
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """Checkpoints below `directory` of the job `identity`; the newest `keep` stay."""
 
@@ -64,24 +71,35 @@ class Checkpoints:
     lineage: LineageStatus
     keep: int
 
-    def newest_whole(self, note: Callable[[str], None]) -> Checkpoint | None:
-        """The newest that passes its digests, after sweeping away what a killed save left.
+    def present(self) -> list[Present]:
+        """Those that are there, newest first, after sweeping away what a killed save left."""
+        if not self.directory.exists():
+            return []
+        clear_temporaries(self.directory)
+        return [Present(path, _manifest_of(path)) for path in self._newest_first()]
+
+    def newest_whole(
+        self,
+        present: Sequence[Present],
+        verify: Callable[[Path, Manifest], None],
+        note: Callable[[str], None],
+    ) -> Checkpoint | None:
+        """The first of `present` that `verify` raises no DataError for.
 
         A damaged one is passed over, with a line through `note`. Nothing is loaded, and nothing of the
         model need exist yet. Raises CheckpointError when the checkpoint is another model's or job's.
         """
-        if not self.directory.exists():
-            return None
-        clear_temporaries(self.directory)
-        for path in self._newest_first():
+        for each in present:
             try:
-                manifest = load_manifest(path, KIND)
-                verify_files(path, manifest)
+                if isinstance(each.manifest, DataError):
+                    raise each.manifest
+                verify(each.path, each.manifest)
             except DataError as error:
                 note(f"checkpoint passed over: {error}")
                 continue
-            self._require_own(path, manifest.config)
-            return Checkpoint(path, Progress(**manifest.config["progress"]), manifest.config["layout"])
+            config = each.manifest.config
+            self._require_own(each.path, config)
+            return Checkpoint(each.path, Progress(**config["progress"]), config["layout"])
         return None
 
     def steps(self) -> list[int]:
@@ -142,6 +160,13 @@ class Checkpoints:
                 "started from, the data or the recipe have changed: undo that, or remove "
                 f"{self.directory} to start over"
             )
+
+
+def _manifest_of(path: Path) -> Manifest | DataError:
+    try:
+        return load_manifest(path, KIND)
+    except DataError as error:
+        return error
 
 
 def checkpoint_name(step: int) -> str:

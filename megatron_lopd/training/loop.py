@@ -32,7 +32,7 @@ from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guar
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.objectives import get_objective
-from megatron_lopd.training.agreement import any_rank, on_rank_zero
+from megatron_lopd.training.agreement import any_rank
 from megatron_lopd.training.batches import Batches, CachedBatches
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
 from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
@@ -41,7 +41,7 @@ from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.preemption import StopSignals
 from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, PreflightCheck
 from megatron_lopd.training.reporter import Reporter
-from megatron_lopd.training.saving import Saver, load_checkpoint
+from megatron_lopd.training.saving import Saver, load_checkpoint, newest_checkpoint
 from megatron_lopd.training.step import run_micro_batches
 
 
@@ -109,7 +109,7 @@ def run_training(job: TrainingJob) -> Progress:
     ):
         kept = checkpoints_kept(job.config)
         checkpoints = Checkpoints(job.work_dir / "checkpoints", job.identity, architecture, job.lineage, kept)
-        newest = on_rank_zero(lambda: checkpoints.newest_whole(reporter.note))
+        newest = newest_checkpoint(checkpoints, reporter.note)
         if job.segment_at is not None:
             segment = job.segment_at(0 if newest is None else newest.progress.step)
             job = replace(job, data=segment.data, part=segment.part, lineage=segment.lineage)
@@ -153,7 +153,7 @@ class _Run:
         self.optimization: Optimization = build_optimization(
             model, config.optimizer, job.precision, self.total_steps
         )
-        self.saver = Saver(checkpoints, ranks, self.device)
+        self.saver = Saver(checkpoints, self.optimization, ranks, self.device)
         self.checkpoints = checkpoints
         self.saved_steps: list[int] = []
         self.guard = config.guard if isinstance(config, TrainConfig) else None
@@ -208,7 +208,7 @@ class _Run:
             due = progress.step % self.job.config.checkpoint_every == 0 or at_end
             if due or stopping:
                 self.reporter.sync()
-                self.saver.start(self.optimization, progress)
+                self.saver.start(progress)
                 self.saved_steps.append(progress.step)
             if stopping:
                 break
@@ -234,7 +234,7 @@ class _Run:
         """Save what was done. Raises StopRequested when the same command may well go through."""
         if progress.step and progress.step not in self.saved_steps:
             self.reporter.sync()
-            self.saver.start(self.optimization, progress)
+            self.saver.start(progress)
         self.saver.finish()
         if isinstance(error, EngineDied):
             saved = "with the checkpoint saved" if progress.step else "with nothing to save yet"

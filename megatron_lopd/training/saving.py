@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,9 @@ import torch.distributed as dist
 from megatron_lopd.mcore.checkpoint import StagedState, WrittenPart, finish_state, load_state, stage_state
 from megatron_lopd.mcore.optimizer import Optimization
 from megatron_lopd.mcore.parallel import Ranks
-from megatron_lopd.training.agreement import any_rank, on_rank_zero
+from megatron_lopd.mcore.shards import ShardedModel
+from megatron_lopd.mcore.staging import HostBuffer
+from megatron_lopd.training.agreement import any_rank, on_rank_zero, verify_together
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
 
 
@@ -28,21 +31,26 @@ class _Save:
 class Saver:
     """Writes checkpoints while training goes on, one at a time. Every rank calls every method alike.
 
-    A step is held up for the copy to host memory only. A thread of each rank writes and hashes that
-    rank's files; it takes part in no collective. Once all threads are done, `poll` or `finish` commits.
-    A failed write raises the same CheckpointError in every rank, from whichever method comes next.
+    A step is held up for the copy to host memory only, which is taken when the saver is made, and kept.
+    Threads of each rank write and hash that rank's files; they take part in no collective. Once all are
+    done, `poll` or `finish` commits. A failed write raises the same CheckpointError in every rank, from
+    whichever method comes next.
     """
 
-    def __init__(self, checkpoints: Checkpoints, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, optimization: Optimization, ranks: Ranks, device: torch.device
+    ) -> None:
         self._checkpoints, self._ranks, self._device = checkpoints, ranks, device
+        self._optimization = optimization
+        self._host = HostBuffer(ShardedModel(optimization).own_boxes())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
 
-    def start(self, optimization: Optimization, progress: Progress) -> None:
+    def start(self, progress: Progress) -> None:
         """Begin a checkpoint at `progress.step`, once the one before is committed."""
         self.finish()
         temporary = on_rank_zero(lambda: self._checkpoints.begin(progress.step))
-        staged = stage_state(temporary, optimization, self._ranks)
+        staged = stage_state(temporary, self._optimization, self._ranks, self._host)
         self._save = _Save(staged, progress, self._thread.submit(staged.write))
 
     def poll(self) -> None:
@@ -66,8 +74,17 @@ class Saver:
             if isinstance(part, BaseException):
                 raise part
             written.append(part)
-        files = finish_state(save.staged, written)
+        files = finish_state(save.staged.directory, written)
         self._checkpoints.commit(save.staged.directory, files, save.progress, layout_of(self._ranks))
+
+
+def newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) -> Checkpoint | None:
+    """`Checkpoints.newest_whole`, each rank hashing its share of the files. Every rank calls.
+
+    No group need exist yet, and none waits meanwhile.
+    """
+    present = on_rank_zero(checkpoints.present)
+    return checkpoints.newest_whole(present, lambda path, manifest: verify_together({path: manifest}), note)
 
 
 def load_checkpoint(checkpoint: Checkpoint, optimization: Optimization, ranks: Ranks) -> Progress:

@@ -11,7 +11,7 @@ import torch
 from gloo import RankError, run_ranks
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.convert.torch_dist import TorchDistReader
+from megatron_lopd.mcore.torch_dist import TorchDistReader
 from tests.model_zoo import make_model_dir
 from tests.training_zoo import VOCABULARY, assert_agree, make_root, train
 

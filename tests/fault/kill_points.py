@@ -35,7 +35,7 @@ from megatron_lopd.mcore.optimizer import Optimization, build_optimization
 from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.training.agreement import on_rank_zero
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
-from megatron_lopd.training.saving import Saver, load_checkpoint
+from megatron_lopd.training.saving import Saver, load_checkpoint, newest_checkpoint
 
 KINDS = ("open", "write", "fsync", "rename", "unlink", "mkdir", "truncate")
 COUNT_ONLY = 1 << 60
@@ -117,10 +117,10 @@ def warm_up(trial: Trial) -> None:
 def make_base(trial: Trial, ranks: Ranks) -> None:
     """Two whole checkpoints, and a damaged newer one that the save must replace."""
     optimization = trial.build()
-    saver = Saver(trial.checkpoints("base", keep=3), ranks, torch.device("cpu"))
+    saver = Saver(trial.checkpoints("base", keep=3), optimization, ranks, torch.device("cpu"))
     for step in (1, 2, 3):
         fill(optimization, step)
-        saver.start(optimization, Progress(step=step))
+        saver.start(Progress(step=step))
         saver.finish()
     if ranks.rank == 0:
         os.truncate(trial.work / "base" / "step_00000003" / "common.pt", 100)
@@ -131,9 +131,9 @@ def attempt(trial: Trial, ranks: Ranks, say: Say, rank: int, point: int, after_k
     optimization = recover(trial, ranks, say) if after_kill else trial.build()
     on_rank_zero(lambda: start_over(trial))
     fill(optimization, 3)
-    saver = Saver(trial.checkpoints("run"), ranks, torch.device("cpu"))
+    saver = Saver(trial.checkpoints("run"), optimization, ranks, torch.device("cpu"))
     trial.shim.kill_at(ctypes.c_long(point if ranks.rank == rank else COUNT_ONLY))
-    saver.start(optimization, Progress(step=3))
+    saver.start(Progress(step=3))
     saver.finish()
     trial.shim.kill_at(ctypes.c_long(0))
     say({kind: trial.shim.kill_points_of(number) for number, kind in enumerate(KINDS)})
@@ -149,8 +149,8 @@ def recover(trial: Trial, ranks: Ranks, say: Say) -> Optimization:
     step, optimization = load_newest(trial, ranks)
     say(step)
     fill(optimization, 4)
-    saver = Saver(trial.checkpoints("run"), ranks, torch.device("cpu"))
-    saver.start(optimization, Progress(step=4))
+    saver = Saver(trial.checkpoints("run"), optimization, ranks, torch.device("cpu"))
+    saver.start(Progress(step=4))
     saver.finish()
     assert newest_of(trial).progress.step == 4
     # Rank 0 lists, which is the one to empty the directory next.
@@ -160,7 +160,7 @@ def recover(trial: Trial, ranks: Ranks, say: Say) -> Optimization:
 
 
 def newest_of(trial: Trial) -> Checkpoint:
-    newest = on_rank_zero(lambda: trial.checkpoints("run").newest_whole(lambda text: None))
+    newest = newest_checkpoint(trial.checkpoints("run"), lambda text: None)
     assert newest is not None, "no whole checkpoint is left"
     return newest
 

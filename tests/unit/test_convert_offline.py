@@ -149,7 +149,7 @@ def plant_in_tensor(directory: Path, bomb: Bomb) -> None:
     """Put the bomb where the file's first tensor is: the reader goes there by offset."""
     data = directory / "__0_0.distcp"
     size = data.stat().st_size
-    torch.save(bomb, data)
+    torch.save(bomb, data, _use_new_zipfile_serialization=False)  # one that may have something behind it
     with data.open("ab") as stream:
         stream.truncate(size)
 

@@ -123,7 +123,7 @@ def test_disk_is_what_shards_take(top_k: int, tmp_path: Path) -> None:
 
 
 def test_disk_is_what_a_checkpoint_takes(tmp_path: Path) -> None:
-    from megatron_lopd.convert.torch_dist import TorchDistReader
+    from megatron_lopd.mcore.torch_dist import TorchDistReader
 
     root = make_root(tmp_path, samples=4)
     train(root, steps=1, global_batch_size=4)

@@ -15,7 +15,7 @@ from megatron_lopd.artifacts.files import sha256_file
 from megatron_lopd.artifacts.manifest import FileEntry, load_manifest, verify_files
 from megatron_lopd.errors import DataError
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
-from megatron_lopd.mcore.checkpoint import _saved
+from megatron_lopd.mcore.checkpoint import canonical_pickle
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
 from tests.model_zoo import make_config
 
@@ -44,7 +44,7 @@ def is_whole(path: Path) -> bool:
 
 
 def found_step(checkpoints: Checkpoints) -> int:
-    found = checkpoints.newest_whole(lambda text: None)
+    found = checkpoints.newest_whole(checkpoints.present(), verify_files, lambda text: None)
     return 0 if found is None else found.progress.step
 
 
@@ -72,7 +72,7 @@ def test_the_newest_whole_one_is_never_removed(tmp_path: Path, architecture: Arc
             assert step == max(whole, default=0)
 
 
-def test_a_damaged_newer_one_does_not_cost_the_one_just_saved(
+def test_a_damaged_newer_one_does_not_cost_the_one_justcanonical_pickle(
     tmp_path: Path, architecture: Architecture
 ) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", "a job", architecture, "proved", keep=1)
@@ -92,7 +92,7 @@ def test_equal_states_are_the_same_bytes_whether_or_not_they_share_objects() -> 
     apart = pickle.loads(pickle.dumps(shared["groups"][:1])) + pickle.loads(
         pickle.dumps(shared["groups"][1:])
     )
-    saved = _saved(shared)
-    assert _saved({"groups": apart, "steps": (1, 2)}) == saved
-    assert _saved({"groups": apart, "steps": (1.0, 2)}) != saved
+    saved = canonical_pickle(shared)
+    assert canonical_pickle({"groups": apart, "steps": (1, 2)}) == saved
+    assert canonical_pickle({"groups": apart, "steps": (1.0, 2)}) != saved
     assert torch.load(io.BytesIO(saved), weights_only=True) == shared
