@@ -1,4 +1,4 @@
-"""tools/gpu/check.sh at toy sizes: every check's steps run without a GPU, lest they rot until there is one."""
+"""tools/gpu/check.sh at toy sizes: each check's steps run without a GPU, lest they rot until there is one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAST = {
     "quickstart": "accuracy",
     "steps": "MoE of 32 experts, bf16",
     "profile": "GEMM",
-    "checkpoint": "load",
+    "checkpoint": "this machine at best",
     "recipe-bf16": "whole run",
     "stage-change": "export",
     "imports": "two at once, warm, 2",

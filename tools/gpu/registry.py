@@ -33,7 +33,7 @@ CHECKS = (
     _check("quickstart", "examples/quickstart, its accuracy", "recipes:quickstart", 100, 170, shared=True),
     _check("steps", "training steps: seconds, MFU, memory", "steps:run", 110, 180),
     _check("profile", "one step by kernel", "profiles:run", 30, 60),
-    _check("checkpoint", "save and load: GB/s, memory", "checkpoints:run", 30, 90),
+    _check("checkpoint", "save and load: GB/s, memory", "checkpoints:run", 45, 120),
     _check("recipe-bf16", "a 0.6B run from generate to report", "recipes:bf16", 75, 150),
     _check("recipe-fp8", "the same, trained in FP8 tensorwise", "recipes:fp8", 75, 150),
     _check("stage-change", "memory that training leaves behind", "stage_change:run", 25, 60),
