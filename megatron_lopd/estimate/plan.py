@@ -11,6 +11,7 @@ from megatron_lopd.errors import ConfigError
 from megatron_lopd.estimate.gpus import Cluster
 from megatron_lopd.estimate.layouts import Layout, least_layout, own_layout, smallest_layout
 from megatron_lopd.estimate.memory import Training
+from megatron_lopd.estimate.saves import STAGING_RATE, WRITING_RATE, SaveEstimate, save_estimate
 from megatron_lopd.estimate.shapes import Shape
 from megatron_lopd.estimate.stages import Sizing, StageEstimate
 
@@ -22,13 +23,15 @@ class TrainingPlan:
     """A stage that trains: the recipe's own layout, the smallest that fits, and what is wrong with the first.
 
     `own` is None where `parallel` cannot split the model or the GPUs, `smallest` where nothing fits;
-    `problem` is then, or when `own` is too large, one line that says what to change.
+    `problem` is then, or when `own` is too large, one line that says what to change. `save` is a checkpoint
+    at `own`.
     """
 
     stage: str
     own: Layout | None
     smallest: Layout | None
     problem: str | None
+    save: SaveEstimate | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ def make_plan(recipe: Recipe, cluster: Cluster, fill: float = 1.0) -> Plan:
     if not stages:
         raise ConfigError("there is neither an sft nor a train section: nothing here takes a GPU")
     sizing.assume_rates()
+    sizing.assume(
+        f"checkpoints: each rank copies {STAGING_RATE / GB:g} GB/s to pinned host memory, and writes and "
+        f"hashes {WRITING_RATE / GB:g} GB/s"
+    )
     sections: dict[str, TrainingConfig | None] = {"sft": recipe.sft, "train": recipe.train}
     training = [
         _plan_training(name, section, sizing)
@@ -91,9 +98,10 @@ def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> Traini
     try:
         own = own_layout(arch, recipe.parallel, cluster, training)
     except ConfigError as error:
-        return TrainingPlan(name, None, smallest, str(error))
+        return TrainingPlan(name, None, smallest, str(error), None)
+    save = save_estimate(arch, own.parallel, cluster.count, cluster.node_size, training)
     if own.fits(cluster):
-        return TrainingPlan(name, own, smallest, None)
+        return TrainingPlan(name, own, smallest, None, save)
     over = (own.memory.total - cluster.gpu.memory_bytes) / GB
     part = getattr(own.memory, own.memory.largest.replace("-", "_")) / GB
     problem = (
@@ -101,7 +109,8 @@ def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> Traini
         f"more than {cluster.gpu.name} has, most of it {own.memory.largest} ({part:.1f} GB): "
     )
     if smallest is not None:
-        return TrainingPlan(name, own, smallest, f"{problem}set {overrides(smallest, recipe.parallel)}")
+        remedy = f"set {overrides(smallest, recipe.parallel)}"
+        return TrainingPlan(name, own, smallest, problem + remedy, save)
     least = least_layout(arch, cluster, training)
     assert least is not None  # `own` divides the model, and so do candidates
     still = (least.memory.total - cluster.gpu.memory_bytes) / GB
@@ -110,7 +119,7 @@ def _plan_training(name: str, section: TrainingConfig, sizing: Sizing) -> Traini
     )
     if (least.memory.activations + least.memory.log_probs) / GB > still:
         remedy += ", or lower micro_batch_tokens"
-    return TrainingPlan(name, own, None, problem + remedy)
+    return TrainingPlan(name, own, None, problem + remedy, save)
 
 
 def overrides(layout: Layout, parallel: ParallelConfig) -> str:
@@ -150,6 +159,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "own": _layout_json(part.own, plan.cluster),
                 "smallest": _layout_json(part.smallest, plan.cluster),
                 "problem": part.problem,
+                "save": None if part.save is None else asdict(part.save),
             }
             for part in plan.training
         ],
@@ -182,6 +192,8 @@ def table(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _memory_table(plan)
     yield ""
+    yield from _save_table(plan)
+    yield ""
     yield from _engine_table(plan)
     yield ""
     yield from _stage_table(plan)
@@ -210,6 +222,22 @@ def _memory_table(plan: Plan) -> Iterator[str]:
     for part in plan.training:
         if part.smallest is not None and part.smallest != part.own:
             yield f"  smallest for {part.stage}: {overrides(part.smallest, plan.parallel)}"
+
+
+def _save_table(plan: Plan) -> Iterator[str]:
+    """Checkpoints of the recipe's layout."""
+    saves = [(part.stage, part.save) for part in plan.training if part.save is not None]
+    if not saves:
+        return
+    yield "a checkpoint: GB that a rank stages, host memory it keeps a node, GPU memory it takes, seconds:"
+    yield f"  {'':16}{'rank':>13}{'node':>13}{'GPU':>13}{'step waits':>13}{'writing':>13}"
+    for stage, save in saves:
+        sizes = (save.rank_bytes, save.node_bytes, save.gpu_bytes)
+        yield (
+            f"  {stage:16}"
+            + "".join(f"{size / GB:13.1f}" for size in sizes)
+            + f"{save.blocked_seconds:13.1f}{save.writing_seconds:13.1f}"
+        )
 
 
 def _engine_table(plan: Plan) -> Iterator[str]:

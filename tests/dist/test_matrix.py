@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from matrix import (
 )
 from steps import Trained, whole_gradients
 
+from tests.interpreter import run_interpreted
 from tests.training_zoo import VOCABULARY
 
 
@@ -56,6 +58,28 @@ def test_a_layout_trains_as_one_process_does(matrix: Matrix, name: str) -> None:
 def test_gradients_and_weights_may_travel_one_by_one(matrix: Matrix, name: str) -> None:
     layout = LAYOUTS[name]
     ranks = run_ranks(layout.parallel.processes, train_in_small_buckets, matrix.root, [name], timeout=300)
+    for run in ranks[0]:
+        expected = matrix.runs(1)[0]["one process", run[1], run[2]]
+        check(f"{run[1]}, {run[2]}", [rank[run] for rank in ranks], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        ("one process", train_layouts),
+        ("TP2 + SP", train_layouts),
+        ("PP2", train_layouts),
+        ("PP2 + VPP2", train_layouts),
+        ("DP2, distributed optimizer", train_layouts),
+        ("DP2, distributed optimizer", train_in_small_buckets),
+    ],
+)
+def test_the_output_weight_s_gradient_may_come_with_the_loss(
+    matrix: Matrix, name: str, train: Callable[[Path, list[str]], Runs]
+) -> None:
+    """Straight into main_grad, as on a GPU: tied and untied, of several micro-batches, reduced in time."""
+    layout = LAYOUTS[name]
+    ranks = run_interpreted(layout.parallel.processes, train, matrix.root, [name], timeout=300)
     for run in ranks[0]:
         expected = matrix.runs(1)[0]["one process", run[1], run[2]]
         check(f"{run[1]}, {run[2]}", [rank[run] for rank in ranks], expected)

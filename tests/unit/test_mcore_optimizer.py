@@ -10,6 +10,7 @@ import pytest
 import torch
 from gloo import run_ranks
 
+from megatron_lopd.mcore.norm import RMSNorm
 from tests.training_zoo import make_root, train
 
 STEPS = 4
@@ -30,7 +31,14 @@ class GroupStepAdam(torch.optim.Optimizer):
     ) -> None:
         assert adam_w_mode
         assert not capturable
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        # As FusedAdam's, with a setting that torch's AdamW has not.
+        defaults = {
+            "lr": lr,
+            "bias_correction": True,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -38,7 +46,9 @@ class GroupStepAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             if not group["params"]:
                 continue
+            assert group["bias_correction"]
             group["step"] = group.get("step", 0) + 1
+            assert isinstance(group["step"], int), "its kernel takes `const int step`"
             for param in group["params"]:
                 assert set(self.state[param]) == {"exp_avg", "exp_avg_sq"}
                 self._update(param, group)
@@ -68,8 +78,68 @@ def test_an_adam_with_one_step_a_group_trains_saves_and_resumes(tmp_path: Path) 
     assert same_weights == weights
 
 
+def test_a_run_goes_on_under_the_other_kind_of_layers_and_of_adam(tmp_path: Path) -> None:
+    """Norms with a state beside their weights, and one integer step a group, against neither."""
+    root = make_root(tmp_path)
+    options = {"steps": STEPS, "checkpoint_every": 2}
+    kinds = {"native": _train, "te": _train_te_like}
+    results = {
+        kind: run_ranks(1, function, root, options | {"work": kind})[0] for kind, function in kinds.items()
+    }
+    for before, after in (("native", "te"), ("te", "native"), ("te", "te")):
+        work = f"{before}-then-{after}"
+        shutil.copytree(root / before, root / work)
+        shutil.rmtree(root / work / "checkpoints" / f"step_{STEPS:08d}")
+        (result,) = run_ranks(1, kinds[after], root, options | {"work": work})
+        for step, reference in zip(result[1], results["native"][1], strict=True):
+            # The two Adams compute one formula in another order of operations, in fp32.
+            assert step["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        if after == "te":
+            # A norm's history counts its forward passes: its own kind's checkpoint brings it along.
+            whole = results["te"][-1]
+            assert result[-1] == (
+                whole if before == "te" else {name: each // 2 for name, each in whole.items()}
+            )
+
+
 def _train(root: Path, options: dict[str, Any]) -> Any:
     return train(root, **options)
+
+
+class NormWithHistory(RMSNorm):
+    """A fake of Transformer Engine's norm: the native one, with a history in `_extra_state`."""
+
+    history = 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.history += 1
+        return super().forward(hidden)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.history])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        assert isinstance(state, torch.Tensor), "what cannot be read must not be handed over"
+        self.history = int(state)
+
+
+def _train_te_like(root: Path, options: dict[str, Any]) -> Any:
+    """As `train`, and what the norms' histories came to, by name."""
+    from megatron_lopd.training import loop
+
+    build, histories = loop.build_model, {}
+
+    def build_with_histories(*arguments: Any) -> Any:
+        chunks = build(*arguments)
+        for name, module in chunks[0].named_modules():
+            if type(module) is RMSNorm:
+                module.__class__ = NormWithHistory
+                histories[name] = module
+        return chunks
+
+    loop.build_model = build_with_histories
+    result = _train_fused(root, options)
+    return *result, {name: module.history for name, module in histories.items()}
 
 
 def _train_fused(root: Path, options: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Sample, Score, TopK
+from tests.interpreter import run_interpreted
 from tests.training_zoo import VOCABULARY, hf_log_probs, make_root
 
 K = 5
@@ -118,6 +119,35 @@ def test_weights_reach_the_loss_and_the_gradient_and_not_the_metrics(tmp_path: P
     error = (gradient[:VOCABULARY] - reference).norm() / reference.norm()
     assert error < 1e-5  # of the whole: entries near 0 are differences of large terms
     assert measured["reverse_kl"] == pytest.approx(torch.cat(reverse_kl).mean().item(), rel=1e-5)
+
+
+def test_a_forward_pass_alone_leaves_no_gradient(tmp_path: Path) -> None:
+    """With gradients enabled, as the preflight's is in which FP8 finds its scales."""
+    root = make_root(tmp_path, samples=6)
+    batch = collate([sample for sample, _ in samples(root)], "sequence_mean", Padding(total=8))
+    ((alone, after),) = run_interpreted(1, forward_then_both, root / "model", [batch])
+    assert alone == 0
+    assert after > 0
+
+
+def forward_then_both(model_dir: Path, batches: list[MicroBatch]) -> list[float]:
+    """In a rank: the norm of the embedding's gradient after a forward pass alone, and after a step."""
+    from megatron_lopd.mcore import compat
+    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.mcore.model import build_model
+    from megatron_lopd.mcore.optimizer import build_optimization
+    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.objectives import get_objective
+    from megatron_lopd.training.step import run_micro_batches
+
+    objective, norms = get_objective("sft"), []
+    with model_parallel(ParallelConfig(), seed=0):
+        (model,) = build_model(read_architecture(model_dir), ParallelConfig(), "fp32")
+        chunks = build_optimization([model], OptimizerConfig(), "fp32", total_steps=1).chunks
+        for forward_only in (True, False):
+            run_micro_batches(chunks, objective, batches, 64, compat.device(), forward_only=forward_only)
+            norms.append(model.embedding.word_embeddings.weight.main_grad.norm().item())
+    return norms
 
 
 def one_step(

@@ -1,0 +1,129 @@
+"""What takes long on one rank is waited for outside of collectives, and shared out where it can be."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gloo import RankError, run_ranks
+
+from megatron_lopd.config import ParallelConfig
+from tests.training_zoo import make_root, train
+
+DP2 = ParallelConfig(processes=2)
+GROUPS_WAIT, HASHING_TAKES = 1.0, 3.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_root(tmp_path_factory.mktemp("job"))
+    run_ranks(2, _train, root)
+    return root
+
+
+def test_hashing_is_shared_out_and_outlasts_the_groups_timeout(root: Path) -> None:
+    found = run_ranks(2, _find_newest, root)
+    steps, hashed = zip(*found, strict=True)
+    assert steps == (2, 2)
+    directory = root / "run" / "checkpoints" / "step_00000002"
+    whole = {path.name for path in directory.iterdir()}
+    assert set(hashed[0]) | set(hashed[1]) == whole - {"manifest.json"}
+    assert not set(hashed[0]) & set(hashed[1])
+    sizes = [sum((directory / name).stat().st_size for name in share) for share in hashed]
+    assert max(sizes) < 0.65 * sum(sizes)
+
+
+def test_a_damaged_file_of_any_share_is_the_same_error_in_all(root: Path) -> None:
+    directory = root / "run" / "checkpoints" / "step_00000002"
+    for name in ("__0_1.distcp", "__1_2.distcp"):
+        content = bytearray((directory / name).read_bytes())
+        content[100] ^= 1
+        (directory / name).write_bytes(content)
+        first, second = run_ranks(2, _verify, directory)
+        assert first == second
+        assert f"{name}: damaged" in first
+        content[100] ^= 1
+        (directory / name).write_bytes(content)
+
+
+def test_rank_zero_may_work_for_longer_than_the_groups_wait(root: Path) -> None:
+    assert run_ranks(2, _work_on_rank_zero) == ["done", "done"]
+
+
+def test_a_collective_does_not_wait_for_longer() -> None:
+    """Else the tests above would show nothing."""
+    with pytest.raises(RankError, match=r"(?i)timed? ?out"):
+        run_ranks(2, _late_for_a_collective)
+
+
+# ---- in the ranks
+
+
+def _train(root: Path) -> Any:
+    return train(root, parallel=DP2, steps=2)
+
+
+def _find_newest(root: Path) -> tuple[int, list[str]]:
+    """The newest checkpoint's step, and the names of the files that this rank hashed, slowly on rank 0."""
+    from megatron_lopd.artifacts import files
+    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.training.checkpoints import Checkpoints
+    from megatron_lopd.training.saving import newest_checkpoint
+
+    hashed = []
+    sha256_file = files.sha256_file
+
+    def slow(path: Path) -> str:
+        hashed.append(path.name)
+        if ranks.rank == 0:
+            time.sleep(HASHING_TAKES)
+        return sha256_file(path)
+
+    files.sha256_file = slow
+    architecture = read_architecture(root / "model")
+    with model_parallel(DP2, seed=0, timeout=timedelta(seconds=GROUPS_WAIT)) as ranks:
+        checkpoints = Checkpoints(root / "run" / "checkpoints", "a job", architecture, "proved", 2)
+        newest = newest_checkpoint(checkpoints, lambda text: None)
+    files.sha256_file = sha256_file
+    assert newest is not None
+    return newest.progress.step, hashed
+
+
+def _verify(directory: Path) -> str:
+    from megatron_lopd.artifacts.manifest import load_manifest
+    from megatron_lopd.errors import DataError
+    from megatron_lopd.training.agreement import verify_together
+
+    try:
+        verify_together({directory: load_manifest(directory)})
+    except DataError as error:
+        return str(error)
+    return "whole"
+
+
+def _work_on_rank_zero() -> str:
+    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.training.agreement import on_rank_zero
+
+    def work() -> str:
+        time.sleep(HASHING_TAKES)
+        return "done"
+
+    with model_parallel(DP2, seed=0, timeout=timedelta(seconds=GROUPS_WAIT)):
+        return on_rank_zero(work)
+
+
+def _late_for_a_collective() -> None:
+    import torch
+
+    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.training.agreement import any_rank
+
+    with model_parallel(DP2, seed=0, timeout=timedelta(seconds=GROUPS_WAIT)) as ranks:
+        if ranks.rank == 0:
+            time.sleep(HASHING_TAKES)
+        any_rank(False, torch.device("cpu"))

@@ -1,0 +1,59 @@
+"""Runs of elements as boxes, and boxes in segments of host memory."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from megatron_lopd.mcore import staging
+from megatron_lopd.mcore.shards import Box, boxes_of_run
+from megatron_lopd.mcore.staging import HostBuffer
+
+
+def test_any_run_of_elements_is_a_few_boxes_in_order() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        shape = tuple(rng.randint(1, 5) for _ in range(rng.randint(0, 4)))
+        count = math.prod(shape)
+        start = rng.randint(0, count)
+        end = rng.randint(start, count)
+        whole = torch.arange(count).view(shape)
+        boxes = list(boxes_of_run(shape, start, end))
+        found = [
+            whole[tuple(slice(at, at + size) for at, size in zip(offset, box, strict=True))].reshape(-1)
+            for offset, box in boxes
+        ]
+        assert torch.cat([torch.empty(0, dtype=torch.int64), *found]).tolist() == list(range(start, end))
+        assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+def test_boxes_are_cut_at_the_ends_of_segments_and_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "SEGMENT_BYTES", 2048)
+    whole = {
+        "a": torch.randn(2, 100, 7),
+        "b": torch.randn(5).bfloat16(),
+        "c": torch.randn(1000),
+        "d": torch.randn(3, 3, 3, 11).bfloat16(),
+    }
+    boxes = [
+        Box(key, tuple(each.shape), (0,) * each.ndim, tuple(each.shape), False, each.view(-1))
+        for key, each in whole.items()
+    ]
+    host = HostBuffer(boxes)
+    assert all(segment.nbytes <= 2048 for segment in host._segments)
+    for _ in range(2):  # the memory is kept
+        for tensor in whole.values():
+            tensor.normal_()
+        copies = host.copied(boxes)
+        begin = {segment.data_ptr() for segment in host._segments}
+        assert {copy.elements.untyped_storage().data_ptr() for copy in copies} == begin
+        assert len(copies) > len(boxes)
+        found = {key: torch.full_like(each, float("nan")) for key, each in whole.items()}
+        for copy in copies:
+            place = tuple(slice(at, at + size) for at, size in zip(copy.offset, copy.shape, strict=True))
+            assert found[copy.key][place].isnan().all(), "no element twice"
+            found[copy.key][place] = copy.elements.view(copy.shape)
+        assert all(torch.equal(found[key], each) for key, each in whole.items())
