@@ -12,7 +12,7 @@ overrides := $(if $(seed),seed=$(seed)) $(if $(run_dir),run_dir=$(run_dir))
 core_tests := tests/unit/test_mcore_*.py tests/unit/test_convert_*.py tests/unit/test_training_loop.py \
 	tests/dist tests/fault/test_checkpoint.py tests/two_releases.py
 
-.PHONY: quickstart test test-newest test-gpu bench-gpu lint clean
+.PHONY: quickstart test test-newest gpu-check lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/lopd run $(recipe) $(overrides)
@@ -24,18 +24,15 @@ test-newest: $(VENV)/.dev $(NEWEST)/.installed
 	PYTHONPATH=$(CURDIR)/$(NEWEST) $(BIN)/python -m pytest $(core_tests)
 
 # On a machine whose own Python has torch for its GPU (and Transformer Engine, if it is to be checked).
-test-gpu:
-	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PYTHON) -m pytest tests/gpu
-
-bench-gpu:
-	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PYTHON) tools/bench/gpu.py
+gpu-check:
+	PYTHON=$(PYTHON) tools/gpu/check.sh
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck --external-sources .ci/run $(wildcard launcher/*.sh launcher/*.sbatch)
+	$(BIN)/shellcheck --external-sources .ci/run tools/gpu/check.sh $(wildcard launcher/*.sh launcher/*.sbatch)
 	$(BIN)/hadolint Dockerfile
 
 $(VENV)/bin/python:

@@ -1,4 +1,4 @@
-"""For all tests: one thread; hypothesis without a clock; tests/gpu only when named (`make test-gpu`).
+"""For all tests: one thread; hypothesis without a clock; tests/gpu only when named (tools/gpu/check.sh does).
 
 What needs SLURM or vLLM is left out, and named, where they are not installed; an error where LOPD_REQUIRE (a
 list with commas) names them.
@@ -68,7 +68,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not _named(config):
-        terminalreporter.write_line("tests/gpu not collected: it needs an NVIDIA GPU (make test-gpu)")
+        terminalreporter.write_line("tests/gpu not collected: it needs an NVIDIA GPU (tools/gpu/check.sh)")
     for path, wanted, _, is_here in OPTIONAL:
         if not is_here():
             terminalreporter.write_line(f"tests/{path.relative_to(TESTS)} not collected: it needs {wanted}")
