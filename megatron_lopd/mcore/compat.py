@@ -325,7 +325,7 @@ def prepare() -> None:
     elif kernels.is_installed():
         from megatron_lopd.mcore import swiglu  # imports Triton
 
-        patches += swiglu.PATCHES  # whether Megatron-Core calls them is for `capabilities` to say
+        patches += swiglu.PATCHES  # Megatron-Core calls them where model.py has it
     patches = [patch for patch in patches if patch.reliance.applies]
     for reliance in (*RELIANCES, *(patch.reliance for patch in patches)):
         if reliance.applies:

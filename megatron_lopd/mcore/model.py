@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 
 from megatron_lopd.config import Fp8Config, ParallelConfig
-from megatron_lopd.mcore import compat
+from megatron_lopd.mcore import compat, kernels
 from megatron_lopd.mcore.architecture import Architecture, check_layout
 from megatron_lopd.mcore.attention import PackedDocuments
 from megatron_lopd.mcore.capabilities import capabilities
@@ -162,7 +162,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         apply_rope_fusion=machine.rope_fusion,
-        bias_activation_fusion=machine.activation_fusion,
+        # Asked here and not of `machine`, which is looked at before a rank has chosen its GPU.
+        bias_activation_fusion=machine.activation_fusion and kernels.triton_runs(),
         gradient_accumulation_fusion=machine.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -231,3 +231,38 @@ def test_a_triton_that_does_not_compile_is_told_of_once_and_done_without(
         kernels.triton_runs.cache_clear()
     (line,) = capsys.readouterr().err.splitlines()
     assert "RuntimeError: Failed to find C compiler. Please specify" in line
+
+
+def test_triton_is_tried_where_the_model_is_built_and_not_before_a_rank_has_chosen_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fake GPU. Trying makes a CUDA context, and before the choice that would be every rank's on GPU 0."""
+    import megatron.core.optimizer  # noqa: F401  before there seems to be a GPU
+
+    from megatron_lopd.config import ParallelConfig
+    from megatron_lopd.mcore import compat, kernels, model
+    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.mcore.capabilities import capabilities
+
+    tried: list[int] = []
+    runs = True
+
+    def triton_runs() -> bool:
+        tried.append(1)
+        return runs
+
+    monkeypatch.setattr(kernels, "triton_runs", triton_runs)
+    monkeypatch.setattr(compat, "has_transformer_engine", lambda: False)
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
+        gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        machine = capabilities.__wrapped__()
+    assert machine.activation_fusion
+    assert not tried
+    monkeypatch.setattr(model, "capabilities", lambda: machine)
+    arch = read_architecture("tools/bench/qwen3_0.6b")
+    assert model.transformer_config(arch, ParallelConfig(), "bf16").bias_activation_fusion
+    runs = False
+    assert not model.transformer_config(arch, ParallelConfig(), "bf16").bias_activation_fusion
+    assert tried == [1, 1]
