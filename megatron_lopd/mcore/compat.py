@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore import kernels, transformer_engine
+from megatron_lopd.mcore import transformer_engine
 
 # The releases of Megatron-Core that the tests run on, and between them all that were tried.
 OLDEST, NEWEST = "0.16.1", "0.19.2"
@@ -336,10 +337,10 @@ def prepare() -> None:
         patches += WITHOUT_TRANSFORMER_ENGINE
     if not torch.cuda.is_available():
         patches += WITHOUT_CUDA
-    elif kernels.is_installed():
+    elif find_spec("triton") is not None:
         from megatron_lopd.mcore import swiglu  # imports Triton
 
-        patches += swiglu.PATCHES  # whether Megatron-Core calls them is for `capabilities` to say
+        patches += swiglu.PATCHES  # Megatron-Core calls them where model.py has it
     patches = [patch for patch in patches if patch.reliance.applies]
     for reliance in (*RELIANCES, *(patch.reliance for patch in patches)):
         if reliance.applies:

@@ -8,6 +8,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_lopd.mcore.softmax import LOG_ZERO, WIDTH_MULTIPLE, Sums
 
@@ -23,7 +24,7 @@ def usable(device: torch.device) -> bool:
 def agree(device: torch.device) -> None:
     """Use the kernels only if every rank can, and say on rank 0, once, why not; every rank calls.
 
-    Called before the first product: ranks that went different ways would wait for each other's collectives
+    Called before the model is built: ranks that went different ways would wait for each other's collectives
     for ever.
     """
     reasons = [""] * dist.get_world_size()
@@ -31,8 +32,8 @@ def agree(device: torch.device) -> None:
     why = next(filter(None, reasons), "")
     if dist.get_rank() == 0 and why not in ("", NO_GPU, _agreed.get(device.type)):
         print(
-            f"lopd: log-probs are made by torch's own operations, which takes longer, as Triton's kernels "
-            f"cannot be used: {why}",
+            "lopd: log-probs and SwiGLU are made by torch's own operations, which takes longer, as Triton's "
+            f"kernels cannot be used: {why}",
             file=sys.stderr,
             flush=True,
         )
@@ -43,18 +44,21 @@ def agree(device: torch.device) -> None:
 def trial(device_type: str) -> str:
     """Why the kernels cannot be used on this process's device, in one line; "" when they can.
 
-    Compiles them and compares a few numbers with torch's. On a CPU they run in Triton's interpreter alone.
+    Compiles them and compares a few numbers with torch's. Call it with the GPU chosen
+    (`torch.cuda.set_device`): it makes that one's CUDA context. On a CPU they run in Triton's interpreter
+    alone.
     """
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return NO_GPU
     try:
-        return _compare(torch.device(device_type))
+        device = torch.device(device_type)
+        agree = _log_probs_agree(device) and _swiglu_agrees(device)
     except Exception as error:  # noqa: BLE001 - a compiler, a driver and a cache folder fail in any way
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else 'no more is said'}"
+        return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no more is said'}"[:300]
+    return "" if agree else "compiled, they give wrong numbers"
 
 
-def _compare(device: torch.device) -> str:
+def _log_probs_agree(device: torch.device) -> bool:
     """Of rows of more than one block, whose gradient is narrower than the logits."""
     from megatron_lopd.mcore.log_prob_kernels import BLOCK, gradient_in_place, statistics
 
@@ -71,5 +75,20 @@ def _compare(device: torch.device) -> str:
         torch.allclose(a, b, rtol=1e-4, atol=0)
         for a, b in zip(vars(found).values(), vars(expected).values(), strict=True)
     )
-    agree = sums_agree and torch.allclose(gradient.float(), scaled, rtol=2**-7, atol=0)
-    return "" if agree else "compiled, they give wrong numbers"
+    return sums_agree and torch.allclose(gradient.float(), scaled, rtol=2**-7, atol=0)
+
+
+def _swiglu_agrees(device: torch.device) -> bool:
+    """Of rows of more than one pass."""
+    from megatron_lopd.mcore.swiglu import COLUMNS, swiglu, swiglu_back
+
+    whole = torch.sin(torch.arange(3 * 2 * (COLUMNS + 8), device=device, dtype=torch.float32)).view(3, -1) * 4
+    whole.requires_grad_()
+    gate, up = whole.chunk(2, dim=1)
+    expected = F.silu(gate) * up
+    weights = torch.cos(expected.detach())
+    (gradient,) = torch.autograd.grad(expected, whole, weights)
+    # fp32: some roundings of values up to 16, which at a zero of the sine leave no digit.
+    return torch.allclose(swiglu(whole.detach()), expected, rtol=1e-4, atol=1e-4) and torch.allclose(
+        swiglu_back(weights, whole.detach()), gradient, rtol=1e-4, atol=1e-4
+    )

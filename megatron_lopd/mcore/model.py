@@ -22,6 +22,7 @@ from megatron_lopd.mcore.attention import PackedDocuments
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
+from megatron_lopd.mcore.kernel_trial import usable
 from megatron_lopd.mcore.precision import check_precision, fp8_options
 from megatron_lopd.mcore.recompute import check_recompute, recompute_options
 from megatron_lopd.mcore.softmax import ResponseLogProbs
@@ -170,7 +171,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         apply_rope_fusion=engine_layers,
-        bias_activation_fusion=machine.activation_fusion,
+        # Asked here and not of `machine`, which is looked at before a rank has chosen its GPU.
+        bias_activation_fusion=machine.activation_fusion and usable(compat.device()),
         gradient_accumulation_fusion=machine.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -210,24 +210,37 @@ def test_they_compile_for_an_h100_and_move_sixteen_bytes_at_once(
         assert not re.findall(r"(?:ld|st)\.global\S*\.b16", ptx)
 
 
-def test_a_triton_that_does_not_compile_is_told_of_once_and_done_without(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_triton_is_tried_where_the_model_is_built_and_not_before_a_rank_has_chosen_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A fake GPU, whose kernels no compiler makes."""
-    from megatron_lopd.mcore import kernels, swiglu
+    """A fake GPU. Trying makes a CUDA context, and before the choice that would be every rank's on GPU 0."""
+    import megatron.core.optimizer  # noqa: F401  before there seems to be a GPU
 
-    def no_compiler(x: Tensor) -> Tensor:
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+    from megatron_lopd.config import ParallelConfig
+    from megatron_lopd.mcore import compat, kernel_trial, model
+    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.mcore.capabilities import capabilities
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "ones", lambda *sizes, device: torch.zeros(*sizes))
-    monkeypatch.setattr(swiglu, "swiglu", no_compiler)
-    monkeypatch.delenv("RANK", raising=False)
-    kernels.triton_runs.cache_clear()
-    try:
-        assert not kernels.triton_runs()
-        assert not kernels.triton_runs()
-    finally:
-        kernels.triton_runs.cache_clear()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "RuntimeError: Failed to find C compiler. Please specify" in line
+    tried: list[str] = []
+    why = ""
+
+    def trial(device_type: str) -> str:
+        tried.append(device_type)
+        return why
+
+    monkeypatch.setattr(kernel_trial, "trial", trial)
+    monkeypatch.setattr(kernel_trial, "_agreed", {})
+    monkeypatch.setattr(compat, "has_transformer_engine", lambda: False)
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
+        gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        machine = capabilities.__wrapped__()
+    assert machine.activation_fusion
+    assert not tried
+    monkeypatch.setattr(model, "capabilities", lambda: machine)
+    arch = read_architecture("tools/bench/qwen3_0.6b")
+    assert model.transformer_config(arch, ParallelConfig(), "bf16").bias_activation_fusion
+    why = "a fake one does not compile"
+    assert not model.transformer_config(arch, ParallelConfig(), "bf16").bias_activation_fusion
+    assert tried == ["cpu", "cpu"]

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lopd.mcore import compat, kernels
+from megatron_lopd.mcore import compat
+from megatron_lopd.mcore.kernel_trial import usable
 
 FORWARD_MOVES, BACKWARD_MOVES = 3, 5  # elements a column of the output: g, u -> y and dy, g, u -> dg, du
 COPIED = 2**28  # elements of the copy that gives the bandwidth
@@ -42,7 +43,7 @@ class Path:
 def paths() -> dict[str, Path]:
     """Those that this machine has."""
     found = {"torch": Path(_by_torch, _gradient_by_torch)}
-    if kernels.triton_runs():
+    if usable(compat.device()):
         ours = importlib.import_module("megatron_lopd.mcore.swiglu")
         found["ours"] = Path(ours.swiglu, ours.swiglu_back)
         if torch.cuda.is_available():
