@@ -27,7 +27,7 @@ def test_the_kernels_run() -> None:
 
 @pytest.mark.parametrize("k", [0, 64])
 def test_loss_and_gradients_in_bf16_are_those_of_fp64_twice(bench: Bench, k: int) -> None:
-    """Of an odd vocabulary, in chunks, with ids that repeat; the weight's gradient in fp32, as DDP keeps it."""
+    """Of an odd vocabulary, in chunks, with ids that repeat; the weight's gradient in fp32, as in DDP."""
     vocab, rows, hidden_size = (5_003, 48, 128) if bench.quick else (151_935, 700, 1024)
     compat.prepare()
     device = compat.device()
