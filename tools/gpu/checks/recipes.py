@@ -26,7 +26,9 @@ def bf16(part: Part) -> None:
     """A 0.6B run, layers in bf16."""
     device.open_device(part)
     device.need_memory(NEEDED, "quickstart is a run that fits any GPU")
-    _run(part, write_recipe(part.scratch, part.toy))
+    recipe = write_recipe(part.scratch, part.toy)
+    device.release()
+    _run(part, recipe)
 
 
 def fp8(part: Part) -> None:
@@ -36,7 +38,9 @@ def fp8(part: Part) -> None:
     if reason := capabilities().fp8["tensorwise"]:
         raise LeftOut(f"needs FP8 tensorwise: {reason}")
     device.need_memory(NEEDED, "quickstart is a run that fits any GPU")
-    _run(part, write_recipe(part.scratch, part.toy, fp8={"recipe": "tensorwise"}))
+    recipe = write_recipe(part.scratch, part.toy, fp8={"recipe": "tensorwise"})
+    device.release()
+    _run(part, recipe)
 
 
 def quickstart(part: Part) -> None:
