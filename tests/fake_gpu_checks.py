@@ -99,7 +99,7 @@ def beside(part: Part) -> None:
 
 
 def _fake(name: str, function: str, limit: float = 60, seconds: float = 0, shared: bool = False) -> Check:
-    return Check(name, name, f"tests.fake_gpu_checks:{function}", seconds, limit, shared)
+    return Check(name, name, f"tests.fake_gpu_checks:{function}", seconds, limit, shared, toy_limit=limit)
 
 
 CHECKS = (
