@@ -31,7 +31,7 @@ LAST = {
     "profile": "GEMM",
     "checkpoint": "this machine at best",
     "recipe-bf16": "whole run",
-    "stage-change": "export",
+    "stage-change": "report",
     "imports": "two at once, warm, 2",
 }
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.capabilities import capabilities
 from tools.gpu import device
 from tools.gpu.context import CheckFailed, LeftOut, Part
-from tools.gpu.recipes import write_recipe
+from tools.gpu.recipes import run_stages, write_recipe
 
 ROOT = Path(__file__).parents[3]
 # Bytes of GPU memory: 0.6 G weights in training, 18 bytes each, and micro-batches of 8,192 tokens.
@@ -59,16 +56,7 @@ def quickstart(part: Part) -> None:
 
 
 def _run(part: Part, recipe: Path, *overrides: str) -> None:
-    """`lopd run`, its stages told as they end."""
-    command = [sys.executable, "-m", "megatron_lopd.cli", "run", str(recipe), *overrides]
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if done := re.search(r"\] (\w+): done in ([\d.]+) s", line):
-            part.figure(done[1], seconds=float(done[2]))
-    code = process.wait()
-    if code:
-        raise CheckFailed(f"lopd run ended with exit code {code}: its message is in the log")
+    for stage, seconds in run_stages(recipe, *overrides):
+        part.figure(stage, seconds=seconds)
     part.figure("whole run", seconds=time.monotonic() - began)
