@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tools.gpu import device
+from tools.gpu.checks.profiles import kernel_class, read_kernels
+from tools.gpu.context import CheckFailed, LeftOut, Part
 from tools.gpu.registry import CHECKS
+from tools.gpu.training import QWEN3_8B_CUT, Job
 
 ROOT = Path(__file__).parents[2]
 # What a CPU cannot do even at toy sizes, and why.
@@ -25,7 +31,7 @@ LAST = {
     "profile": "GEMM",
     "checkpoint": "this machine at best",
     "recipe-bf16": "whole run",
-    "stage-change": "export",
+    "stage-change": "report",
     "imports": "two at once, warm, 2",
 }
 
@@ -52,3 +58,63 @@ def test_every_check_runs_at_toy_sizes(tmp_path: Path) -> None:
         assert LAST[name] in [figure["figure"] for figure in each["figures"]]
     for reason in ("an NVIDIA GPU", "Transformer Engine"):
         assert f"left out for want of {reason}" in Path(found["tests"]["log"]).read_text()
+
+
+def test_a_gpu_too_small_is_told_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 24e9
+    monkeypatch.setattr(device, "free_bytes", lambda: free)
+    job = Job("8 layers of Qwen3-8B", QWEN3_8B_CUT)
+    with pytest.raises(LeftOut) as left_out:
+        device.need_memory(job.planned_bytes, job.largest_fitting(free))
+    words = str(left_out.value)
+    found = re.fullmatch(
+        r"needs 6\d\.\d GB, this has 24\.0 free; the largest cut that fits: (\d) of 8 layers, "
+        r"16,384 tokens a micro-batch",
+        words,
+    )
+    assert found, words
+    cuts = [replace(job, arch=replace(job.arch, num_layers=int(found[1]) + more)) for more in (0, 1)]
+    fits = [cut.planned_bytes <= free for cut in cuts]
+    assert fits == [True, False]
+    assert re.search(r"1 of 8 layers, [248],\d{3} tokens", job.largest_fitting(22e9))
+    assert job.largest_fitting(8e9) == "no cut of it fits"
+
+
+def test_a_torch_that_cannot_use_the_gpu_says_so_itself(tmp_path: Path) -> None:
+    """This one was built without CUDA; a driver that is too old is said in the same way."""
+    with pytest.raises(CheckFailed, match=r"torch \S+ cannot use the GPU: Torch not compiled with CUDA"):
+        device.open_device(Part(toy=False, scratch=tmp_path, told=tmp_path / "told"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "GEMM"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7", "attention"),
+        ("_statistics", "log-probs"),
+        ("triton_poi_fused_mul_silu_0", "SwiGLU"),
+        ("void transformer_engine::multi_tensor_adam::kernel<float>", "optimizer"),
+        ("void transformer_engine::cast_transpose_kernel", "FP8 casts"),
+        ("ncclDevKernel_Broadcast_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float> >",
+            "the rest",
+        ),
+        ("Memcpy DtoH (Device -> Pinned)", "copies"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
+    assert kernel_class(name) == kind
+
+
+def test_a_trace_is_read_by_kernel(tmp_path: Path) -> None:
+    events = [
+        {"cat": "kernel", "name": "a", "dur": 1500},
+        {"cat": "kernel", "name": "a", "dur": 500},
+        {"cat": "gpu_memcpy", "name": "b", "dur": 100},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "dur": 9},
+        {"cat": "kernel", "name": "an instant"},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    found = read_kernels(tmp_path / "trace.json", ("kernel", "gpu_memcpy"))
+    assert found == {"a": [1.5, 0.5], "b": [0.1]}

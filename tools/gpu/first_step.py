@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 
 
 def main() -> None:
-    """Print "imported", then "stepped"; --toy: on a CPU."""
+    """Print when, by the clock that all processes share; --toy: on a CPU."""
     importlib.import_module("megatron_lopd.training.loop")  # what a rank of `lopd train` has at its start
-    print("imported", flush=True)
+    print(f"imported at {time.monotonic()}", flush=True)
     from tools.gpu.training import first_step
 
     first_step(toy="--toy" in sys.argv)
-    print("stepped", flush=True)
+    print(f"stepped at {time.monotonic()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tools.gpu.context import CheckFailed
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ROOT / "tools" / "bench" / "qwen3_0.6b"
@@ -73,3 +79,16 @@ def write_model(directory: Path, seed: int, **sizes: Any) -> None:
     words = tokenizer["model"]["vocab"]
     words |= {f"<|nothing {number}|>": number for number in range(len(words), config.vocab_size)}
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+
+
+def run_stages(recipe: Path, *overrides: str) -> Iterator[tuple[str, float]]:
+    """`lopd run`: (stage, its seconds) as each ends. Raises CheckFailed if it fails."""
+    command = [sys.executable, "-m", "megatron_lopd.cli", "run", str(recipe), *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if done := re.search(r"\] (\w+): done in ([\d.]+) s", line):
+            yield done[1], float(done[2])
+    if code := process.wait():
+        raise CheckFailed(f"lopd run ended with exit code {code}: its message is in the log")

@@ -20,6 +20,7 @@ class Check:
     seconds: float
     limit: float
     shared: bool = False
+    toy_limit: float = 600.0  # a CPU may be slow, and used by others as well
 
 
 def _check(name: str, about: str, function: str, seconds: float, limit: float, shared: bool = False) -> Check:
@@ -28,14 +29,14 @@ def _check(name: str, about: str, function: str, seconds: float, limit: float, s
 
 CHECKS = (
     _check("machine", "versions; copy bandwidth and bf16 GEMMs", "machine:run", 20, 60),
-    _check("log-probs", "the log-prob operation: exact, and timed", "log_probs:run", 50, 120),
+    _check("log-probs", "the log-prob operation: exact, and timed", "log_probs:run", 40, 120),
     _check("tests", "tests/gpu, several processes at once", "gpu_tests:run", 90, 170, shared=True),
     _check("quickstart", "examples/quickstart, its accuracy", "recipes:quickstart", 100, 170, shared=True),
-    _check("steps", "training steps: seconds, MFU, memory", "steps:run", 110, 180),
+    _check("steps", "training steps: seconds, MFU, memory", "steps:run", 100, 180),
     _check("profile", "one step by kernel", "profiles:run", 30, 60),
     _check("checkpoint", "save and load: GB/s, memory", "checkpoints:run", 45, 120),
     _check("recipe-bf16", "a 0.6B run from generate to report", "recipes:bf16", 75, 150),
     _check("recipe-fp8", "the same, trained in FP8 tensorwise", "recipes:fp8", 75, 150),
     _check("stage-change", "memory that training leaves behind", "stage_change:run", 25, 60),
-    _check("imports", "seconds until train can begin", "imports:run", 50, 150),
+    _check("imports", "seconds until train can begin", "imports:run", 40, 150),
 )

@@ -58,7 +58,10 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
     endings = run.all(chosen)
     text = table(machine, endings)
     print(f"\n{text}", flush=True)
-    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    try:
+        (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:  # a full disk: it has been printed
+        print(f"check.sh: {out}/table.txt cannot be written ({error.strerror})", file=sys.stderr)
     return int(bool(run.stopped_by) or any(ending.status in BAD for ending in endings))
 
 
@@ -168,7 +171,7 @@ class _Run:
                 self._add(Ending(check.name, "left out", 0.0, reason))
                 continue
             print(f"{check.name}: {check.about} ...", flush=True)
-            limit = min(left, check.limit)
+            limit = min(left, check.toy_limit if self._toy else check.limit)
             scratch = self._scratch / check.name
             try:
                 each = Running(check, self._out, scratch, self._environment(), self._toy, limit)

@@ -109,7 +109,8 @@ class Job:
             for layers in range(self.arch.num_layers, 0, -1):
                 arch = replace(self.arch, num_layers=layers)
                 if replace(self, arch=arch, micro_batch_tokens=tokens).planned_bytes <= free:
-                    return f"the largest cut that fits: {layers} layers at {tokens:,} tokens a micro-batch"
+                    cut = f"{layers} of {self.arch.num_layers} layers, {tokens:,} tokens a micro-batch"
+                    return f"the largest cut that fits: {cut}"
         return "no cut of it fits"
 
 

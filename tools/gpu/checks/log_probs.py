@@ -17,7 +17,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.kernel_trial import trial
 from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
 from megatron_lopd.mcore.softmax import ResponseLogProbs
@@ -176,7 +175,6 @@ def run(part: Part) -> None:
     if part.toy:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     here = device.open_device(part)
-    compat.prepare()
     part.attempt("kernels", lambda: _kernels(part, here))
     for shape in EXACT:
         small = replace(shape, hidden=64, vocab=shape.vocab // 150) if part.toy else shape

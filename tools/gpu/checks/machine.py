@@ -16,8 +16,9 @@ from tools.gpu.context import LeftOut, Part
 def run(part: Part) -> None:
     """Versions, then bandwidth of a copy and FLOP/s of a large product."""
     here = device.open_device(part)
-    part.attempt("megatron-core", _importing(part, "megatron-core", "megatron.core"))
+    # In this order: where Transformer Engine is broken, Megatron-Core has it put aside.
     part.attempt("transformer-engine", _importing(part, "transformer-engine", "transformer_engine.pytorch"))
+    part.attempt("megatron-core", _importing(part, "megatron-core", "megatron.core"))
     part.figure("torch", version=torch.__version__, cuda=torch.version.cuda, gpu=device.gpu_name())
     part.attempt("driver", lambda: _driver(part))
     part.attempt("copy", lambda: _copy(part, here))

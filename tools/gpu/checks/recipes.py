@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.capabilities import capabilities
 from tools.gpu import device
 from tools.gpu.context import CheckFailed, LeftOut, Part
-from tools.gpu.recipes import write_recipe
+from tools.gpu.recipes import run_stages, write_recipe
 
 ROOT = Path(__file__).parents[3]
 # Bytes of GPU memory: 0.6 G weights in training, 18 bytes each, and micro-batches of 8,192 tokens.
@@ -26,7 +23,9 @@ def bf16(part: Part) -> None:
     """A 0.6B run, layers in bf16."""
     device.open_device(part)
     device.need_memory(NEEDED, "quickstart is a run that fits any GPU")
-    _run(part, write_recipe(part.scratch, part.toy))
+    recipe = write_recipe(part.scratch, part.toy)
+    device.release()
+    _run(part, recipe)
 
 
 def fp8(part: Part) -> None:
@@ -36,7 +35,9 @@ def fp8(part: Part) -> None:
     if reason := capabilities().fp8["tensorwise"]:
         raise LeftOut(f"needs FP8 tensorwise: {reason}")
     device.need_memory(NEEDED, "quickstart is a run that fits any GPU")
-    _run(part, write_recipe(part.scratch, part.toy, fp8={"recipe": "tensorwise"}))
+    recipe = write_recipe(part.scratch, part.toy, fp8={"recipe": "tensorwise"})
+    device.release()
+    _run(part, recipe)
 
 
 def quickstart(part: Part) -> None:
@@ -55,16 +56,7 @@ def quickstart(part: Part) -> None:
 
 
 def _run(part: Part, recipe: Path, *overrides: str) -> None:
-    """`lopd run`, its stages told as they end."""
-    command = [sys.executable, "-m", "megatron_lopd.cli", "run", str(recipe), *overrides]
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if done := re.search(r"\] (\w+): done in ([\d.]+) s", line):
-            part.figure(done[1], seconds=float(done[2]))
-    code = process.wait()
-    if code:
-        raise CheckFailed(f"lopd run ended with exit code {code}: its message is in the log")
+    for stage, seconds in run_stages(recipe, *overrides):
+        part.figure(stage, seconds=seconds)
     part.figure("whole run", seconds=time.monotonic() - began)

@@ -1,42 +1,43 @@
-"""What a stage leaves on the GPU for the next: all of it must be given back, or an engine will not start."""
+"""What a stage of `lopd run` leaves on the GPU: all is to be given back, for the next one's engine to start."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import time
 
 import torch
 
-from megatron_lopd.cli import main
 from tools.gpu import device
 from tools.gpu.context import CheckFailed, Part
-from tools.gpu.recipes import write_recipe
+from tools.gpu.recipes import run_stages, write_recipe
 
-LEFT_ALLOWED = 1.5e9  # bytes: this process's CUDA context, cuBLAS's workspaces, kernels that were loaded
-SEEN = "import torch; print(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0)"
+LEFT_ALLOWED = 1e9  # bytes: the CUDA context and the libraries of the process that goes on
+WATCHED_SECONDS = 1.0  # after a stage's end; the next one's process is still importing
 
 
 def run(part: Part) -> None:
-    """Each stage in this one process, and after it the free memory that a fresh process sees."""
+    """A run of a model whose training takes several GB, and what is still taken just after each stage."""
     device.open_device(part)
     recipe = write_recipe(part.scratch, part.toy, layers=4)
-    before, kept = free_seen_by_a_child(), 0
-    for stage in ("generate", "sft", "rollout", "score", "train", "export"):
-        seconds = device.seconds_of(lambda stage=stage: _stage(stage, str(recipe)))  # type: ignore[misc]
-        kept = max(kept, before - free_seen_by_a_child())
-        part.figure(stage, seconds=seconds, left_gb=(before - free_seen_by_a_child()) / 1e9)
-    if kept > LEFT_ALLOWED:
-        raise CheckFailed(f"a stage left {kept / 1e9:.1f} GB on the GPU: {LEFT_ALLOWED / 1e9} at most")
+    device.release()
+    before, most = free_bytes(), 0
+    for stage, seconds in run_stages(recipe):
+        left = before - _most_free()
+        most = max(most, left)
+        part.figure(stage, seconds=seconds, left_gb=left / 1e9)
+    if most > LEFT_ALLOWED:
+        raise CheckFailed(f"a stage left {most / 1e9:.1f} GB on the GPU: {LEFT_ALLOWED / 1e9:.0f} at most")
 
 
-def _stage(name: str, recipe: str) -> None:
-    if code := main([name, recipe]):
-        raise CheckFailed(f"lopd {name} ended with exit code {code}: its message is in the log")
+def _most_free() -> int:
+    """What was free at best: a process that is ending gives its memory back piece by piece."""
+    samples: list[int] = []
+    deadline = time.monotonic() + WATCHED_SECONDS
+    while not samples or time.monotonic() < deadline:
+        samples.append(free_bytes())
+        time.sleep(0.02)
+    return max(samples)
 
 
-def free_seen_by_a_child() -> int:
-    """Bytes; 0 where there is no GPU."""
-    if not torch.cuda.is_available():
-        return 0
-    seen = subprocess.run([sys.executable, "-c", SEEN], capture_output=True, text=True, check=True)
-    return int(seen.stdout)
+def free_bytes() -> int:
+    """Of the GPU, whoever holds the rest; 0 where there is none."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
