@@ -129,8 +129,6 @@ def _load_both_ways(arch: Architecture, parallel: ParallelConfig, directory: Pat
         module = theirs.chunks[0].module
         model_state = module.sharded_state_dict()
         (part,) = theirs.optimizer.chained_optimizers
-        for moments in part.optimizer.state.values():
-            del moments["step"]  # torch's AdamW has it there, and Megatron-Core would look for it in the file
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         state = {
             "model": {"0": model_state},
@@ -138,6 +136,8 @@ def _load_both_ways(arch: Architecture, parallel: ParallelConfig, directory: Pat
         }
         loaded = dist_checkpointing.load(state, str(directory))
         module.load_state_dict(loaded["model"]["0"])
+        for moments in part.optimizer.state.values():
+            del moments["step"]  # torch's AdamW has it there, and Megatron-Core would look for it in the file
         part.load_parameter_state_from_fully_reshardable(loaded["optimizer"]["param_state"])
         return _tensors(ours), _tensors(theirs)
 
