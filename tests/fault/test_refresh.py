@@ -115,7 +115,7 @@ def test_where_there_is_a_gpu_others_do_the_stages_and_end_alike(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-fake")
     in_round_two = MOMENTS["a step in the middle of the second round"]
     assert interrupt(root, in_round_two, signal.SIGTERM, *OVERRIDES) == 75
-    assert start(root, *OVERRIDES).wait(SECONDS) == 0, (root / "log").read_text()
+    assert start(root, *OVERRIDES).wait(5 * SECONDS) == 0, (root / "log").read_text()  # that many starts
     log = (root / "log").read_text()
     assert log.count("lopd train: ") == 3, "stopped as asked, and each time rollouts were due; all said once"
     assert log.count("lopd run: ") == 1
