@@ -24,6 +24,7 @@ from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.stages import sampling
 from megatron_lopd.stages.sampling import sample_seed
 from megatron_lopd.training.checkpoints import Checkpoints
+from tests.fault import test_kill
 from tests.fault.test_kill import SECONDS, interrupt, lines, start
 from tests.fault.test_lineage import refused
 from tests.model_zoo import make_model_dir
@@ -106,16 +107,17 @@ def test_kill_9_in_train_and_in_the_refreshes_changes_nothing(refreshed: Path, r
     assert not list((root / "run").rglob(".tmp-*"))
 
 
-@pytest.mark.timeout(900)  # eight starts of a command
+@pytest.mark.timeout(1300)  # eight starts of a command
 def test_where_there_is_a_gpu_others_do_the_stages_and_end_alike(
     refreshed: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name in CUDA_VISIBLE_DEVICES is a fake GPU: it is all that `lopd run` looks at, to leave it alone."""
     untrained(root)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-fake")
+    monkeypatch.setattr(test_kill, "SECONDS", 5 * SECONDS)  # that many starts
     in_round_two = MOMENTS["a step in the middle of the second round"]
     assert interrupt(root, in_round_two, signal.SIGTERM, *OVERRIDES) == 75
-    assert start(root, *OVERRIDES).wait(SECONDS) == 0, (root / "log").read_text()
+    assert start(root, *OVERRIDES).wait(5 * SECONDS) == 0, (root / "log").read_text()
     log = (root / "log").read_text()
     assert log.count("lopd train: ") == 3, "stopped as asked, and each time rollouts were due; all said once"
     assert log.count("lopd run: ") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from megatron_lopd import environment
+from megatron_lopd.cli import main
 from megatron_lopd.config import EngineConfig, ParallelConfig
 from megatron_lopd.engines.process import EngineProcess
-from megatron_lopd.stages.launch import launch
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.stages import run
+from megatron_lopd.stages.launch import in_own_process, launch
 from tests.model_zoo import make_model_dir
 from tests.pipeline import write_recipe
 
@@ -187,8 +191,25 @@ def test_gpus_that_are_hidden_come_back(bare: pytest.MonkeyPatch) -> None:
     assert (os.environ["CUDA_VISIBLE_DEVICES"], environment.hides_gpus()) == ("", True)
     assert environment.visible_gpus() == ["2", "3"]
     assert environment.for_rank(0, 1, 1234, os.environ)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert in_own_process(os.getenv, "CUDA_VISIBLE_DEVICES") == "2,3"
     environment.show_gpus()
     assert (os.environ["CUDA_VISIBLE_DEVICES"], environment.hides_gpus()) == ("2,3", False)
+
+
+def test_what_fp8_asks_of_a_gpu_is_asked_in_another_process(
+    bare: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's own sees none; a name is a fake GPU, to be left alone."""
+
+    def elsewhere(*unused: object) -> None:
+        raise ConfigError(f"asked elsewhere, with {os.environ['CUDA_VISIBLE_DEVICES']!r} to see here")
+
+    write_recipe(tmp_path)
+    bare.chdir(tmp_path)
+    bare.setenv("CUDA_VISIBLE_DEVICES", "GPU-fake")
+    bare.setattr(run, "in_own_process", elsewhere)
+    assert main(["run", "recipe.yaml", "precision=bf16", "fp8.recipe=tensorwise"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "lopd run: asked elsewhere, with '' to see here"
 
 
 def test_a_uid_without_a_name_or_a_home_trains(tmp_path: Path) -> None:
@@ -249,3 +270,14 @@ def nameless() -> list[str]:
         f"--inh-caps={capabilities}",
         f"--ambient-caps={capabilities}",
     ]
+
+
+def test_the_image_gives_any_uid_a_place_to_write() -> None:
+    """Of the text alone, for no image is built here: all is below the folder that anybody may write."""
+    text = (REPOSITORY / "Dockerfile").read_text()
+    (scratch,) = re.findall(r"install --directory --mode=1777 (\S+)", text)
+    variables = dict(re.findall(r"^(?:ENV|   ) ([A-Z_]+)=(\S+)", text, re.MULTILINE))
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT"):
+        assert Path(variables[name]).is_relative_to(scratch), name
+    assert variables["USER"]
+    assert text.index("lopd doctor && find /scratch -mindepth 1 -delete") > text.index("USER ${LOPD_UID}")
