@@ -11,7 +11,7 @@ import importlib
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ from tools.gpu import device
 from tools.gpu.context import CheckFailed, Part
 
 WARMUP, ROUNDS = 2, 5
+TOY = 16  # times smaller
 CHUNK = 256  # rows, where exactness is looked at: more than one chunk
 # Products of bf16 are exact in fp32, so that what is left is sums of h and of V terms; the gradient of a
 # logit is rounded to bf16 before it is multiplied, and so is the result.
@@ -42,6 +43,10 @@ class Shape:
 
     def __str__(self) -> str:
         return f"R {self.rows:,}, h {self.hidden:,}, V {self.vocab:,}, k {self.k}"
+
+    def toy(self) -> Shape:
+        """For Triton's interpreter."""
+        return Shape(-(-min(self.rows, 512) // TOY), self.hidden // TOY, self.vocab // (8 * TOY), self.k)
 
     @property
     def bytes(self) -> float:
@@ -107,7 +112,8 @@ class Inputs:
         return [self.hidden.grad, weight]
 
 
-Operation = Callable[[Inputs], Tensor]
+# The weighted sum of the rows' losses, and those losses [R] without their weights.
+Operation = Callable[[Inputs], tuple[Tensor, Tensor]]
 
 
 def token_loss(scored: ResponseLogProbs, rows: slice) -> Tensor:
@@ -117,9 +123,9 @@ def token_loss(scored: ResponseLogProbs, rows: slice) -> Tensor:
     return -(scored.log_probs + 0.5 * scored.tail_log_probs + 0.1 * scored.top_k_log_probs.sum(1))
 
 
-def ours(inputs: Inputs, rows: int | None = None) -> Tensor:
+def ours(inputs: Inputs, rows: int | None = None) -> tuple[Tensor, Tensor]:
     """What a training step runs."""
-    return vocab_parallel_loss(
+    summed = vocab_parallel_loss(
         inputs.hidden,
         inputs.weight,
         inputs.tokens,
@@ -128,36 +134,44 @@ def ours(inputs: Inputs, rows: int | None = None) -> Tensor:
         inputs.row_weights,
         vocab_size=len(inputs.weight),
         rows=rows,
-    ).total
+    )
+    return summed.total, summed.token_loss
 
 
-def torch_operation(inputs: Inputs) -> Tensor:
+def torch_operation(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The reference, by blocks of the vocabulary."""
     scored = vocab_parallel_log_probs(
         inputs.hidden, inputs.weight, inputs.tokens, inputs.top_k_ids, vocab_size=len(inputs.weight)
     )
-    return (inputs.row_weights * token_loss(scored, slice(None))).sum()
+    losses = token_loss(scored, slice(None))
+    return (inputs.row_weights * losses).sum(), losses
 
 
-def exact(inputs: Inputs) -> Tensor:
+def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """By the book, in fp64."""
     all_log_probs = (inputs.hidden.double() @ inputs.weight.double().t()).log_softmax(-1)
     chosen = all_log_probs.gather(1, inputs.tokens[:, None])[:, 0]
     top_k = all_log_probs.gather(1, inputs.ids)
     outside = all_log_probs.scatter(1, torch.cat([inputs.tokens[:, None], inputs.ids], 1), -torch.inf)
     scored = ResponseLogProbs(chosen, chosen, chosen, top_k, outside.logsumexp(1))
-    return (inputs.row_weights.double() * token_loss(scored, slice(None))).sum()
+    losses = token_loss(scored, slice(None))
+    return (inputs.row_weights.double() * losses).sum(), losses
 
 
 def others() -> dict[str, Operation]:
-    """Those that are installed; they have one loss, the cross entropy, and weigh no rows."""
+    """Those that are installed; they have one loss, the cross entropy, and weigh no rows: only timed."""
     found: dict[str, Operation] = {}
     if (liger := _module("liger_kernel.transformers.fused_linear_cross_entropy")) is not None:
         loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        found["Liger"] = lambda inputs: loss(inputs.weight, inputs.hidden, inputs.tokens)
+        found["Liger"] = lambda inputs: (
+            loss(inputs.weight, inputs.hidden, inputs.tokens),
+            inputs.row_weights,
+        )
     if (cut := _module("cut_cross_entropy")) is not None:
-        found["cut-cross-entropy"] = lambda inputs: cut.linear_cross_entropy(
-            inputs.hidden, inputs.weight, inputs.tokens, reduction="sum"
+        cross_entropy = partial(cut.linear_cross_entropy, reduction="sum")
+        found["cut-cross-entropy"] = lambda inputs: (
+            cross_entropy(inputs.hidden, inputs.weight, inputs.tokens),
+            inputs.row_weights,
         )
     return found
 
@@ -177,13 +191,14 @@ def run(part: Part) -> None:
     here = device.open_device(part)
     part.attempt("kernels", lambda: _kernels(part, here))
     for shape in EXACT:
-        small = replace(shape, hidden=64, vocab=shape.vocab // 150) if part.toy else shape
-        for name, operation in (("ours", partial(ours, rows=CHUNK)), ("torch", torch_operation)):
+        small = shape.toy() if part.toy else shape
+        chunk = CHUNK // TOY if part.toy else CHUNK
+        for name, operation in (("ours", partial(ours, rows=chunk)), ("torch", torch_operation)):
             label = f"exact, {small}, {name}"
             part.attempt(label, partial(_compare, part, label, small, operation, here))
     ceiling = device.gemm_flops(256 if part.toy else 8192, here)
     for shape in TIMED:
-        small = replace(shape, rows=20, hidden=shape.hidden // 64, vocab=1003) if part.toy else shape
+        small = shape.toy() if part.toy else shape
         part.attempt(f"timed, {small}", partial(_time, part, small, here, ceiling))
         device.release()
 
@@ -200,11 +215,11 @@ def _compare(part: Part, label: str, shape: Shape, operation: Operation, here: t
     inputs = Inputs.of(shape, here)
     for compute in (operation, exact):
         inputs.clear()
-        total = compute(inputs)
+        total, losses = compute(inputs)
         total.backward()  # type: ignore[no-untyped-call]
-        results.append((total.detach().double(), [each.double() for each in inputs.gradients()]))
+        results.append((losses.detach().double(), [each.double() for each in inputs.gradients()]))
     (found, gradients), (expected, references) = results
-    nats = float((found - expected).abs() / inputs.row_weights.sum().clamp(min=1.0))
+    nats = float((found - expected).abs().max()) if shape.rows else 0.0
     pairs = zip(gradients, references, strict=True)
     error = max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
     part.figure(label, nats=nats, gradient=error)
@@ -224,7 +239,7 @@ def _time(part: Part, shape: Shape, here: torch.device, ceiling: float) -> None:
         for name, operation in operations.items():
             inputs.clear()
             held = device.start_peak()  # weight.main_grad is there in training as well
-            taken = device.seconds_of(lambda run=operation: run(inputs).backward())  # type: ignore[misc]
+            taken = device.seconds_of(lambda run=operation: run(inputs)[0].backward())  # type: ignore[misc]
             peaks[name] = device.read_peak() - held
             if turn >= (1 if part.toy else WARMUP):
                 seconds[name].append(taken)

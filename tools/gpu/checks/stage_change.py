@@ -1,4 +1,4 @@
-"""What a stage of `lopd run` leaves on the GPU: all is to be given back, for the next one's engine to start."""
+"""What a stage of `lopd run` leaves on the GPU: all is to be given back, so that an engine can start."""
 
 from __future__ import annotations
 
