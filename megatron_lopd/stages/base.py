@@ -43,7 +43,6 @@ from megatron_lopd.artifacts.manifest import (
 )
 from megatron_lopd.config import Recipe
 from megatron_lopd.errors import ConfigError, DataError, LineageError, LopdError, StopRequested
-from megatron_lopd.training.agreement import on_rank_zero, verify_together
 from megatron_lopd.training.preemption import stopping_at_once
 
 PLAN_FILE = "plan.json"
@@ -197,6 +196,9 @@ def _verify_parents_together(recipe: Recipe, plan: Plan) -> None:
 
     DataError, in every rank, naming one that is damaged.
     """
+    # Here, for it imports torch, which `lopd status` need not wait for.
+    from megatron_lopd.training.agreement import on_rank_zero, verify_together
+
     verify_together(on_rank_zero(lambda: _parents_of(recipe, plan)))
 
 
