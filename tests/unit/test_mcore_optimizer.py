@@ -82,11 +82,11 @@ def test_a_run_goes_on_under_the_other_kind_of_layers_and_of_adam(tmp_path: Path
     """Norms with a state beside their weights, and one integer step a group, against neither."""
     root = make_root(tmp_path)
     options = {"steps": STEPS, "checkpoint_every": 2}
-    kinds = {"native": _train, "te": _train_te_like}
+    kinds = {"native": _train, "none": _train_with_none, "te": _train_te_like}
     results = {
         kind: run_ranks(1, function, root, options | {"work": kind})[0] for kind, function in kinds.items()
     }
-    for before, after in (("native", "te"), ("te", "native"), ("te", "te")):
+    for before, after in (("native", "te"), ("none", "te"), ("te", "native"), ("te", "te")):
         work = f"{before}-then-{after}"
         shutil.copytree(root / before, root / work)
         shutil.rmtree(root / work / "checkpoints" / f"step_{STEPS:08d}")
@@ -119,27 +119,48 @@ class NormWithHistory(RMSNorm):
         return torch.tensor([self.history])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        assert isinstance(state, torch.Tensor), "what cannot be read must not be handed over"
+        assert isinstance(state, torch.Tensor), "what it cannot read must not be handed over"
         self.history = int(state)
+
+
+class NormWithNone(RMSNorm):
+    """A fake of what Megatron-Core's native linear layers do: an `_extra_state` that is None."""
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
 
 
 def _train_te_like(root: Path, options: dict[str, Any]) -> Any:
     """As `train`, and what the norms' histories came to, by name."""
+    norms = _replace_norms(NormWithHistory)
+    result = _train_fused(root, options)
+    return *result, {name: module.history for name, module in norms.items()}
+
+
+def _train_with_none(root: Path, options: dict[str, Any]) -> Any:
+    _replace_norms(NormWithNone)
+    return train(root, **options)
+
+
+def _replace_norms(kind: type[RMSNorm]) -> dict[str, Any]:
+    """Have models built with norms of `kind`; those of the first chunk, once it is built."""
     from megatron_lopd.training import loop
 
-    build, histories = loop.build_model, {}
+    build, norms = loop.build_model, {}
 
-    def build_with_histories(*arguments: Any) -> Any:
+    def build_with_kind(*arguments: Any) -> Any:
         chunks = build(*arguments)
         for name, module in chunks[0].named_modules():
             if type(module) is RMSNorm:
-                module.__class__ = NormWithHistory
-                histories[name] = module
+                module.__class__ = kind
+                norms[name] = module
         return chunks
 
-    loop.build_model = build_with_histories
-    result = _train_fused(root, options)
-    return *result, {name: module.history for name, module in histories.items()}
+    loop.build_model = build_with_kind
+    return norms
 
 
 def _train_fused(root: Path, options: dict[str, Any]) -> Any:

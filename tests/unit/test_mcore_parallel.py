@@ -1,0 +1,59 @@
+"""What the process groups are asked for."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.mcore import compat
+from megatron_lopd.mcore.parallel import model_parallel
+
+
+class _AskedError(Exception):
+    pass
+
+
+def test_every_group_waits_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    initialize, new_groups = torch.distributed.init_process_group, parallel_state.initialize_model_parallel
+
+    def record(function: Any) -> Any:
+        def recorded(*arguments: Any, **options: Any) -> Any:
+            asked.update(options)
+            return function(*arguments, **options)
+
+        return recorded
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", record(initialize))
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", record(new_groups))
+    with model_parallel(ParallelConfig(), seed=0):
+        pass
+    assert asked["timeout"] >= timedelta(hours=1)
+    assert asked["distributed_timeout_minutes"] == asked["timeout"] / timedelta(minutes=1)
+    with model_parallel(ParallelConfig(), seed=0, timeout=timedelta(seconds=90)):
+        pass
+    assert asked["timeout"] == timedelta(seconds=90)
+    assert asked["distributed_timeout_minutes"] == 2
+
+
+def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake GPU: nothing but what is asked of torch.distributed."""
+    compat.prepare()
+    asked: dict[str, Any] = {}
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        asked.update(options)
+        raise _AskedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", stop)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(_AskedError), model_parallel(ParallelConfig(), seed=0):
+        pass
+    assert asked["device_id"] == torch.device("cuda", 3)
