@@ -118,9 +118,9 @@ def test_where_there_is_a_gpu_others_do_the_stages_and_end_alike(
     in_round_two = MOMENTS["a step in the middle of the second round"]
     assert interrupt(root, in_round_two, signal.SIGTERM, *OVERRIDES) == 75
     assert start(root, *OVERRIDES).wait(5 * SECONDS) == 0, (root / "log").read_text()
-    log = (root / "log").read_text()
-    assert log.count("lopd train: ") == 3, "stopped as asked, and each time rollouts were due; all said once"
-    assert log.count("lopd run: ") == 1
+    said = [line for line in (root / "log").read_text().splitlines() if line.startswith("lopd train: ")]
+    assert len(said) == len(set(said)) >= 2, "rollouts were due, and it was asked to stop: each said once"
+    assert (root / "log").read_text().count("lopd run: ") == 1
     expected, found = outcome(refreshed / "run"), outcome(root / "run")
     assert [name for name in expected | found if found.get(name) != expected.get(name)] == []
 
