@@ -28,7 +28,7 @@ def run(part: Part) -> None:
 
 def _start(toy: bool, count: int) -> Iterator[tuple[float, float]]:
     """(seconds until imported, until stepped) of `count` processes started together."""
-    command = [sys.executable, "-m", "tools.gpu.first_step", *(["--toy"] if toy else [])]
+    command = [sys.executable, "-P", "-m", "tools.gpu.first_step", *(["--toy"] if toy else [])]
     began = time.monotonic()
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     for process in processes:
