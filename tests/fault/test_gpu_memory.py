@@ -65,6 +65,7 @@ if sys.argv[:1] != ["-c"]:  # those ask for versions, and use no torch
 
     torch.nn.Parameter.__new__ = make
     torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_name = lambda number: "a fake GPU"
 """
 FAKE_VLLM = '''
 from types import SimpleNamespace
