@@ -78,16 +78,16 @@ class Checkpoints:
         clear_temporaries(self.directory)
         return [Present(path, _manifest_of(path)) for path in self._newest_first()]
 
+    @staticmethod
     def newest_whole(
-        self,
         present: Sequence[Present],
         verify: Callable[[Path, Manifest], None],
         note: Callable[[str], None],
-    ) -> Checkpoint | None:
-        """The first of `present` that `verify` raises no DataError for.
+    ) -> tuple[Path, Manifest] | None:
+        """The first of `present` that `verify` raises no DataError for; whose it is has not been looked at.
 
         A damaged one is passed over, with a line through `note`. Nothing is loaded, and nothing of the
-        model need exist yet. Raises CheckpointError when the checkpoint is another model's or job's.
+        model need exist yet.
         """
         for each in present:
             try:
@@ -97,10 +97,13 @@ class Checkpoints:
             except DataError as error:
                 note(f"checkpoint passed over: {error}")
                 continue
-            config = each.manifest.config
-            self._require_own(each.path, config)
-            return Checkpoint(each.path, Progress(**config["progress"]), config["layout"])
+            return each.path, each.manifest
         return None
+
+    def own(self, path: Path, manifest: Manifest) -> Checkpoint:
+        """A whole checkpoint of this job. Raises CheckpointError when it is another model's or job's."""
+        self._require_own(path, manifest.config)
+        return Checkpoint(path, Progress(**manifest.config["progress"]), manifest.config["layout"])
 
     def steps(self) -> list[int]:
         """The steps of those that are there, whole or not, oldest first."""

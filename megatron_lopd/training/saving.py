@@ -79,12 +79,14 @@ class Saver:
 
 
 def newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) -> Checkpoint | None:
-    """`Checkpoints.newest_whole`, each rank hashing its share of the files. Every rank calls.
+    """The newest whole checkpoint of this job, each rank hashing its share of the files. Every rank calls.
 
-    No group need exist yet, and none waits meanwhile.
+    No group need exist yet, and none waits meanwhile. Raises CheckpointError, in every rank, when it is another
+    model's or job's: as rank 0 has it, which alone knows what the job is made from.
     """
     present = on_rank_zero(checkpoints.present)
-    return checkpoints.newest_whole(present, lambda path, manifest: verify_together({path: manifest}), note)
+    found = checkpoints.newest_whole(present, lambda path, manifest: verify_together({path: manifest}), note)
+    return None if found is None else on_rank_zero(lambda: checkpoints.own(*found))
 
 
 def load_checkpoint(checkpoint: Checkpoint, optimization: Optimization, ranks: Ranks) -> Progress:

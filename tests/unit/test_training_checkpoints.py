@@ -17,6 +17,7 @@ from megatron_lopd.errors import DataError
 from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.checkpoint import canonical_pickle
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
+from megatron_lopd.training.saving import newest_checkpoint
 from tests.model_zoo import make_config
 
 
@@ -44,7 +45,7 @@ def is_whole(path: Path) -> bool:
 
 
 def found_step(checkpoints: Checkpoints) -> int:
-    found = checkpoints.newest_whole(checkpoints.present(), verify_files, lambda text: None)
+    found = newest_checkpoint(checkpoints, lambda text: None)
     return 0 if found is None else found.progress.step
 
 
