@@ -81,8 +81,8 @@ class Saver:
 def newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint of this job, each rank hashing its share of the files. Every rank calls.
 
-    No group need exist yet, and none waits meanwhile. Raises CheckpointError, in every rank, when it is another
-    model's or job's: as rank 0 has it, which alone knows what the job is made from.
+    No group need exist yet, and none waits meanwhile. Raises CheckpointError, in every rank, when it is of
+    another model or job: rank 0 looks, which alone knows what the job is made from.
     """
     present = on_rank_zero(checkpoints.present)
     found = checkpoints.newest_whole(present, lambda path, manifest: verify_together({path: manifest}), note)
