@@ -22,6 +22,7 @@ from megatron_lopd.mcore.architecture import read_architecture
 from megatron_lopd.stages import train
 from megatron_lopd.stages.base import execute
 from megatron_lopd.training.checkpoints import Checkpoints
+from megatron_lopd.training.saving import newest_checkpoint
 
 FLIPS = {"rollout": 300, "score": 300, "checkpoint": 400}
 
@@ -71,12 +72,12 @@ def test_no_flip_in_a_checkpoint_goes_unseen(finished: Path, tmp_path: Path) -> 
         notes: list[str] = []
         with flipped(newest, rng) as path:
             seen.add(path.name)
-            found = checkpoints.newest_whole(notes.append)
+            found = newest_checkpoint(checkpoints, notes.append)
         assert found is not None
         assert found.path == earlier
         (note,) = notes
         assert str(path) in note
     assert seen == {MANIFEST, *manifest.files}
-    whole = checkpoints.newest_whole(notes.append)
+    whole = newest_checkpoint(checkpoints, notes.append)
     assert whole is not None
     assert whole.path == newest
