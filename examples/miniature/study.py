@@ -127,11 +127,11 @@ class CellRunner:
         self.directory = self.base / f"scored-by-{cell.scored}"
 
     def run(self) -> None:
-        from megatron_lopd.stages import generate, rollout, sft
         from megatron_lopd.stages.base import execute
+        from megatron_lopd.stages.table import GENERATE, ROLLOUT, SFT
 
         base = self.recipe(self.base, teacher=self.cell.answered)
-        for stage in (generate.STAGE, sft.STAGE, rollout.STAGE):
+        for stage in (GENERATE, SFT, ROLLOUT):
             execute(stage, base)
         for condition in self.cell.conditions(self.short):
             self.run_condition(condition)
@@ -179,18 +179,18 @@ class CellRunner:
     def share_scores(self, condition: Condition, directory: Path) -> None:
         """Score the rollouts with the condition's k, once for all conditions that read it."""
         from megatron_lopd.errors import LineageError
-        from megatron_lopd.stages import score
         from megatron_lopd.stages.base import execute
+        from megatron_lopd.stages.table import SCORE
 
         scores = self.directory / f"scores-{condition.k}"
         self.link(scores, *condition.shared)
         recipe = self.recipe(scores, *condition.overrides, f"score.top_k={condition.k}")
         try:
-            execute(score.STAGE, recipe)
+            execute(SCORE, recipe)
         except LineageError:
             if self.cell.consistent:
                 raise
-            execute(score.STAGE, replace(recipe, allow_teacher_mismatch=True))
+            execute(SCORE, replace(recipe, allow_teacher_mismatch=True))
         else:
             if not self.cell.consistent:
                 raise SystemExit(f"{scores}: a teacher other than SFT's was let through")
