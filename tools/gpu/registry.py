@@ -34,9 +34,10 @@ CHECKS = (
     _check("quickstart", "examples/quickstart, its accuracy", "recipes:quickstart", 100, 170, shared=True),
     _check("steps", "training steps: seconds, MFU, memory", "steps:run", 100, 180),
     _check("profile", "one step by kernel", "profiles:run", 30, 60),
+    _check("swiglu", "SwiGLU's kernels, each way", "swiglu:run", 20, 60),
     _check("checkpoint", "save and load: GB/s, memory", "checkpoints:run", 45, 120),
     _check("recipe-bf16", "a 0.6B run from generate to report", "recipes:bf16", 75, 150),
     _check("recipe-fp8", "the same, trained in FP8 tensorwise", "recipes:fp8", 75, 150),
     _check("stage-change", "memory that training leaves behind", "stage_change:run", 25, 60),
-    _check("imports", "seconds until train can begin", "imports:run", 40, 150),
+    _check("imports", "seconds until train can begin", "imports:run", 30, 150),
 )
