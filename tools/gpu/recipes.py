@@ -88,7 +88,7 @@ def run_stages(recipe: Path, *overrides: str) -> Iterator[tuple[str, float]]:
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
-        if done := re.search(r"\] (\w+): done in ([\d.]+) s", line):
+        if done := re.search(r"lopd: (?:\[\d+/\d+\] )?(\w+): done in ([\d.]+) s", line):
             yield done[1], float(done[2])
     if code := process.wait():
         raise CheckFailed(f"lopd run ended with exit code {code}: its message is in the log")
