@@ -36,7 +36,8 @@ from megatron_lopd.mcore.recompute import recomputed_part
 LOGIT_BYTES, MOST_LOGIT_BYTES = 1.25e9, 2.5e9
 # CUDA's context, NCCL's and cuBLAS's buffers, and what the allocator loses between blocks. An assumption.
 RESERVED = 5e9
-# Of the memory an engine may use: vLLM's default gpu_memory_utilization.
+# What of a GPU's memory an engine other than vLLM may use (vLLM's share is engine.memory_fraction). An
+# assumption.
 ENGINE_SHARE = 0.9
 # What twice the GPUs of a replica must save of the bytes read for a token, to be worth the traffic between
 # them. An assumption.

@@ -1,8 +1,8 @@
 """FP8: what Megatron-Core is told, what it asks of sizes and padding, and where it is refused.
 
 Transformer Engine computes the layers' matrix products in FP8. Embedding, norms, attention and the router
-stay in bf16 or fp32, and so does the output layer: `log_probs.py` makes its product, outside Transformer
-Engine. Master weights and the optimizer's moments are fp32 as ever.
+stay in bf16 or fp32, and so does the output layer: `token_loss.py`, `top_k.py` and `log_probs.py` make its
+product, outside Transformer Engine. Master weights and the optimizer's moments are fp32 as ever.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def choices(machine: Capabilities, backend: str | None) -> Iterator[tuple[str, s
         "weight gradients",
         _chosen(machine, machine.gradient_accumulation_fusion, "Apex", "added up in place"),
     )
-    yield "SwiGLU", _chosen(machine, machine.activation_fusion, "Triton", "compiled into one kernel")
+    kernels = "kernels of our own, if they pass their trial when the model is built"
+    yield "log-probs, SwiGLU", _chosen(machine, machine.activation_fusion, "Triton", kernels)
     yield "rotary embedding", _chosen(machine, machine.rope_fusion, "Transformer Engine", "fused")
 
 

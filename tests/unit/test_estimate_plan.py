@@ -22,7 +22,7 @@ MICRO_BATCH = Training(16384, "bf16", fp8=False)
 
 @pytest.mark.parametrize("case", PUBLISHED_HOURS, ids=lambda case: case.student)
 def test_published_hours_of_lightning_opd(case: Published) -> None:
-    """In sample: one constant, UTILIZATION, is fitted to these two, and the issue asks for 25%."""
+    """In sample: one constant, UTILIZATION, is fitted to these two, and README promises 25%."""
     assert sum(published_hours(case).values()) == pytest.approx(case.hours, rel=0.25)
 
 

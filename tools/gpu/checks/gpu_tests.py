@@ -19,6 +19,8 @@ def run(part: Part) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise LeftOut("pytest is not installed")
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    if not files:
+        raise LeftOut("tests/gpu is not here: run the script in a checkout")
     options = ["-p", "tools.gpu.verdicts", "-p", "no:cacheprovider"]
     if part.toy:
         options += ["--device", "cpu"]
