@@ -52,7 +52,8 @@ def trial(device_type: str) -> str:
         return NO_GPU
     try:
         device = torch.device(device_type)
-        agree = _log_probs_agree(device) and _swiglu_agrees(device)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller does
+            agree = _log_probs_agree(device) and _swiglu_agrees(device)
     except Exception as error:  # noqa: BLE001 - a compiler, a driver and a cache folder fail in any way
         return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no more is said'}"[:300]
     return "" if agree else "compiled, they give wrong numbers"

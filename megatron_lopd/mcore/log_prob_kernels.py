@@ -64,7 +64,8 @@ def statistics(logits: Tensor) -> Sums:
     """
     assert logits.stride(0) % WIDTH_MULTIPLE == logits.shape[1] % WIDTH_MULTIPLE == 0
     rows, width = logits.shape
-    largest, total, weighted = logits.new_empty(3, rows)
+    # Each at a multiple of 16 bytes, or Triton compiles anew for other numbers of rows.
+    largest, total, weighted = logits.new_empty(3, -(-rows // 4) * 4)[:, :rows]
     if rows:
         _statistics[(rows,)](
             logits, logits.stride(0), width, largest, total, weighted, BLOCK=BLOCK, num_warps=WARPS

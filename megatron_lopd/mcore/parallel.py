@@ -67,7 +67,12 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
     # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses.
     store = PrefixStore(f"lopd{next(_entries)}", world_store())
     torch.distributed.init_process_group(
-        compat.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+        compat.backend(),
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if world_size > 1 else None,  # it connects every group at once, for one rank in vain
     )
     chunks = parallel.virtual_pipeline
     try:

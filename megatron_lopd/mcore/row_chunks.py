@@ -39,10 +39,13 @@ class Chunk:
 
 
 def rows_at_once(hidden: Tensor, vocab: VocabularySlice, rows: int | None) -> int:
-    """Rows of a chunk, at most `rows` (None: what CHUNK_BYTES holds), so that all chunks are about equal."""
+    """Rows of a chunk, at most `rows` (None: what CHUNK_BYTES holds), so that all chunks are about equal.
+
+    The same on every rank that shares the vocabulary: they meet once a chunk.
+    """
     if rows is None:
         buffers = 2 if vocab.is_shared else 1
-        row_bytes = _width(vocab) * torch.promote_types(hidden.dtype, torch.float32).itemsize * buffers
+        row_bytes = _width(vocab.padded) * torch.promote_types(hidden.dtype, torch.float32).itemsize * buffers
         rows = max(1, CHUNK_BYTES[hidden.device.type] // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
     chunks = max(1, -(-len(hidden) // rows))
     even = -(-len(hidden) // chunks)
@@ -63,7 +66,8 @@ def row_chunks(
     rows, the same on every rank. A chunk's logits may be overwritten, and are gone when the next one comes.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    buffer = hidden.new_empty(2 if vocab.is_shared else 1, min(rows, len(hidden)), _width(vocab), dtype=dtype)
+    shape = 2 if vocab.is_shared else 1, min(rows, len(hidden)), _width(vocab.size)
+    buffer = hidden.new_empty(shape, dtype=dtype)
     passes = _Passes(hidden, weight, vocab, temperature, ids_of)
     parts = [slice(start, min(start + rows, len(hidden))) for start in range(0, max(1, len(hidden)), rows)]
     begins = (passes.begin(part, whole) for part, whole in zip(parts, cycle(buffer), strict=False))
@@ -145,6 +149,6 @@ def _sums(logits: Tensor) -> Sums:
     return statistics(logits)
 
 
-def _width(vocab: VocabularySlice) -> int:
+def _width(columns: int) -> int:
     """A column at least beside the slice's own, for ids that other ranks have."""
-    return (vocab.size // WIDTH_MULTIPLE + 1) * WIDTH_MULTIPLE
+    return (columns // WIDTH_MULTIPLE + 1) * WIDTH_MULTIPLE

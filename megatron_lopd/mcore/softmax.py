@@ -45,10 +45,14 @@ class ResponseLogProbs:
 
 @dataclass(frozen=True)
 class VocabularySlice:
-    """This rank's columns of the vocabulary: `size` of them, without padding, from `start` on."""
+    """This rank's columns of the vocabulary: `size` of them, without padding, from `start` on.
+
+    `padded`: with padding, the same on every rank.
+    """
 
     start: int
     size: int
+    padded: int
     group: ProcessGroup | None
 
     @classmethod
@@ -56,7 +60,7 @@ class VocabularySlice:
         """`weight` [V / ranks, h], this rank's rows of the padded output matrix."""
         start = 0 if group is None else group.rank() * len(weight)
         # Padding can leave the last ranks without a single token of their own.
-        return cls(start, max(0, min(len(weight), vocab_size - start)), group)
+        return cls(start, max(0, min(len(weight), vocab_size - start)), len(weight), group)
 
     @property
     def is_shared(self) -> bool:

@@ -347,8 +347,9 @@ def _rows_at_once(
     if device.type != "cuda" or isinstance(job.data, LiveData):
         return None
     training = Training(job.config.micro_batch_tokens, job.precision, job.fp8 is not None)
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return logit_rows(architecture, job.parallel, ranks.world_size, training, memory)
+    memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
+    torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MIN)  # ranks must meet as often
+    return logit_rows(architecture, job.parallel, ranks.world_size, training, int(memory))
 
 
 def _total_steps(config: TrainingConfig, plan: BatchPlan) -> int:

@@ -196,8 +196,11 @@ def test_gpus_that_are_hidden_come_back(bare: pytest.MonkeyPatch) -> None:
     assert (os.environ["CUDA_VISIBLE_DEVICES"], environment.hides_gpus()) == ("2,3", False)
 
 
-def test_what_fp8_asks_of_a_gpu_is_asked_in_another_process(
-    bare: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "asks", [("precision=bf16", "fp8.recipe=tensorwise"), ("precision=bf16", "parallel.recompute=moe_act")]
+)
+def test_what_a_recipe_asks_of_a_gpu_is_asked_in_another_process(
+    bare: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], asks: tuple[str, ...]
 ) -> None:
     """The run's own sees none; a name is a fake GPU, to be left alone."""
 
@@ -208,7 +211,7 @@ def test_what_fp8_asks_of_a_gpu_is_asked_in_another_process(
     bare.chdir(tmp_path)
     bare.setenv("CUDA_VISIBLE_DEVICES", "GPU-fake")
     bare.setattr(run, "in_own_process", elsewhere)
-    assert main(["run", "recipe.yaml", "precision=bf16", "fp8.recipe=tensorwise"]) == 2
+    assert main(["run", "recipe.yaml", *asks]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "lopd run: asked elsewhere, with '' to see here"
 
 

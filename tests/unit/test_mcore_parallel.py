@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.mcore import compat
+from megatron_lopd.mcore import compat, parallel
 from megatron_lopd.mcore.parallel import model_parallel
 
 
@@ -53,7 +53,9 @@ def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", stop)
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(parallel, "world_store", torch.distributed.HashStore)
+    for name, value in (("LOCAL_RANK", "3"), ("RANK", "3"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(_AskedError), model_parallel(ParallelConfig(), seed=0):
         pass
     assert asked["device_id"] == torch.device("cuda", 3)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from gloo import run_ranks
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_lopd.config import ParallelConfig, TrainConfig, WeightsConfig
 from megatron_lopd.data.collate import MicroBatch
-from megatron_lopd.mcore.softmax import ResponseLogProbs
+from megatron_lopd.mcore.row_chunks import rows_at_once
+from megatron_lopd.mcore.softmax import ResponseLogProbs, VocabularySlice
 from megatron_lopd.mcore.token_loss import SummedLoss, vocab_parallel_loss
 from tests.interpreter import run_interpreted
 from tests.log_prob_oracle import Watch, inputs, naive, unaligned
@@ -304,3 +306,28 @@ def peak_bytes(shape: Shape) -> int:
         total += event.nbytes()
         peak = max(peak, total)
     return peak
+
+
+def test_ranks_take_as_many_rows_though_the_last_has_fewer_columns() -> None:
+    """They meet once a chunk. Vocabularies, as with tokens added, that two ranks do not share evenly."""
+    hidden = torch.empty(10**6, 1)
+    for vocab_size in range(64_001, 66_000, 2):
+        half = -(-vocab_size // 256) * 128
+        slices = [
+            VocabularySlice.of(torch.empty(half, 0), vocab_size, cast(ProcessGroup, _FakeGroup(rank)))
+            for rank in range(2)
+        ]
+        assert slices[0].size != slices[1].size
+        first, last = (rows_at_once(hidden, each, None) for each in slices)
+        assert first == last
+
+
+@dataclass(frozen=True)
+class _FakeGroup:
+    number: int
+
+    def rank(self) -> int:
+        return self.number
+
+    def size(self) -> int:
+        return 2

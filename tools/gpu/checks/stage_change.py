@@ -11,7 +11,7 @@ from tools.gpu.context import CheckFailed, Part
 from tools.gpu.recipes import run_stages, write_recipe
 
 LEFT_ALLOWED = 1e9  # bytes: the CUDA context and the libraries of the process that goes on
-WATCHED_SECONDS = 1.0  # after a stage's end; the next one's process is still importing
+WATCHED_SECONDS = 4.0  # after a stage's last word, until its process is gone; the next one still imports
 
 
 def run(part: Part) -> None:

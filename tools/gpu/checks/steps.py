@@ -38,6 +38,7 @@ def run(part: Part) -> None:
 
 def _measuring(part: Part, job: Job) -> Callable[[], None]:
     def measure() -> None:
+        device.release()  # what a job that failed has held till now
         try:
             _measure(part, job)
         finally:
