@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 from tests.slurm.cluster import installed as slurm_installed
@@ -20,9 +19,6 @@ from tests.vllm_python import VLLM_PYTHON
 # Here and in every process started from here, before torch is imported: sums in two threads round
 # differently, and many tests hold two processes to the same bits.
 os.environ["OMP_NUM_THREADS"] = "1"
-# A GPU that torch cannot use, as with a torch for CPUs on a machine that has one, is none to the tests.
-if not torch.cuda.is_available():
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # A machine that others use as well may take any time.
 settings.register_profile("unhurried", deadline=None)
@@ -45,6 +41,15 @@ OPTIONAL = (
         VLLM_PYTHON.exists,
     ),
 )
+
+
+def pytest_configure() -> None:
+    import torch  # not before the number of threads is set
+
+    assert torch.get_num_threads() == 1, "torch was imported before tests/conftest.py could set its threads"
+    # A GPU that torch cannot use, as with a torch for CPUs on a machine that has one, is none to the tests.
+    if not torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
