@@ -29,6 +29,7 @@ LAST = {
     "quickstart": "accuracy",
     "steps": "MoE of 32 experts, bf16",
     "profile": "GEMM",
+    "swiglu": "ours",
     "checkpoint": "this machine at best",
     "recipe-bf16": "whole run",
     "stage-change": "report",

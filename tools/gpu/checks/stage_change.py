@@ -21,18 +21,18 @@ def run(part: Part) -> None:
     device.release()
     before, most = free_bytes(), 0
     for stage, seconds in run_stages(recipe):
-        left = before - _most_free()
+        left = before - _most_free(before)
         most = max(most, left)
         part.figure(stage, seconds=seconds, left_gb=left / 1e9)
     if most > LEFT_ALLOWED:
         raise CheckFailed(f"a stage left {most / 1e9:.1f} GB on the GPU: {LEFT_ALLOWED / 1e9:.0f} at most")
 
 
-def _most_free() -> int:
-    """What was free at best: a process that is ending gives its memory back piece by piece."""
+def _most_free(wanted: int) -> int:
+    """What was free at best, up to `wanted`: a process that ends gives its memory back piece by piece."""
     samples: list[int] = []
     deadline = time.monotonic() + WATCHED_SECONDS
-    while not samples or time.monotonic() < deadline:
+    while not samples or (max(samples) < wanted and time.monotonic() < deadline):
         samples.append(free_bytes())
         time.sleep(0.02)
     return max(samples)
