@@ -88,7 +88,7 @@ class ClaimLost(LopdError):  # noqa: N818 - what happened, as StopRequested
 
 
 class PartFailed(LopdError):  # noqa: N818
-    """A part has failed as often as it may."""
+    """A part, or a worker at one part after another, has failed as often as it may."""
 
 
 def read_claims(directory: Path) -> dict[str, list[ClaimState]]:
@@ -236,6 +236,10 @@ class Claims:
         state = ClaimState(part, len(states) + 1, self.owner)
         return Claim(self.directory, state, self.lease / BEATS_A_LEASE) if self._create(state) else None
 
+    def delay(self, failures: int) -> float:
+        """Seconds to wait before trying again what has failed so often: twice as long each time."""
+        return self.backoff * 2.0 ** (failures - 1)
+
     def _is_free(self, states: list[ClaimState]) -> bool:
         newest = states[-1]
         quiet = self._quiet_seconds(newest)
@@ -252,7 +256,7 @@ class Claims:
             )
         if not failures:  # those of an earlier run: its user has started it again, and knows why
             return True
-        return quiet >= self.backoff * 2.0 ** (failures - 1)
+        return quiet >= self.delay(failures)
 
     def _quiet_seconds(self, state: ClaimState) -> float:
         """For how long this worker has seen nothing new of a claim."""

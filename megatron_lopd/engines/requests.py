@@ -100,8 +100,8 @@ def give_back_memory() -> None:
     """Return to the driver the GPU memory that nothing here refers to any more: others may need it now.
 
     What torch keeps for its own next use counts as taken for every other process. A process that has not
-    touched a GPU does not begin to.
+    touched a GPU does not begin to, nor looks through all its objects for nothing.
     """
-    gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        gc.collect()
         torch.cuda.empty_cache()

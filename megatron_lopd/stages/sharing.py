@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lopd.artifacts.claims import Claim, ClaimLost, Claims, announce, pause
+from megatron_lopd.artifacts.claims import ATTEMPTS, Claim, ClaimLost, Claims, PartFailed, announce, pause
 from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, publish
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.data.records import Rollout, Score
@@ -51,7 +51,8 @@ def make_parts(works: Sequence[Work]) -> None:
     """Return once every part is there, made here or by others; those already there are kept.
 
     Where an engine is killed or a shared file cannot be read, the part is tried again after a while, here or
-    elsewhere; raises PartFailed when that has happened too often, and any other error at once.
+    elsewhere; raises PartFailed when that has happened to it too often, or here to ATTEMPTS parts with none
+    made between, and any other error at once.
     """
     with closing(_Worker(works)) as worker:
         while worker.missing():
@@ -71,6 +72,7 @@ class _Worker:
             self._claims[directory] = Claims(directory)
         self._open: tuple[EngineConfig, Path, Engine] | None = None
         self._progress: _Progress | None = None
+        self._failed: set[Path] = set()  # parts, since one was made here
 
     def missing(self) -> list[tuple[Work, Part]]:
         """The parts that nobody has published, in order."""
@@ -112,12 +114,19 @@ class _Worker:
             part.write(self._engine(work), private, lambda records: progress.count(records, part, claim))
             if not claim.is_lost():
                 publish(private, part.path)
+            self._failed.clear()
         except ClaimLost as lost:
             progress.note(f"{lost}: dropped here")
         except (EngineDied, OSError) as error:
             self._close_engine()
             claim.fail(str(error))
+            self._failed.add(part.path)
+            if len(self._failed) == ATTEMPTS:  # no fault of a part: it would go through all of them
+                raise PartFailed(
+                    f"{part.path}: the last of {ATTEMPTS} that failed here with none made between: {error}"
+                ) from error
             progress.note(f"{part.path.name}: {error}: to be tried again")
+            time.sleep(self._claims[part.path.parent].delay(len(self._failed)))
         except LopdError:
             if not claim.is_lost():  # else what was in the way is what the others have done
                 raise

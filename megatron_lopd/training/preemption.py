@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -12,6 +14,7 @@ from megatron_lopd.errors import StopRequested
 
 # SIGTERM: a scheduler that takes the node back. SIGUSR1: SLURM's --signal, ahead of the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN_SECONDS = 0.05  # until a stop that Python dropped is asked for again
 
 
 class StopSignals:
@@ -48,9 +51,32 @@ def stopping_at_once(message: str) -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise StopRequested(message)
 
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, StopRequested):
+            report(unraisable)
+            return
+        # The signal came while Python ran a finalizer, and what is raised in one goes nowhere. Ask again,
+        # from another thread: this one is in the finalizer still.
+        for each in STOP_SIGNALS:
+            signal.signal(each, stop)
+        main, number = threading.main_thread().ident, STOP_SIGNALS[0]
+        assert main is not None  # it runs
+        again = threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, number))
+        again.daemon = True
+        timers.append(again)
+        again.start()
+
+    timers: list[threading.Timer] = []
+    report, sys.unraisablehook = sys.unraisablehook, dropped
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        try:
+            for timer in timers:  # one that is late would end the process
+                timer.cancel()
+                timer.join()
+        finally:
+            sys.unraisablehook = report
+            for number, handler in before.items():
+                signal.signal(number, handler)

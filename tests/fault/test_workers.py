@@ -12,8 +12,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_lopd.artifacts import claims as claims_module
 from megatron_lopd.artifacts.claims import Claims, read_claims
 from megatron_lopd.cli import main
 from megatron_lopd.engines.hf import TransformersEngine
+from megatron_lopd.engines.protocol import GenerateRequest
 from megatron_lopd.errors import EngineDied
 from megatron_lopd.stages import sharing
 from tests.pipeline import write_recipe
@@ -192,51 +194,86 @@ def test_a_stop_signal_ends_a_worker_with_75_and_its_shard_is_free(root: Path, s
     assert files(claims) == files(sampled / "run" / "rollout")
 
 
+@dataclass
+class Deaths:
+    """When the engine here dies: asked at every part it is given, by the id of the part's first sample."""
+
+    at: Callable[[str], bool]
+    count: int = 0
+
+
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many times the engine here is still to die at a shard."""
-    left = [0]
+def deaths(monkeypatch: pytest.MonkeyPatch) -> Deaths:
+    deaths = Deaths(at=lambda sample: False)
     generate = TransformersEngine.generate
 
-    def dying(self: TransformersEngine, *arguments: Any) -> Any:
-        if left[0]:
-            left[0] -= 1
+    def dying(self: TransformersEngine, requests: Sequence[GenerateRequest], *rest: Any) -> Any:
+        if deaths.at(requests[0].sample_id):
+            deaths.count += 1
             raise EngineDied("the student's process was killed by SIGKILL")
-        return generate(self, *arguments)
+        return generate(self, requests, *rest)
 
     monkeypatch.setattr(TransformersEngine, "generate", dying)
     monkeypatch.setattr(claims_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(sharing, "Claims", functools.partial(Claims, backoff=0.05))
-    return left
+    return deaths
 
 
+@pytest.mark.parametrize("pattern", ["110", "01" * 10], ids=["twice in a row", "now and then"])
 def test_an_engine_that_dies_is_tried_again(
     root: Path,
     sampled: Path,
-    failing: list[int],
+    deaths: Deaths,
+    pattern: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(root)
-    failing[0] = 2
+    coming = iter(pattern)
+    deaths.at = lambda sample: next(coming, "0") == "1"
     assert main(["rollout", "recipe.yaml"]) == 0
-    assert capsys.readouterr().err.count("killed by SIGKILL: to be tried again") == 2
+    assert deaths.count == pattern.count("1")
+    assert capsys.readouterr().err.count("killed by SIGKILL: to be tried again") == deaths.count
     assert files(root / "run" / "rollout") == files(sampled / "run" / "rollout")
 
 
 def test_a_shard_that_always_fails_ends_every_worker_with_a_line(
-    root: Path, failing: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, deaths: Deaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Once all others are made. Started again, it has its three tries again."""
     monkeypatch.chdir(root)
-    failing[0] = 10**6
-    for _ in range(2):
+    first: list[str] = []
+
+    def poison(sample: str) -> bool:
+        first.append(sample)
+        return sample == first[0]
+
+    deaths.at = poison
+    for runs in (1, 2):
         assert main(["rollout", "recipe.yaml"]) == 1
         line = capsys.readouterr().err.splitlines()[-1]
         assert re.search(
             r"run/rollout/rollouts-\d{5}\.arrow: failed 3 times, the last on .* \(pid \d+\)", line
         )
         assert line.endswith("the student's process was killed by SIGKILL")
-    failing[0] = 0
+        assert deaths.count == 3 * runs
+        assert len(list((root / "run" / "rollout").glob("rollouts-*.arrow"))) == SAMPLES // SHARD - 1
+    deaths.at = lambda sample: False
+    assert main(["rollout", "recipe.yaml"]) == 0
+
+
+def test_an_engine_that_always_dies_ends_its_worker_at_the_third_part(
+    root: Path, deaths: Deaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    deaths.at = lambda sample: True
+    for runs in (1, 2):
+        assert main(["rollout", "recipe.yaml"]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(r"run/rollout/rollouts-\d{5}\.arrow: the last of 3 that failed here with none", line)
+        assert line.endswith("the student's process was killed by SIGKILL")
+        assert deaths.count == 3 * runs
+    deaths.at = lambda sample: False
     assert main(["rollout", "recipe.yaml"]) == 0
 
 

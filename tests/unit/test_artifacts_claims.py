@@ -134,7 +134,9 @@ def test_a_part_that_fails_waits_longer_each_time_and_then_fails_for_good(tmp_pa
         waits.append(time.monotonic() - began)
         with claim:
             claim.fail(f"no luck {number}")
-    assert waits[0] < 0.2 <= waits[1] < 0.4 <= waits[2]
+    # From below alone: a busy machine makes any wait longer.
+    assert waits[1] >= 0.2
+    assert waits[2] >= 0.4
     with pytest.raises(PartFailed, match=r"a\.x: failed 3 times, the last on .* \(pid \d+\): no luck 2"):
         claims.take("a.x")
     assert Claims(tmp_path).take("a.x") is not None, "started again, it begins anew"

@@ -1,0 +1,80 @@
+"""A signal that asks for a stop is answered whatever Python is at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from megatron_lopd.errors import StopRequested
+from megatron_lopd.training.preemption import STOP_SIGNALS, stopping_at_once
+
+
+class _Finalized:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)  # Python looks for signals here, and runs the handler
+
+
+class _Referred:
+    """For a weak reference, whose callback Python guards as it does a finalizer."""
+
+
+def _in_a_finalizer() -> None:
+    _Finalized()
+
+
+def _in_a_callback() -> None:
+    def ask(reference: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+    referred = _Referred()
+    reference = weakref.ref(referred, ask)
+    del referred
+    assert reference() is None
+
+
+def _in_the_loop() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("ask", [_in_the_loop, _in_a_finalizer, _in_a_callback])
+def test_a_stop_is_never_dropped(ask: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(StopRequested, match="enough"), stopping_at_once("enough"):
+        _be_asked(ask)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
+def _be_asked(ask: Callable[[], None]) -> None:
+    ask()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_a_stop_that_comes_as_the_work_ends_disturbs_nothing_after_it() -> None:
+    """Python dropped it, and the work was over before it was asked for again."""
+    with stopping_at_once("enough"):
+        _in_a_finalizer()
+    time.sleep(0.2)
+
+
+def test_what_else_finalizers_raise_is_reported_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(str(unraisable.exc_value)))
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("in a finalizer")
+
+    with stopping_at_once("enough"):
+        Broken()
+    assert reported == ["in a finalizer"]
