@@ -77,8 +77,9 @@ def choices(machine: Capabilities, backend: str | None) -> Iterator[tuple[str, s
         "weight gradients",
         _chosen(machine, machine.gradient_accumulation_fusion, "Apex", "added up in place"),
     )
-    kernels = "kernels of our own, if they pass their trial when the model is built"
-    yield "log-probs, SwiGLU", _chosen(machine, machine.activation_fusion, "Triton", kernels)
+    kernels = "Triton kernels, if they pass their trial when the model is built"
+    plain = f"torch's operations ({'no GPU' if machine.gpu is None else 'no Triton'})"
+    yield "log-probs, SwiGLU", kernels if machine.activation_fusion else plain
     yield "rotary embedding", _chosen(machine, machine.rope_fusion, "Transformer Engine", "fused")
 
 

@@ -146,11 +146,24 @@ def test_bad_usage_is_one_line(tmp_path: Path) -> None:
     assert "--toy runs the same checks" in refuse(*out, CUDA_VISIBLE_DEVICES="")
     assert "--budget" in refuse("--toy", "--budget", "soon", *out)
     assert "there is no no-such-python here" in refuse("--toy", *out, PYTHON="no-such-python")
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # with nothing that was installed
+    bare.chmod(0o755)
+    said = refuse("--toy", *out, PYTHON=str(bare))
+    assert said.endswith(" has no torch, no triton, no pytest: `make .venv/.dev` makes one that has\n")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.jsonl").touch()
     assert "the results of another run" in refuse("--toy", *out)
     assert "cannot be written" in refuse("--toy", "--out", str(tmp_path / "out" / "results.jsonl"))
+
+
+def test_a_run_in_which_nothing_ran_has_not_gone_well(tmp_path: Path) -> None:
+    runner = start(tmp_path, "--budget", "0.001")
+    said, _ = runner.communicate()
+    assert runner.returncode == 1
+    assert {line["status"] for line in lines(tmp_path)[1:]} == {"left out"}
+    assert said.endswith(f"results, logs and this table: {tmp_path / 'out'}\n")
 
 
 def test_a_line_is_on_the_disk_before_the_next_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # On a machine with one NVIDIA GPU: whether it gives the right numbers, and how fast, in ten minutes.
 #     tools/gpu/check.sh [--toy] [--only NAME ...] [--budget SECONDS] [--out DIR]
-# `PYTHON` is the interpreter to use (python3): the one with torch for this GPU. A folder .gpu beside
-# README.md, where Transformer Engine and Megatron-Core may be unpacked, goes before all else.
-# Exit codes: 0 no check failed, 1 one did, 2 usage.
+# `PYTHON` is the interpreter to use, the one with torch for this GPU (python3; with --toy that of .venv, if
+# there is one). A folder .gpu beside README.md, where Transformer Engine and Megatron-Core may be unpacked,
+# goes before all else. Exit codes: 0 no check failed, 1 one did or none ran, 2 usage.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-python=${PYTHON:-python3}
+python=python3
+if [[ " $* " = *" --toy "* && -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
+python=${PYTHON:-$python}
 command -v "$python" > /dev/null || {
     echo "check.sh: there is no $python here: set PYTHON to a Python that has torch" >&2
     exit 2

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 BUDGET = 570.0  # seconds
 POLL_SECONDS = 0.05
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NEEDED = ("torch",)  # all else that is missing costs the checks that need it
+NEEDED_FOR_TOYS = ("torch", "triton", "pytest")  # of the tests' environment: on a CPU no torch brings triton
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "vllm", "flash-attn")
 
 
@@ -39,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECKS) -> int:
-    """Run them; 0 if none failed, 1 if one did, 2 for usage."""
+    """Run them; 0 if none failed, 1 if one did or none ran, 2 for usage."""
     options = _parse(arguments, checks)
     out = options.out.absolute()
     if (out / "results.jsonl").exists():
@@ -57,12 +60,13 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
     run = _Run(options.toy, options.budget, out, results)
     endings = run.all(chosen)
     text = table(machine, endings)
-    print(f"\n{text}", flush=True)
+    print(f"\n{text}\nresults, logs and this table: {out}", flush=True)
     try:
         (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     except OSError as error:  # a full disk: it has been printed
         print(f"check.sh: {out}/table.txt cannot be written ({error.strerror})", file=sys.stderr)
-    return int(bool(run.stopped_by) or any(ending.status in BAD for ending in endings))
+    statuses = {ending.status for ending in endings}
+    return int(bool(run.stopped_by) or "ok" not in statuses or not statuses.isdisjoint(BAD))
 
 
 def _parse(arguments: Sequence[str] | None, checks: Sequence[Check]) -> argparse.Namespace:
@@ -74,10 +78,17 @@ def _parse(arguments: Sequence[str] | None, checks: Sequence[Check]) -> argparse
     )
     parser.add_argument("--toy", action="store_true", help="on a CPU, at sizes that measure nothing")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these checks alone")
-    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds in all ({BUDGET:.0f})")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        help=f"seconds in all ({BUDGET:.0f}); what does not fit is left out",
+    )
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     default = ROOT / "runs" / f"gpu-check-{stamp}"
-    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="where results go")
+    parser.add_argument(
+        "--out", type=Path, default=default, metavar="DIR", help="where results go (runs/gpu-check-TIME)"
+    )
     options = parser.parse_args(arguments)
     known = [check.name for check in checks]
     unknown = [name for name in options.only if name not in known]
@@ -87,6 +98,10 @@ def _parse(arguments: Sequence[str] | None, checks: Sequence[Check]) -> argparse
         parser.error("--budget must be above 0 seconds")
     if not options.toy and not has_gpu():
         parser.error("no NVIDIA GPU is visible here: --toy runs the same checks at toy sizes on a CPU")
+    missing = [name for name in (NEEDED_FOR_TOYS if options.toy else NEEDED) if find_spec(name) is None]
+    if missing:
+        remedy = "`make .venv/.dev` makes one that has" if options.toy else "name one that has with PYTHON"
+        parser.error(f"{sys.executable} has no {', no '.join(missing)}: {remedy}")
     return options
 
 
@@ -167,7 +182,7 @@ class _Run:
         while waiting and (not running or (waiting[0].shared and all(each.check.shared for each in running))):
             check, left = waiting.pop(0), self._end - time.monotonic()
             if left < check.seconds:
-                reason = f"budget: {left:.0f} s were left, and it takes {check.seconds:.0f}"
+                reason = f"budget: {left:.0f} s were left, and it takes {check.seconds:.0f} on an H100"
                 self._add(Ending(check.name, "left out", 0.0, reason))
                 continue
             print(f"{check.name}: {check.about} ...", flush=True)

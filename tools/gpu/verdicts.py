@@ -27,6 +27,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    """What this machine has not the parts for; conftest.py's last lines, in the log, say which."""
+    """What this machine has not the parts for, by the names of NEEDED in tests/gpu/conftest.py."""
+    wanted = {name for item in items for mark in item.iter_markers("needs") for name in mark.args}
     if items:
-        _part().figure(f"{items[0].path.name}: left out", tests=len(items))
+        _part().figure(f"{items[0].path.name}: left out", tests=len(items), needing=" ".join(sorted(wanted)))
