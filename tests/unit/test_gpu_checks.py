@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from tools.gpu import device
+from tools.gpu.checks import machine
 from tools.gpu.checks.profiles import kernel_class, read_kernels
 from tools.gpu.context import CheckFailed, LeftOut, Part
 from tools.gpu.registry import CHECKS
@@ -32,7 +34,7 @@ LAST = {
     "swiglu": "ours",
     "checkpoint": "this machine at best",
     "recipe-bf16": "whole run",
-    "stage-change": "report",
+    "stage-change": "evaluate",
     "imports": "two at once, warm, 2",
 }
 
@@ -84,6 +86,13 @@ def test_a_torch_that_cannot_use_the_gpu_says_so_itself(tmp_path: Path) -> None:
     """This one was built without CUDA; a driver that is too old is said in the same way."""
     with pytest.raises(CheckFailed, match=r"torch \S+ cannot use the GPU: Torch not compiled with CUDA"):
         device.open_device(Part(toy=False, scratch=tmp_path, told=tmp_path / "told"))
+
+
+def test_a_package_without_a_version_of_its_own_has_that_of_its_metadata(tmp_path: Path) -> None:
+    """As transformer_engine.pytorch, and here a part of numpy."""
+    part = Part(toy=True, scratch=tmp_path, told=tmp_path / "told")
+    machine._importing(part, "numpy", "numpy.linalg")()
+    assert json.loads((tmp_path / "told").read_text()) == {"figure": "numpy", "version": version("numpy")}
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,6 @@ CHECKS = (
     _check("checkpoint", "save and load: GB/s, memory", "checkpoints:run", 45, 120),
     _check("recipe-bf16", "a 0.6B run from generate to report", "recipes:bf16", 100, 240),
     _check("recipe-fp8", "the same, trained in FP8 tensorwise", "recipes:fp8", 100, 240),
-    _check("stage-change", "memory that training leaves behind", "stage_change:run", 25, 60),
+    _check("stage-change", "memory that training leaves behind", "stage_change:run", 45, 120),
     _check("imports", "seconds until train can begin", "imports:run", 30, 150),
 )
