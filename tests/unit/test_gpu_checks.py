@@ -88,6 +88,19 @@ def test_a_torch_that_cannot_use_the_gpu_says_so_itself(tmp_path: Path) -> None:
         device.open_device(Part(toy=False, scratch=tmp_path, told=tmp_path / "told"))
 
 
+def test_gpu_tests_need_no_more_than_pytest() -> None:
+    """A GPU machine's Python may have neither hypothesis nor any plugin of pytest."""
+    code = (
+        "import sys; sys.modules['hypothesis'] = None; import pytest; "
+        "sys.exit(pytest.main(['tests/gpu', '--device', 'cpu', '--collect-only', '-p', 'no:cacheprovider']))"
+    )
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_package_without_a_version_of_its_own_has_that_of_its_metadata(tmp_path: Path) -> None:
     """As transformer_engine.pytorch, and here a part of numpy."""
     part = Part(toy=True, scratch=tmp_path, told=tmp_path / "told")
