@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from tools.gpu.checks import machine
 from tools.gpu.checks.profiles import kernel_class, read_kernels
 from tools.gpu.context import CheckFailed, LeftOut, Part
 from tools.gpu.registry import CHECKS
+from tools.gpu.run import BUDGET
 from tools.gpu.training import QWEN3_8B_CUT, Job
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,14 @@ def test_every_check_runs_at_toy_sizes(tmp_path: Path) -> None:
         assert each["status"] == "ok"
         assert LAST[name] in [figure["figure"] for figure in each["figures"]]
     assert "left out for want of an NVIDIA GPU" in Path(found["tests"]["log"]).read_text()
+
+
+def test_all_but_the_last_check_fit_the_budget_by_their_own_estimates() -> None:
+    seconds = 0.0
+    for alone, together in itertools.groupby(CHECKS[:-1], key=lambda check: not check.shared):
+        each = [check.seconds for check in together]
+        seconds += sum(each) if alone else max(each)
+    assert seconds <= BUDGET
 
 
 def test_a_gpu_too_small_is_told_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
