@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from tests.slurm.cluster import installed as slurm_installed
 from tests.vllm_python import VLLM_PYTHON
@@ -20,9 +20,12 @@ from tests.vllm_python import VLLM_PYTHON
 # differently, and many tests hold two processes to the same bits.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A machine that others use as well may take any time.
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
+if find_spec("hypothesis") is not None:  # tests/gpu need it not, nor a GPU machine's Python have it
+    from hypothesis import settings
+
+    # A machine that others use as well may take any time.
+    settings.register_profile("unhurried", deadline=None)
+    settings.load_profile("unhurried")
 
 TESTS = Path(__file__).parent
 GPU_TESTS = TESTS / "gpu"

@@ -8,6 +8,7 @@ from megatron_lopd.config import EngineConfig
 from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, ScoreRequest
 from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import EngineError
+from megatron_lopd.mcore.compat import without_tf32
 from megatron_lopd.mcore.gpus import require_usable
 
 __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engine"]
@@ -37,6 +38,7 @@ def open_engine(config: EngineConfig, model_dir: str) -> Engine:
 
 def load_engine(config: EngineConfig, model_dir: str) -> Engine:
     """`open_engine`, in this process whatever the engine."""
+    without_tf32()
     # Here, for importing any takes seconds.
     if config.name == "vllm":
         from megatron_lopd.engines.vllm import VllmEngine

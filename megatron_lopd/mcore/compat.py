@@ -323,15 +323,13 @@ RELIANCES = (
 def prepare() -> None:
     """Make Megatron-Core run on what this machine has. Does its work once; later calls do nothing.
 
-    Products of fp32 stay fp32: images may turn TF32 on by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
-
     Raises ConfigError when the installed Megatron-Core is not what a patch or our code was made for.
     """
     if _installed() < Version(OLDEST).release:
         raise ConfigError(
             f"megatron-core {version('megatron-core')} is too old: install one from {OLDEST} to {NEWEST}"
         )
-    torch.backends.cuda.matmul.allow_tf32 = False
+    without_tf32()
     patches: list[Patch] = []
     if not has_transformer_engine():
         patches += WITHOUT_TRANSFORMER_ENGINE
@@ -349,6 +347,11 @@ def prepare() -> None:
         patch.apply()
     if not torch.cuda.is_available():
         CpuForCuda().__enter__()  # type: ignore[no-untyped-call]
+
+
+def without_tf32() -> None:
+    """Products of fp32 stay fp32: images may turn TF32 on by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE."""
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def device() -> torch.device:

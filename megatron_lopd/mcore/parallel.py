@@ -84,6 +84,9 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor_size,
             distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
+            # Nothing uses them; and where a device is bound to the default group, the ranks outside of a new
+            # group split NCCL's communicator whatever its backend, which those inside do not.
+            create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield _ranks()

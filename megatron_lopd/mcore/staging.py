@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from megatron_lopd.errors import CheckpointError
 from megatron_lopd.mcore.shards import Box, boxes_of_run
 
 SEGMENT_BYTES = 1 << 28
@@ -26,11 +27,23 @@ class HostBuffer:
     """Room for copies of `boxes`, whatever they will then hold; those are not read yet."""
 
     def __init__(self, boxes: Iterable[Box]) -> None:
+        """Raises CheckpointError when there is not that much memory."""
         sizes: dict[int, int] = {}
         for segment, start, box in _placed(boxes):
             sizes[segment] = start + box.elements.nbytes
         pinned = torch.cuda.is_available()
-        self._segments = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes.values()]
+        try:
+            self._segments = [
+                torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes.values()
+            ]
+        except RuntimeError as error:  # of torch's allocator, or of the driver's
+            kind = "page-locked host memory" if pinned else "host memory"
+            words = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{sum(sizes.values()) / 1e9:.1f} GB of {kind}, where this rank's checkpoints are copied to, "
+                f"cannot be had ({words}): give the job more memory, or more data parallel ranks (lopd plan "
+                "says what a node needs)"
+            ) from error
 
     @property
     def nbytes(self) -> int:

@@ -180,12 +180,12 @@ def _check(recipe: Recipe, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _asks_of_gpu(recipe: Recipe) -> bool:
-    """Whether checking the recipe has a GPU looked at that this process does not see: for what only some
-    GPUs' layers can do."""
+    """Whether checking the recipe has GPUs looked at that this process does not see: for what only some
+    GPUs' layers can do, and for whether those of several ranks are of one kind."""
     gate = recipe.score.agreement
     fp8 = recipe.fp8, recipe.score.engine.fp8, gate.engine.fp8 if gate is not None else None
     by_layers = recipe.parallel.recompute == "moe_act" or any(each is not None for each in fp8)
-    return hides_gpus() and by_layers
+    return hides_gpus() and (by_layers or recipe.parallel.processes > 1)
 
 
 def _is_launched(stage: Stage, recipe: Recipe) -> bool:

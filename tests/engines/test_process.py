@@ -197,6 +197,15 @@ def test_a_closed_engine_has_dropped_its_model_before_the_cache_is_emptied(
     assert left == [0]
 
 
+def test_an_engine_multiplies_fp32_in_fp32_whatever_the_image_has_set(tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True  # as NVIDIA's environment has it
+    try:
+        open_engine(EngineConfig(), str(make_model_dir(tmp_path / "model"))).close()
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def test_the_cache_is_emptied_before_an_engine_is_opened_and_without_a_gpu_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,7 +197,12 @@ def test_gpus_that_are_hidden_come_back(bare: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "asks", [("precision=bf16", "fp8.recipe=tensorwise"), ("precision=bf16", "parallel.recompute=moe_act")]
+    "asks",
+    [
+        ("precision=bf16", "fp8.recipe=tensorwise"),
+        ("precision=bf16", "parallel.recompute=moe_act"),
+        ("parallel.processes=2",),
+    ],
 )
 def test_what_a_recipe_asks_of_a_gpu_is_asked_in_another_process(
     bare: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], asks: tuple[str, ...]

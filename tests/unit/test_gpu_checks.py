@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from tools.gpu import device
+from tools.gpu.checks import machine
 from tools.gpu.checks.profiles import kernel_class, read_kernels
 from tools.gpu.context import CheckFailed, LeftOut, Part
 from tools.gpu.registry import CHECKS
+from tools.gpu.run import BUDGET
 from tools.gpu.training import QWEN3_8B_CUT, Job
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +36,7 @@ LAST = {
     "swiglu": "ours",
     "checkpoint": "this machine at best",
     "recipe-bf16": "whole run",
-    "stage-change": "report",
+    "stage-change": "evaluate",
     "imports": "two at once, warm, 2",
 }
 
@@ -60,6 +64,14 @@ def test_every_check_runs_at_toy_sizes(tmp_path: Path) -> None:
     assert "left out for want of an NVIDIA GPU" in Path(found["tests"]["log"]).read_text()
 
 
+def test_all_but_the_last_check_fit_the_budget_by_their_own_estimates() -> None:
+    seconds = 0.0
+    for alone, together in itertools.groupby(CHECKS[:-1], key=lambda check: not check.shared):
+        each = [check.seconds for check in together]
+        seconds += sum(each) if alone else max(each)
+    assert seconds <= BUDGET
+
+
 def test_a_gpu_too_small_is_told_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 24e9
     monkeypatch.setattr(device, "free_bytes", lambda: free)
@@ -84,6 +96,26 @@ def test_a_torch_that_cannot_use_the_gpu_says_so_itself(tmp_path: Path) -> None:
     """This one was built without CUDA; a driver that is too old is said in the same way."""
     with pytest.raises(CheckFailed, match=r"torch \S+ cannot use the GPU: Torch not compiled with CUDA"):
         device.open_device(Part(toy=False, scratch=tmp_path, told=tmp_path / "told"))
+
+
+def test_gpu_tests_need_no_more_than_pytest() -> None:
+    """A GPU machine's Python may have neither hypothesis nor any plugin of pytest."""
+    code = (
+        "import sys; sys.modules['hypothesis'] = None; import pytest; "
+        "sys.exit(pytest.main(['tests/gpu', '--device', 'cpu', '--collect-only', '-p', 'no:cacheprovider']))"
+    )
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_package_without_a_version_of_its_own_has_that_of_its_metadata(tmp_path: Path) -> None:
+    """As transformer_engine.pytorch, and here a part of numpy."""
+    part = Part(toy=True, scratch=tmp_path, told=tmp_path / "told")
+    machine._importing(part, "numpy", "numpy.linalg")()
+    assert json.loads((tmp_path / "told").read_text()) == {"figure": "numpy", "version": version("numpy")}
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,14 @@ def test_a_runner_that_is_ended_leaves_whole_lines_and_no_check(
         assert statuses == {"crashes": "failed"}
 
 
+def test_a_check_that_the_budget_ends_has_not_failed(tmp_path: Path) -> None:
+    runner = start(tmp_path, "--only", "waits", "--budget", "2")
+    runner.communicate()
+    (ending,) = lines(tmp_path)[1:]
+    assert (ending["status"], runner.returncode) == ("left out", 0)
+    assert ending["reason"].startswith("budget: ended after 2 s; where it stood")
+
+
 def refuse(*arguments: str, **changes: str) -> str:
     """What check.sh says, in one line, when it exits with 2."""
     environment = {**os.environ, "PYTHON": sys.executable, **changes}

@@ -35,6 +35,7 @@ def test_every_group_waits_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     assert asked["timeout"] >= timedelta(hours=1)
     assert asked["distributed_timeout_minutes"] == asked["timeout"] / timedelta(minutes=1)
+    assert asked["create_gloo_process_groups"] is False, "each is a split of NCCL's for the ranks outside it"
     with model_parallel(ParallelConfig(), seed=0, timeout=timedelta(seconds=90)):
         pass
     assert asked["timeout"] == timedelta(seconds=90)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_lopd.errors import CheckpointError
 from megatron_lopd.mcore import staging
 from megatron_lopd.mcore.shards import Box, boxes_of_run
 from megatron_lopd.mcore.staging import HostBuffer
@@ -57,3 +60,42 @@ def test_boxes_are_cut_at_the_ends_of_segments_and_copied_whole(monkeypatch: pyt
             assert found[copy.key][place].isnan().all(), "no element twice"
             found[copy.key][place] = copy.elements.view(copy.shape)
         assert all(torch.equal(found[key], each) for key, each in whole.items())
+
+
+def box(elements: int) -> Box:
+    return Box("a", (elements,), (0,), (elements,), False, torch.arange(elements))
+
+
+def test_on_a_gpu_the_memory_is_pinned_and_the_copies_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake GPU: what is asked of torch, which here copies at once."""
+    asked: list[bool] = []
+    done: list[str] = []
+    empty, copy = torch.empty, torch.Tensor.copy_
+
+    def recorded(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        asked.append(pin_memory)
+        return empty(*arguments, **options)
+
+    def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        done.append("begun" if non_blocking else "copied")
+        return copy(target, source)
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    boxes = [box(4), box(4)]
+    HostBuffer(boxes).copied(boxes)
+    assert asked == [True]
+    assert done == ["begun", "begun", "waited"]
+
+
+def test_too_little_host_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(CheckpointError, match=r"0\.0 GB of host memory.* \(CUDA error: out") as caught:
+        HostBuffer([box(4)])
+    assert "\n" not in str(caught.value)

@@ -102,7 +102,10 @@ def measure_saves(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with peak_resident() as peak:
-        parts = _parts(optimization, ranks, directory / "parts", HostBuffer(boxes), saves)
+        host = HostBuffer(boxes)
+        host_bytes = host.nbytes
+        parts = _parts(optimization, ranks, directory / "parts", host, saves)
+        del host  # or the saver's would stand beside it
         blocked, whole = _through_saver(optimization, ranks, architecture, directory, saves)
     gpu_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {
@@ -112,7 +115,7 @@ def measure_saves(
         "loading_gb_s": round(staged_bytes / parts["load"] / GB, 3),
         "blocked_s": round(blocked, 3),
         "whole_save_s": round(whole, 3),
-        "host_bytes": HostBuffer(boxes).nbytes,
+        "host_bytes": host_bytes,
         "host_peak_bytes": peak[0] - before,
         "gpu_peak_bytes": gpu_peak - gpu_before,
     }

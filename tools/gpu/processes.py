@@ -36,11 +36,13 @@ class Running:
         scratch: Path,
         environment: Mapping[str, str],
         toy: bool,
-        seconds: float,
+        left: float,
     ) -> None:
+        """`left`: seconds of the budget, which may end it before its own limit does."""
         self.check, self._began = check, time.monotonic()
-        self._deadline = self._began + seconds
-        self._limit = seconds
+        own = check.toy_limit if toy else check.limit
+        self._limit, self._is_cut = min(left, own), left < own
+        self._deadline = self._began + self._limit
         self.log = out / "logs" / f"{check.name}.log"
         self._told = out / "figures" / f"{check.name}.jsonl"
         self._mark = uuid.uuid4().hex
@@ -66,7 +68,10 @@ class Running:
         if time.monotonic() > self._deadline:
             self._signal_all(signal.SIGABRT)  # Python's faulthandler writes every thread's stack into the log
             time.sleep(STACK_SECONDS)
-            return self.end("timed out", f"after {self._limit:.0f} s; where it stood is in its log")
+            stood = f"after {self._limit:.0f} s; where it stood is in its log"
+            if self._is_cut:  # no fault of the machine's
+                return self.end("left out", f"budget: ended {stood}")
+            return self.end("timed out", stood)
         if self.log.stat().st_size > LOG_LIMIT:
             return self.end("killed", f"it wrote more than {LOG_LIMIT >> 20} MB of output")
         return None

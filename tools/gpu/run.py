@@ -186,10 +186,9 @@ class _Run:
                 self._add(Ending(check.name, "left out", 0.0, reason))
                 continue
             print(f"{check.name}: {check.about} ...", flush=True)
-            limit = min(left, check.toy_limit if self._toy else check.limit)
             scratch = self._scratch / check.name
             try:
-                each = Running(check, self._out, scratch, self._environment(), self._toy, limit)
+                each = Running(check, self._out, scratch, self._environment(), self._toy, left)
             except OSError as error:  # a full disk, no more processes
                 self._add(Ending(check.name, "failed", 0.0, f"it cannot be begun ({error})"))
                 continue

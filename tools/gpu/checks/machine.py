@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
 
@@ -33,7 +34,7 @@ def _importing(part: Part, name: str, module: str) -> Callable[[], None]:
             package = importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise LeftOut(f"not installed: {error}") from error
-        part.figure(name, version=getattr(package, "__version__", "unknown"))
+        part.figure(name, version=getattr(package, "__version__", None) or version(name))
 
     return load
 

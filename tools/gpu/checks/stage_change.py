@@ -15,9 +15,12 @@ WATCHED_SECONDS = 4.0  # after a stage's last word, until its process is gone; t
 
 
 def run(part: Part) -> None:
-    """A run of a model whose training takes several GB, and what is still taken just after each stage."""
+    """A run of a model whose training takes several GB, and what is still taken just after each stage.
+
+    Without OPD: an engine, training, an engine, each in a process that imports all it needs.
+    """
     device.open_device(part)
-    recipe = write_recipe(part.scratch, part.toy, layers=4)
+    recipe = write_recipe(part.scratch, part.toy, layers=4, train=None)
     device.release()
     before, most = free_bytes(), 0
     for stage, seconds in run_stages(recipe):
