@@ -111,6 +111,18 @@ def test_a_compiler_without_a_gpu_is_a_reason(tmp_path: Path) -> None:
     assert _run(code, {}).startswith("RuntimeError: 0 active drivers")
 
 
+def test_a_triton_that_cannot_be_imported_is_a_reason_too(tmp_path: Path) -> None:
+    """A GPU is believed in for as long as Megatron-Core is made ready."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: no such file')")
+    code = (
+        "import torch, megatron.core.optimizer; from megatron_lopd.mcore import compat, kernel_trial;"
+        "torch.cuda.is_available = lambda: True; compat.prepare(); print(kernel_trial.trial('cuda'))"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path[1:]])
+    assert _run(code, {"PYTHONPATH": path}) == "ImportError: libtriton.so: no such file"
+
+
 def _run(code: str, environment: dict[str, str]) -> str:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-c", code]
