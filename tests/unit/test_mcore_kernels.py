@@ -42,6 +42,11 @@ def test_logits_are_read_16_bytes_at_a_time(ptx: dict[str, str]) -> None:
         assert set(re.findall(r"@%p\d+ ld\.global\.(\S+)", ptx[name])) == {"v4.b32"}, name
 
 
+def test_rows_are_found_beyond_two_to_the_31_elements(ptx: dict[str, str]) -> None:
+    for name in ("_statistics", "_gradient"):
+        assert "mul.lo.s32" not in ptx[name], f"{name}: a row's number times its stride, in 32 bits"
+
+
 def test_a_triton_that_cannot_run_is_one_line_and_the_torch_operation() -> None:
     """On all ranks, though one alone has the trouble, and said once."""
     results = run_ranks(2, ranks_that_differ)
