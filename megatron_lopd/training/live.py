@@ -21,7 +21,7 @@ from megatron_lopd.convert.gather import WeightGatherer
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.plan import BatchPlan
-from megatron_lopd.data.records import Rollout, Sample
+from megatron_lopd.data.records import Rollout, Sample, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
@@ -127,6 +127,7 @@ class LiveBatches:
         self._data, self._loader, self._plan = data, loader, plan
         self._ranks, self._device = ranks, device
         self._gatherer = WeightGatherer(optimization, arch)
+        self._vocabulary = arch.vocab_size
         self._open = ExitStack()
         self._student: Engine
         self._teacher: EngineProcess
@@ -195,11 +196,24 @@ class LiveBatches:
             asked = [
                 ScoreRequest(each.sample_id, each.prompt_tokens, each.response_tokens) for each in rollouts
             ]
-            scores = self._teacher.score(asked, self._data.score.top_k)
+            scores = list(self._teacher.score(asked, self._data.score.top_k))
+            for score in scores:
+                self._require_vocabulary(score)
             samples = [Sample(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
         except EngineError as error:
             return _Share([], error)
         return _Share(samples, None, sampled - began, time.perf_counter() - sampled)
+
+    def _require_vocabulary(self, score: Score) -> None:
+        """Raise EngineError for a token that the student has not: of the same tokenizer, models can be padded
+        to other sizes. Its log-prob would be that of a logit of 0."""
+        largest = -1 if score.top_k is None else int(score.top_k.ids.max(initial=-1))
+        if largest >= self._vocabulary:
+            raise EngineError(
+                f"sample {score.sample_id}: among the teacher's likeliest tokens is {largest}, beyond the "
+                f"student's vocabulary of {self._vocabulary}: lower score.top_k, or set teacher.model to a "
+                "model whose vocab_size is not larger"
+            )
 
     def _requests(self, step: int) -> list[GenerateRequest]:
         repeats: Counter[int] = Counter()

@@ -146,6 +146,27 @@ def online_rank(root: Path, killed_at: int | None) -> int:
         return main([*ONLINE, "parallel.processes=2"])
 
 
+def test_a_token_that_the_student_has_not_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said by the teacher in the third step, as by one whose output layer is padded further."""
+    from megatron_lopd.engines.process import EngineProcess
+
+    score, calls = EngineProcess.score, []
+
+    def with_padding(teacher: Any, *asked: Any) -> Any:
+        scores = list(score(teacher, *asked))
+        calls.append(scores)
+        if len(calls) == 3:
+            scores[1].top_k.ids[0, -1] = 131  # make_model_dir's vocab_size
+        return scores
+
+    monkeypatch.setattr(EngineProcess, "score", with_padding)
+    top_k = ["train.objective=topk_reverse_kl", "score.top_k=3"]
+    refused(capsys, top_k, 1, "likeliest tokens is 131", "student's vocabulary of 131", "score.top_k")
+    assert len(steps_of(root / "run/online")) == 2
+
+
 def refused(capsys: pytest.CaptureFixture[str], overrides: list[str], code: int, *expected: str) -> None:
     capsys.readouterr()
     assert main([*ONLINE, *overrides]) == code

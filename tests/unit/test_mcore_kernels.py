@@ -42,6 +42,11 @@ def test_logits_are_read_16_bytes_at_a_time(ptx: dict[str, str]) -> None:
         assert set(re.findall(r"@%p\d+ ld\.global\.(\S+)", ptx[name])) == {"v4.b32"}, name
 
 
+def test_rows_are_found_beyond_two_to_the_31_elements(ptx: dict[str, str]) -> None:
+    for name in ("_statistics", "_gradient"):
+        assert "mul.lo.s32" not in ptx[name], f"{name}: a row's number times its stride, in 32 bits"
+
+
 def test_a_triton_that_cannot_run_is_one_line_and_the_torch_operation() -> None:
     """On all ranks, though one alone has the trouble, and said once."""
     results = run_ranks(2, ranks_that_differ)
@@ -109,6 +114,18 @@ def test_a_compiler_without_a_gpu_is_a_reason(tmp_path: Path) -> None:
         "os.environ['TRITON_INTERPRET'] = '1'; print(kernel_trial.trial('cpu'))"
     )
     assert _run(code, {}).startswith("RuntimeError: 0 active drivers")
+
+
+def test_a_triton_that_cannot_be_imported_is_a_reason_too(tmp_path: Path) -> None:
+    """A GPU is believed in for as long as Megatron-Core is made ready."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: no such file')")
+    code = (
+        "import torch, megatron.core.optimizer; from megatron_lopd.mcore import compat, kernel_trial;"
+        "torch.cuda.is_available = lambda: True; compat.prepare(); print(kernel_trial.trial('cuda'))"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path[1:]])
+    assert _run(code, {"PYTHONPATH": path}) == "ImportError: libtriton.so: no such file"
 
 
 def _run(code: str, environment: dict[str, str]) -> str:

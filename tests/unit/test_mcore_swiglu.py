@@ -208,6 +208,8 @@ def test_they_compile_for_an_h100_and_move_sixteen_bytes_at_once(
         assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == loads
         assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == stores
         assert not re.findall(r"(?:ld|st)\.global\S*\.b16", ptx)
+        # A row's number times its width: 90,000 tokens of 2 x 12,288 columns are beyond 32 bits.
+        assert "mul.lo.s32" not in ptx
 
 
 def test_triton_is_tried_where_the_model_is_built_and_not_before_a_rank_has_chosen_its_gpu(
