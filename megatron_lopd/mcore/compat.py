@@ -14,9 +14,9 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -337,10 +337,13 @@ def prepare() -> None:
         patches += WITHOUT_TRANSFORMER_ENGINE
     if not torch.cuda.is_available():
         patches += WITHOUT_CUDA
-    elif find_spec("triton") is not None:
-        from megatron_lopd.mcore import swiglu  # imports Triton
+    else:
+        # Triton may be absent, or fail to be imported in any way: kernel_trial.py says so, and nothing of
+        # these is called.
+        with suppress(Exception):
+            from megatron_lopd.mcore import swiglu
 
-        patches += swiglu.PATCHES  # Megatron-Core calls them where model.py has it
+            patches += swiglu.PATCHES  # Megatron-Core calls them where model.py has it
     patches = [patch for patch in patches if patch.reliance.applies]
     for reliance in (*RELIANCES, *(patch.reliance for patch in patches)):
         if reliance.applies:
