@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,14 @@ def sha256_files(paths: Iterable[Path]) -> Iterator[str]:
         yield from pool.map(sha256_file, paths)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def remove(path: Path) -> None:
+    """Remove what has this name, if anything has: a file, a directory and all in it, or a link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync_directory(path: Path) -> None:
