@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_lopd.errors import DataError
+from megatron_lopd.errors import CheckpointError, DataError
+from megatron_lopd.mcore.checkpoint import StagedFile, StagedState
+from megatron_lopd.mcore.shards import Box
 from megatron_lopd.mcore.torch_dist import INDEX, Entry, TorchDistReader, index_of, pickled, write_value
 
 FILE = "__0_0.distcp"
@@ -73,3 +76,16 @@ def test_what_is_not_damaged_is_read(checkpoint: Path) -> None:
     reader = TorchDistReader(checkpoint)
     assert torch.equal(reader.read("weight", ()), torch.tensor([[0.0, 1, 2], [1, 2, 3]]))
     assert reader.read_object("object")[0]["of"] == "a module"
+
+
+def test_a_full_disk_is_told_in_the_systems_words(tmp_path: Path) -> None:
+    """torch's writer ends a file it could not write with an error of its own, which says nothing."""
+    box = Box("weight", (200_000,), (0,), (200_000,), False, torch.zeros(200_000))
+    staged = StagedState(tmp_path, [StagedFile(FILE, [], [box])], {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written \(\[Errno 27\] File too large\)"):
+            staged.write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
