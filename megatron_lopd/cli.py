@@ -55,8 +55,8 @@ _SECTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process exit code."""
     options = _parse(arguments)
-    environment.make_writable()
     try:
+        environment.make_writable()
         options.handler(options)
     except LopdError as error:
         rank = int(os.environ.get("RANK", "0"))

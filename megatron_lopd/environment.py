@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_lopd.config import ParallelConfig
+from megatron_lopd.errors import ConfigError
 
 # What tells a process that it is a rank, from torchrun or from stages/launch.py.
 RANK_VARIABLES = (
@@ -141,7 +142,13 @@ def make_writable() -> None:
     Containers run under any uid. Triton, vLLM, transformers and matplotlib keep files below HOME, and
     torch's inductor asks for the user's name. What cannot be written is replaced by a folder of this uid's
     own, with a line that says so; processes started from here inherit that, and say nothing.
+
+    Raises ConfigError where nothing can be written for a while, not even a temporary file.
     """
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.strerror}: set TMPDIR to a directory that can be written") from None
     try:
         getpass.getuser()
     except (KeyError, OSError):  # KeyError before Python 3.13
@@ -151,7 +158,7 @@ def make_writable() -> None:
         os.environ["HOME"] = home = _scratch("home", "HOME", home)
     for name, default in (
         ("TRITON_CACHE_DIR", f"{os.environ.get('TRITON_HOME', home)}/.triton/cache"),
-        ("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"),
+        ("TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{getpass.getuser()}"),
     ):
         place = os.environ.get(name, default)
         if not _is_writable(Path(place)):
@@ -175,7 +182,7 @@ def _compute_capability() -> float:
 
 def _is_writable(path: Path) -> bool:
     """Whether a file could be made in the directory, or the directory made."""
-    while not os.path.exists(path):  # False, too, where one may not look
+    while not os.path.lexists(path):  # False, too, where one may not look
         path = path.parent
     return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
 
@@ -183,11 +190,16 @@ def _is_writable(path: Path) -> bool:
 def _scratch(folder: str, variable: str, place: str) -> str:
     """A folder of this uid's own, and nobody else's, for `place`. Says so in a line."""
     root = Path(tempfile.gettempdir(), f"lopd-{os.getuid()}")
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.is_symlink() or root.stat().st_uid != os.getuid():  # another's, who may write what is read here
-        root = Path(tempfile.mkdtemp(prefix="lopd-"))
-    path = root / folder
-    path.mkdir(exist_ok=True)
+    try:
+        root.mkdir(mode=0o700, exist_ok=True)
+        # Another's, who may write what is read here?
+        if root.is_symlink() or root.stat().st_uid != os.getuid():
+            raise FileExistsError
+        path = root / folder
+        path.mkdir(exist_ok=True)
+    except FileExistsError:  # what is there under that name, whoever's it is, cannot be used
+        path = Path(tempfile.mkdtemp(prefix="lopd-"), folder)
+        path.mkdir()
     if os.environ.get("RANK", "0") == "0":
         print(f"lopd: {variable}: {place} cannot be written: {path} is used instead", file=sys.stderr)
     return str(path)

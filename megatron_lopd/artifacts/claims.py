@@ -196,8 +196,9 @@ class Claim:
                 self._write()
 
     def _write(self) -> None:
-        # Once the artifact is committed the directory is gone, and with it all there was to say.
-        with contextlib.suppress(FileNotFoundError):
+        # Once the artifact is committed the directory is gone, and with it all there was to say. On a full
+        # disk nothing can be said: the work will tell of it, and the next heartbeat may get through.
+        with contextlib.suppress(OSError):
             os.replace(_temporary(self._directory, self._state), self._path)
 
 
@@ -310,7 +311,11 @@ def claim_path(directory: Path, part: str, generation: int) -> Path:
 def _temporary(directory: Path, state: ClaimState) -> Path:
     """The state in a file of a name of its own, whole."""
     path = directory / CLAIMS / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    path.write_text(json.dumps(asdict(state)))
+    try:
+        path.write_text(json.dumps(asdict(state)))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +32,14 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a file's bytes. Raises OSError with its name, which that of a failed read has not."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return digest.hexdigest()
 
 
@@ -46,6 +50,14 @@ def sha256_files(paths: Iterable[Path]) -> Iterator[str]:
         yield from pool.map(sha256_file, paths)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def remove(path: Path) -> None:
+    """Remove what has this name, if anything has: a file, a directory and all in it, or a link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync_directory(path: Path) -> None:

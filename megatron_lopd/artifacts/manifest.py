@@ -9,7 +9,6 @@ The file itself carries its id and has one spelling only, so that no byte of it 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_lopd.artifacts.files import (
     fsync_directory,
     fsync_file,
     read_json,
+    remove,
     sha256_bytes,
     sha256_files,
 )
@@ -233,7 +233,4 @@ def verify_files(directory: Path, manifest: Manifest, since: int | None = None) 
 def clear_temporaries(directory: Path) -> None:
     """Remove what a killed writer left under temporary names, anywhere below `directory`."""
     for path in sorted(directory.rglob(f"{TEMPORARY_PREFIX}*")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)  # it was in a directory just removed
+        remove(path)  # it may have been in a directory just removed

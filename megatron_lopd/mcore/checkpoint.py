@@ -260,8 +260,10 @@ def _entry_of(file: HashedFile) -> FileEntry:
 def _checkpoint_errors(directory: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns errno into RuntimeError
-        reason = " ".join(str(error).split())[-300:]
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer, when a write has failed, fails once more as it ends, in words of its own.
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = " ".join(str(first).split())[-300:]
         raise CheckpointError(
             f"{directory}: the checkpoint cannot be written ({reason}): free some disk space and run again"
         ) from error

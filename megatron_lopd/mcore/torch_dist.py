@@ -128,8 +128,9 @@ class TorchDistReader:
         try:
             with path.open("rb") as stream:
                 self._metadata: Metadata = _RecordUnpickler(stream).load()
-        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: damaged, or not a checkpoint's metadata: {error}") from None
+            _require_sound(self._metadata)
+        except Exception as error:  # noqa: BLE001 - in a damaged one a record may be built of anything
+            raise DataError(f"{path}: damaged, or not a checkpoint's metadata: {_words(error)}") from None
         self.tensors: dict[str, TensorStorageMetadata] = {}
         """Whole size, dtype and chunks by key."""
         self.objects: set[str] = set()
@@ -202,8 +203,33 @@ class TorchDistReader:
                 stream.seek(info.offset)
                 data = io.BytesIO(stream.read(info.length))
             return torch.load(data, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise DataError(f"{path}: {index.fqn} cannot be read: {error}") from None
+        except pickle.UnpicklingError:  # torch's words advise to run it
+            raise DataError(
+                f"{path}: {index.fqn} cannot be read: it is damaged, or names code, which is not run"
+            ) from None
+        except Exception as error:  # noqa: BLE001 - as above
+            raise DataError(f"{path}: {index.fqn} cannot be read: {_words(error)}") from None
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _require_sound(metadata: Metadata) -> None:
+    """Raise where a tensor or object lacks a part of its record, or its place in a file."""
+    for key, item in metadata.state_dict_metadata.items():
+        indices = [MetadataIndex(key)]
+        if isinstance(item, TensorStorageMetadata):
+            torch.empty(0, dtype=item.properties.dtype)
+            for each in (item.size, *(size for box in item.chunks for size in (box.offsets, box.sizes))):
+                if not isinstance(each, torch.Size) or len(each) != len(item.size):
+                    raise ValueError(f"{key}: {each} is no place in a tensor of size {item.size}")
+            indices = [MetadataIndex(key, box.offsets) for box in item.chunks]
+        for index in indices:
+            place = metadata.storage_data[index]
+            Path(place.relative_path)
+            if min(place.offset, place.length) < 0:
+                raise ValueError(f"{key}: {place.length} bytes at {place.offset}")
 
 
 def _slices(low: NDArray[np.int64], high: NDArray[np.int64]) -> tuple[slice, ...]:

@@ -48,7 +48,8 @@ def load() -> TransformerEngine:
         return _put_aside(TransformerEngine(None, "Transformer Engine is not installed"))
     try:
         importlib.import_module(f"{PACKAGE}.pytorch")
-    except Exception as error:  # noqa: BLE001 - compiled parts raise OSError, RuntimeError, AssertionError
+    # Compiled parts raise OSError, RuntimeError, AssertionError; and what gives up may well exit.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
         name = f"Transformer Engine {installed_version()}"
         return _put_aside(

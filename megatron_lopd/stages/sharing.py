@@ -20,7 +20,7 @@ from megatron_lopd.config import EngineConfig
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine
-from megatron_lopd.errors import EngineDied, LopdError
+from megatron_lopd.errors import EngineDied, LopdError, StopRequested
 from megatron_lopd.training.progress import ProgressDisplay
 
 R = TypeVar("R", Rollout, Score)
@@ -127,6 +127,8 @@ class _Worker:
                 ) from error
             progress.note(f"{part.path.name}: {error}: to be tried again")
             time.sleep(self._claims[part.path.parent].delay(len(self._failed)))
+        except StopRequested:
+            raise
         except LopdError:
             if not claim.is_lost():  # else what was in the way is what the others have done
                 raise

@@ -8,13 +8,13 @@ temporary one that is swept away. Rank 0 alone changes anything here; saving.py 
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, fsync_directory
+from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, fsync_directory, remove
 from megatron_lopd.artifacts.manifest import (
     FileEntry,
     LineageStatus,
@@ -27,6 +27,7 @@ from megatron_lopd.errors import CheckpointError, DataError
 from megatron_lopd.mcore.architecture import Architecture
 
 KIND = "checkpoint"
+NAME = re.compile(r"step_\d{8,}")  # as `checkpoint_name` gives them
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of those that are there, whole or not, oldest first."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self.directory.glob("step_*"))
+        return sorted(map(_step_of, self._newest_first()))
 
     def begin(self, step: int) -> Path:
         """An empty directory, under a temporary name, to write the checkpoint at `step` into."""
         temporary = self.directory / f"{TEMPORARY_PREFIX}{checkpoint_name(step)}"
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        remove(temporary)
         temporary.mkdir(parents=True)
         return temporary
 
@@ -133,16 +133,18 @@ class Checkpoints:
         counts = {"step": progress.step}
         write_manifest(temporary, Manifest(KIND, files, config, counts, {}, {}, self.lineage))
         target = self.directory / checkpoint_name(progress.step)
-        if target.exists():  # a damaged one that resuming passed over
+        if os.path.lexists(target):  # a damaged one that resuming passed over
             _remove(target)
         os.rename(temporary, target)
         fsync_directory(self.directory)
-        up_to_this = [path for path in self._newest_first() if path.name <= target.name]
+        up_to_this = [path for path in self._newest_first() if _step_of(path) <= progress.step]
         for old in up_to_this[self.keep :]:
             _remove(old)
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.directory.glob("step_*"), reverse=True)
+        """What others have put beside them, under other names, is theirs."""
+        named = (path for path in self.directory.glob("step_*") if NAME.fullmatch(path.name))
+        return sorted(named, key=_step_of, reverse=True)
 
     def _require_own(self, path: Path, config: dict[str, Any]) -> None:
         saved, ours = config["architecture"], asdict(self.architecture)
@@ -172,6 +174,10 @@ def _manifest_of(path: Path) -> Manifest | DataError:
         return error
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def checkpoint_name(step: int) -> str:
     """The directory of the checkpoint after `step` steps, below checkpoints/."""
     return f"step_{step:08d}"
@@ -180,7 +186,6 @@ def checkpoint_name(step: int) -> str:
 def _remove(directory: Path) -> None:
     """Rename first: a kill midway must not leave half a checkpoint under its name."""
     doomed = directory.with_name(f"{TEMPORARY_PREFIX}removed-{directory.name}")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    remove(doomed)
     os.rename(directory, doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)

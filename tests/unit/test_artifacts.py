@@ -22,7 +22,15 @@ from megatron_lopd.artifacts.lineage import (
     worst,
     write_model_lineage,
 )
-from megatron_lopd.artifacts.manifest import Parent, commit, is_committed, load_manifest, verify_files
+from megatron_lopd.artifacts.manifest import (
+    FileEntry,
+    Manifest,
+    Parent,
+    commit,
+    is_committed,
+    load_manifest,
+    verify_files,
+)
 from megatron_lopd.errors import DataError, LineageError
 
 TENSORS = {
@@ -75,6 +83,13 @@ def test_a_manifest_comes_back_and_its_id_stands_for_every_byte(tmp_path: Path) 
     verify_files(first, manifest)
     with pytest.raises(DataError, match="holds rollouts, not scores"):
         load_manifest(first, "scores")
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    """The error of a failed read, as of a bad disk, has no name in it. This file fails so everywhere."""
+    manifest = Manifest("test", {"mem": FileEntry(0, "")}, {}, {}, {}, {}, "proved")
+    with pytest.raises(DataError, match=r"^/proc/self/mem: Input/output error: check the disk"):
+        verify_files(Path("/proc/self"), manifest)
 
 
 @given(st.integers(0, 204), st.integers(1, 255))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from megatron_lopd.artifacts import claims as claims_module
 from megatron_lopd.artifacts.claims import (
     ATTEMPTS,
+    CLAIMS,
     Claims,
     ClaimState,
     Owner,
@@ -158,6 +160,27 @@ def test_what_is_given_back_is_free_and_deaths_are_no_failures(tmp_path: Path) -
     remove_claims(tmp_path)
     assert claim.is_lost(), "the artifact is committed: nothing more to publish"
     assert Claims(tmp_path).take("a.x") is not None
+
+
+def test_a_full_disk_hides_no_error_of_the_work_and_ends_no_heartbeat(tmp_path: Path) -> None:
+    claim = Claims(tmp_path, lease=LEASE).take("a.x")
+    assert claim is not None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))  # bytes a file may have: less than a claim
+    try:
+        time.sleep(LEASE / 2)  # some heartbeats
+        assert read_claims(tmp_path)["a.x"][0].beat == 0
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        deadline = time.monotonic() + 10
+        while read_claims(tmp_path)["a.x"][0].beat == 0:
+            assert time.monotonic() < deadline, "the heartbeat has ended"
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+        with pytest.raises(DataError, match="the disk is full"), claim:
+            raise DataError("the disk is full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / CLAIMS).iterdir()] == ["a.x.1"]
 
 
 def test_a_damaged_claim_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,42 @@ def nameless() -> list[str]:
         f"--inh-caps={capabilities}",
         f"--ambient-caps={capabilities}",
     ]
+
+
+@pytest.mark.parametrize("in_the_way", ["file for the root", "link to nowhere", "file for the folder"])
+def test_a_cache_finds_a_place_whatever_has_the_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_the_way: str
+) -> None:
+    """Anybody may make a file in the directory of temporary ones. The cache itself is a link to nowhere."""
+    root, cache = tmp_path / f"lopd-{os.getuid()}", tmp_path / "cache"
+    cache.symlink_to(tmp_path / "gone" / "cache")
+    if in_the_way == "file for the root":
+        root.touch()
+    elif in_the_way == "link to nowhere":
+        root.symlink_to(tmp_path / "gone" / "root")
+    else:
+        root.mkdir()
+        (root / "triton_cache_dir").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    environment.make_writable()
+    place = Path(os.environ["TRITON_CACHE_DIR"])
+    assert place.is_dir()
+    assert place.parent.stat().st_mode & 0o777 == 0o700
+    assert place.parent.parent == tmp_path
+
+
+def test_nowhere_to_write_a_temporary_file_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    assert main(["doctor"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "lopd doctor: No usable temporary directory found in ['/proc']: "
+        "set TMPDIR to a directory that can be written"
+    )
 
 
 def test_the_image_gives_any_uid_a_place_to_write() -> None:

@@ -78,8 +78,10 @@ print(json.dumps([load().lacking, gpt_layer_specs.HAVE_TE, compat.takes_transfor
     assert run(folder, code) == [lacking, False, False]
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError, AssertionError, ImportError, AttributeError])
-def test_any_failure_to_load_is_one_line(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    "kind", [OSError, RuntimeError, AssertionError, ImportError, AttributeError, SystemError, SystemExit]
+)
+def test_any_failure_to_load_is_one_line(monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]) -> None:
     def fail(name: str) -> None:
         sys.modules["transformer_engine.common"] = sys  # a part that came in before the failure
         raise kind("no\n  such symbol")

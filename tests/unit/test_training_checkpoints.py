@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,38 @@ def test_a_damaged_newer_one_does_not_cost_the_one_justcanonical_pickle(
     assert found_step(checkpoints) == 0
     save(checkpoints, 2)
     assert found_step(checkpoints) == 2
+
+
+def test_one_moved_elsewhere_and_linked_is_as_good_and_stays_there(
+    tmp_path: Path, architecture: Architecture
+) -> None:
+    """To another disk, say. Once there are too many the link goes, and nothing that others linked to."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a job", architecture, "proved", keep=1)
+    moved = save(checkpoints, 1).rename(tmp_path / "moved")
+    (checkpoints.directory / "step_00000001").symlink_to(moved)
+    (checkpoints.directory / "step_00000002").symlink_to(tmp_path / "nowhere")
+    (checkpoints.directory / ".tmp-linked").symlink_to(moved)
+    assert found_step(checkpoints) == 1
+    save(checkpoints, 2)
+    assert found_step(checkpoints) == 2
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["step_00000002"]
+    assert is_whole(moved)
+
+
+def test_what_others_put_beside_them_is_no_checkpoint_and_stays(
+    tmp_path: Path, architecture: Architecture
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a job", architecture, "proved", keep=1)
+    shutil.copytree(save(checkpoints, 1), checkpoints.directory / "step_00000001.bak")
+    (checkpoints.directory / "step_00000001.tar").touch()
+    assert checkpoints.steps() == [1]
+    save(checkpoints, 2)
+    assert found_step(checkpoints) == 2
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == [
+        "step_00000001.bak",
+        "step_00000001.tar",
+        "step_00000002",
+    ]
 
 
 def test_equal_states_are_the_same_bytes_whether_or_not_they_share_objects() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,11 @@ class _Finalized:
     def __del__(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0)  # Python looks for signals here, and runs the handler
+
+
+class _Broken:
+    def __del__(self) -> None:
+        raise ValueError("in a finalizer")
 
 
 class _Referred:
@@ -53,9 +59,36 @@ def test_a_stop_is_never_dropped(ask: Callable[[], None], capsys: pytest.Capture
     assert "Exception ignored" not in capsys.readouterr().err
 
 
-def _be_asked(ask: Callable[[], None]) -> None:
+def test_a_stop_is_not_dropped_while_one_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher passes on the signal that its whole group had: the second comes right behind the first."""
+    start = threading.Thread.start
+
+    def start_after_another_signal(thread: threading.Thread) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_after_another_signal)
+    with pytest.raises(StopRequested, match="enough"), stopping_at_once("enough"):
+        _be_asked(_in_a_finalizer)
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
+def test_a_stop_is_not_dropped_while_another_error_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def report(unraisable: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+    monkeypatch.setattr(sys, "unraisablehook", report)
+    with pytest.raises(StopRequested, match="enough"), stopping_at_once("enough"):
+        _be_asked(_Broken)
+
+
+def _be_asked(ask: Callable[[], object]) -> None:
     ask()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         time.sleep(0.001)
 
@@ -71,10 +104,6 @@ def test_what_else_finalizers_raise_is_reported_as_before(monkeypatch: pytest.Mo
     reported: list[str] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(str(unraisable.exc_value)))
 
-    class Broken:
-        def __del__(self) -> None:
-            raise ValueError("in a finalizer")
-
     with stopping_at_once("enough"):
-        Broken()
+        _Broken()
     assert reported == ["in a finalizer"]
