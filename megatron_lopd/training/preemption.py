@@ -46,36 +46,48 @@ def stopping_at_once(message: str) -> Iterator[None]:
     not disturb the way out.
     """
 
+    raised = reporting = missed = False
+
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
+        nonlocal raised, missed
+        if raised:
+            return
+        if reporting:  # what is raised there goes nowhere
+            missed = True
+            return
+        raised = True
         raise StopRequested(message)
 
-    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
-        if not isinstance(unraisable.exc_value, StopRequested):
-            report(unraisable)
-            return
-        # The signal came while Python ran a finalizer, and what is raised in one goes nowhere. Ask again,
-        # from another thread: this one is in the finalizer still.
-        for each in STOP_SIGNALS:
-            signal.signal(each, stop)
-        main, number = threading.main_thread().ident, STOP_SIGNALS[0]
-        assert main is not None  # it runs
-        again = threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, number))
-        again.daemon = True
-        timers.append(again)
-        again.start()
+    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        nonlocal raised, reporting, missed
+        reporting = True
+        if isinstance(dropped.exc_value, StopRequested):  # it came while Python ran a finalizer
+            raised, missed = False, True
+        else:
+            report(dropped)
+        if missed and not asking.is_alive():
+            asking.start()
+        reporting = False  # with no call after it, at which Python would look for signals
 
-    timers: list[threading.Timer] = []
-    report, sys.unraisablehook = sys.unraisablehook, dropped
+    def ask_again() -> None:
+        main = threading.main_thread().ident
+        assert main is not None  # it runs
+        while not over.wait(AGAIN_SECONDS):
+            if not raised:
+                signal.pthread_kill(main, STOP_SIGNALS[0])
+
+    over = threading.Event()
+    # Another thread, for the main one is in the finalizer still.
+    asking = threading.Thread(target=ask_again, daemon=True)
+    report, sys.unraisablehook = sys.unraisablehook, unraisable
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:
         try:
-            for timer in timers:  # one that is late would end the process
-                timer.cancel()
-                timer.join()
+            over.set()
+            if asking.is_alive():  # a signal that is late would end the process
+                asking.join()
         finally:
             sys.unraisablehook = report
             for number, handler in before.items():

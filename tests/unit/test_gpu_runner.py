@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,11 +133,12 @@ def test_a_runner_that_is_ended_leaves_whole_lines_and_no_check(
 
 
 def test_a_check_that_the_budget_ends_has_not_failed(tmp_path: Path) -> None:
-    runner = start(tmp_path, "--only", "waits", "--budget", "2")
+    """Its own limit is longer: it is no fault of the machine's."""
+    runner = start(tmp_path, "--only", "children", "waits", "--budget", "15")
     runner.communicate()
-    (ending,) = lines(tmp_path)[1:]
-    assert (ending["status"], runner.returncode) == ("left out", 0)
-    assert ending["reason"].startswith("budget: ended after 2 s; where it stood")
+    _, ended, waits = sorted(lines(tmp_path), key=lambda line: line.get("name", ""))
+    assert (ended["status"], waits["status"], runner.returncode) == ("ok", "left out", 0)
+    assert re.match(r"budget: ended after \d+ s; where it stood", waits["reason"])
 
 
 def refuse(*arguments: str, **changes: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tools.gpu.results import Ending
 MARK = "LOPD_GPU_CHECK"  # in the environment of a check and of what it starts, whatever their session
 LOG_LIMIT = 256 * 2**20  # bytes of output after which a check is ended
 LOG_KEPT = 2**20  # of a longer log, these many bytes of each end are kept
-STACK_SECONDS = 2.0  # for a process to write its stack down before it is killed
+STACK_SECONDS = 2.0  # for all processes to write their stacks down before they are killed
 DEATH_SECONDS = 20.0  # after a kill -9; a driver can hold a process for longer
 
 
@@ -66,8 +67,7 @@ class Running:
         if code is not None:
             return self.end(*self._verdict(code))
         if time.monotonic() > self._deadline:
-            self._signal_all(signal.SIGABRT)  # Python's faulthandler writes every thread's stack into the log
-            time.sleep(STACK_SECONDS)
+            self._write_stacks()
             stood = f"after {self._limit:.0f} s; where it stood is in its log"
             if self._is_cut:  # no fault of the machine's
                 return self.end("left out", f"budget: ended {stood}")
@@ -110,30 +110,38 @@ class Running:
         """End every process with the mark; False when one would not go."""
         deadline = time.monotonic() + DEATH_SECONDS
         while True:
-            self._signal_all(signal.SIGKILL)
+            for pid in {*marked(self._mark), *([self._process.pid] if self._process.poll() is None else [])}:
+                _signal(pid, signal.SIGKILL)
             gone = self._process.poll() is not None and not marked(self._mark)
             if gone or time.monotonic() > deadline:
                 return gone
             time.sleep(0.02)
 
-    def _signal_all(self, number: int) -> None:
-        for pid in {*marked(self._mark), *([self._process.pid] if self._process.poll() is None else [])}:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+    def _write_stacks(self) -> None:
+        """Python's faulthandler writes every thread's into the log: one process at a time, or lines mix."""
+        deadline = time.monotonic() + STACK_SECONDS
+        for pid in marked(self._mark):
+            _signal(pid, signal.SIGABRT)
+            while _is_marked(pid, self._mark) and time.monotonic() < deadline:
+                time.sleep(0.02)
 
 
 def marked(mark: str) -> list[int]:
     """Processes that were started with this mark in their environment, by us or by what we started."""
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:  # another user's, or gone by now
-            continue
-    return found
+    pids = sorted(int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+    return [pid for pid in pids if _is_marked(pid, mark)]
+
+
+def _is_marked(pid: int, mark: str) -> bool:
+    try:
+        return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # another user's, or gone by now
+        return False
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _prepare() -> None:
