@@ -28,7 +28,7 @@ from megatron_lopd.engines.requests import (
 )
 from megatron_lopd.engines.sampling import BLOCK, draw, uniforms
 from megatron_lopd.errors import EngineError
-from megatron_lopd.mcore.compat import matmul_fp32
+from megatron_lopd.mcore.products import matmul_fp32
 
 # Elements of a [tokens, vocabulary] block of logits: 128 MB in fp32, and 220 tokens of a vocabulary of 152 k.
 LOGITS_ELEMENTS = 1 << 25

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_lopd.mcore.compat import matmul_fp32
+from megatron_lopd.mcore.products import matmul_fp32
 from megatron_lopd.mcore.softmax import (
     LOG_ZERO,
     Kept,

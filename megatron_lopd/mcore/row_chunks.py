@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from megatron_lopd.mcore.compat import matmul_fp32
 from megatron_lopd.mcore.kernel_trial import usable
+from megatron_lopd.mcore.products import matmul_fp32
 from megatron_lopd.mcore.softmax import LOG_ZERO, WIDTH_MULTIPLE, Softmax, Sums, VocabularySlice
 
 # Bytes of logits in memory at once, unless the caller knows better.

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_lopd.mcore.compat import add_product, matmul_fp32
 from megatron_lopd.mcore.kernel_trial import usable
 from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
+from megatron_lopd.mcore.products import add_product, matmul_fp32
 from megatron_lopd.mcore.row_chunks import Chunk, row_chunks, rows_at_once
 from megatron_lopd.mcore.softmax import ResponseLogProbs, Softmax, VocabularySlice, repeats
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_lopd.mcore.compat import matmul_fp32
 from megatron_lopd.mcore.log_probs import BLOCK_MULTIPLE, vocab_parallel_log_probs
+from megatron_lopd.mcore.products import matmul_fp32
 from megatron_lopd.mcore.softmax import ResponseLogProbs, fold_repeats
 from tests.log_prob_oracle import DIFFERENTIABLE, Watch, inputs, naive, unaligned, values
 
