@@ -1,6 +1,6 @@
 """Megatron-Core without CUDA, and from one release to the next: every choice by device or version.
 
-Megatron-Core runs its collectives on gloo as they are, but names CUDA devices, streams and random
+Megatron-Core runs its collectives on gloo (gloo.py), but names CUDA devices, streams and random
 states directly. `prepare()` redirects those to the CPU when `torch.cuda` is not available. Each
 `Patch`, and each `Reliance` of other modules on Megatron-Core's inner workings, names the code it was
 made for, and the release since which there is such code. When an installed Megatron-Core does not
@@ -21,11 +21,10 @@ from typing import Any, Literal
 
 import torch
 from packaging.version import Version
-from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore import transformer_engine
+from megatron_lopd.mcore import gloo, transformer_engine
 from megatron_lopd.mcore.products import without_tf32
 
 # The releases of Megatron-Core that the tests run on, and between them all that were tried.
@@ -90,26 +89,6 @@ def _splits_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) 
             if splits is not None:  # one expert parallel rank exchanges nothing
                 setattr(dispatcher, name, splits.numpy())
     return tokens_per_expert
-
-
-def _all_gather_unequal(
-    parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, async_op: bool = False
-) -> Any:
-    if len({part.shape for part in parts}) == 1:
-        return distributed_c10d.all_gather(parts, own, group=group, async_op=async_op)
-    padded = own.new_zeros(max(map(len, parts)), *own.shape[1:])
-    padded[: len(own)] = own
-    received = [torch.empty_like(padded) for _ in parts]
-    distributed_c10d.all_gather(received, padded, group=group)
-    for part, whole in zip(parts, received, strict=True):
-        part.copy_(whole[: len(part)])
-    return None
-
-
-def _reduce_scatter_unequal(output: torch.Tensor, parts: list[torch.Tensor], *, group: Any) -> None:
-    whole = torch.cat(parts)
-    distributed_c10d.all_reduce(whole, group=group)
-    output.copy_(torch.split(whole, [len(part) for part in parts])[group.rank()])
 
 
 @dataclass(frozen=True)
@@ -250,14 +229,14 @@ WITHOUT_CUDA = (
     ),
     Patch(
         "torch.distributed:all_gather",
-        _all_gather_unequal,
+        gloo.all_gather_unequal,
         f"{_MAPPINGS}:_gather_along_first_dim",
         "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
         "gathers an expert's tokens, of which ranks have unequal numbers: gloo wants equal ones",
     ),
     Patch(
         "torch.distributed:reduce_scatter",
-        _reduce_scatter_unequal,
+        gloo.reduce_scatter_unequal,
         f"{_MAPPINGS}:_reduce_scatter_along_first_dim",
         "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
         "gives the results back, in unequal numbers",
@@ -350,6 +329,7 @@ def prepare() -> None:
     for patch in patches:
         patch.apply()
     if not torch.cuda.is_available():
+        gloo.use_one_worker()
         CpuForCuda().__enter__()  # type: ignore[no-untyped-call]
 
 

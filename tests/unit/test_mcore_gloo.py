@@ -1,0 +1,38 @@
+"""Collectives on gloo that are under way at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+# What Megatron-Core does with the weights, by one rank: no network, so that the workers do little else than
+# end collectives. Two workers a group were dead after some thousands, within a second.
+GATHERS = """
+import torch
+from megatron.core import parallel_state
+from torch.distributed import _coalescing_manager, all_gather_into_tensor
+
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.mcore.parallel import model_parallel
+
+with model_parallel(ParallelConfig(), seed=0):
+    group = parallel_state.get_data_parallel_group()
+    shard, weights = torch.ones(2), [torch.zeros(2) for _ in range(64)]
+    for _ in range(1000):
+        under_way = []
+        for weight in weights:
+            with _coalescing_manager(group, async_ops=True) as gather:
+                all_gather_into_tensor(weight, shard, group=group)
+            under_way.append(gather)
+        for gather in under_way:
+            gather.wait()
+    assert all((weight == 1).all() for weight in weights)
+"""
+
+
+def test_many_all_gathers_at_once_do_not_end_the_process() -> None:
+    """In a process of its own, since the outcome without the mend is an abort in malloc."""
+    ran = subprocess.run(
+        [sys.executable, "-c", GATHERS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
