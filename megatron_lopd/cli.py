@@ -11,9 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from megatron_lopd import __version__, environment
+from megatron_lopd import __version__
 from megatron_lopd.config import Recipe, describe_keys, load_recipe, to_plain
 from megatron_lopd.errors import ConfigError, LopdError, StopRequested
+from megatron_lopd.runtime import environment
 
 EXIT_CODES = """exit codes:
   0   done
@@ -164,7 +165,8 @@ def _run_stages(options: argparse.Namespace) -> None:
         environment.set_for_training(recipe.parallel)
     elif options.command == "run" and not options.dry_run:
         environment.hide_gpus()
-    from megatron_lopd.stages import run, table
+    from megatron_lopd.commands import run
+    from megatron_lopd.stages import table
 
     names = [stage.name for stage in table.STAGES] if options.command == "run" else [options.command]
     if options.dry_run:
@@ -186,28 +188,28 @@ def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:
 
 def _status(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    from megatron_lopd.stages.status import describe_run
+    from megatron_lopd.commands.status import describe_run
 
     for line in describe_run(recipe):
         print(line)
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from megatron_lopd.stages.verify import verify_path
+    from megatron_lopd.commands.verify import verify_path
 
     for line in verify_path(options.path):
         print(line)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from megatron_lopd.stages.inspection import describe_path
+    from megatron_lopd.commands.inspection import describe_path
 
     for line in describe_path(options.path, options.samples):
         print(line)
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from megatron_lopd.stages.doctor import diagnose
+    from megatron_lopd.commands.doctor import diagnose
 
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     for line in diagnose(recipe):
@@ -215,8 +217,8 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from megatron_lopd.estimate.gpus import parse_cluster
-    from megatron_lopd.estimate.plan import as_json, make_plan, table
+    from megatron_lopd.estimate.gpu_kinds import parse_cluster
+    from megatron_lopd.estimate.run_plan import as_json, make_plan, table
 
     recipe = load_recipe(options.recipe, options.overrides)
     plan = make_plan(recipe, parse_cluster(options.gpus), options.fill)

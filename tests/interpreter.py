@@ -25,7 +25,7 @@ def _interpreted(function: Callable[..., Any], *arguments: Any) -> Any:
 def interpret() -> None:
     """From now on, in this process. Triton chooses as it is imported, which the ranks' server has done: it is
     imported again, but for its compiled part, of which a process can have but one."""
-    from megatron_lopd.mcore.kernel_trial import trial
+    from megatron_lopd.ops.kernel_trial import trial
 
     os.environ["TRITON_INTERPRET"] = "1"
     for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:

@@ -11,7 +11,7 @@ def main() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_lopd.mcore.log_prob_kernels import BLOCK, WARPS, _gradient, _statistics
+    from megatron_lopd.ops.log_prob_kernels import BLOCK, WARPS, _gradient, _statistics
 
     fp32, integer = "*fp32", "i32"
     arguments: list[tuple[Any, dict[str, str]]] = [

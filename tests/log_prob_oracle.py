@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lopd.mcore.softmax import LOG_ZERO, ResponseLogProbs
+from megatron_lopd.ops.softmax import LOG_ZERO, ResponseLogProbs
 
 PADDING_ROWS = 3
 DIFFERENTIABLE = ("log_probs", "log_sum_exp", "top_k_log_probs", "tail_log_probs")

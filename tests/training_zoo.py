@@ -105,7 +105,7 @@ def train(
 
 def tensor_digest(checkpoint: Path) -> str:
     """A digest of every tensor in a checkpoint: weights and optimizer state."""
-    from megatron_lopd.mcore.torch_dist import TorchDistReader
+    from megatron_lopd.checkpoint.torch_dist import TorchDistReader
 
     reader = TorchDistReader(checkpoint)
     values = [reader.read(key, ()).numpy() for key in sorted(reader.tensors)]
@@ -114,9 +114,9 @@ def tensor_digest(checkpoint: Path) -> str:
 
 def save_now(directory: Path, optimization: Any, ranks: Any) -> None:
     """Write the training state into `directory`, and wait for it. Every rank calls."""
-    from megatron_lopd.mcore.checkpoint import finish_state, stage_state
-    from megatron_lopd.mcore.shards import ShardedModel
-    from megatron_lopd.mcore.staging import HostBuffer
+    from megatron_lopd.checkpoint.sharded import finish_state, stage_state
+    from megatron_lopd.checkpoint.staging import HostBuffer
+    from megatron_lopd.checkpoint.tensor_shards import ShardedModel
 
     host = HostBuffer(ShardedModel(optimization).own_boxes())
     staged = stage_state(directory, optimization, ranks, host)

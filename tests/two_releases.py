@@ -19,7 +19,7 @@ import pytest
 from gloo import run_ranks
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.mcore import compat
+from megatron_lopd.mcore import reliance
 from tests.training_zoo import make_root, train
 
 # The releases came out bit for bit alike; one may sum in another order.
@@ -31,7 +31,7 @@ OWN_PATHS = [str(REPOSITORY), str(REPOSITORY / "tests" / "dist")]
 def test_a_run_goes_on_under_the_other_release(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     oldest, newest = train_under_both(root, "oldest", "newest")
-    assert (oldest["version"], newest["version"]) == (compat.OLDEST, compat.NEWEST)
+    assert (oldest["version"], newest["version"]) == (reliance.OLDEST, reliance.NEWEST)
     assert_agree(newest["steps"], oldest["steps"])
 
     for work, turned in (("oldest", "oldest-then-newest"), ("newest", "newest-then-oldest")):

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_lopd.commands.inspection import describe_shard
 from megatron_lopd.errors import LopdError
-from megatron_lopd.stages.inspection import describe_shard
 
 
 def main() -> int:

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_lopd.commands.verify import verify_path
 from megatron_lopd.errors import LopdError
-from megatron_lopd.stages.verify import verify_path
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_lopd.tasks.arithmetic import DIALECTS, problems, solve
+from megatron_lopd.prompts.arithmetic import DIALECTS, problems, solve
 
 OTHER_DIALECT_EVERY = 40  # problems: each teacher knows a little of the other's way to write
 

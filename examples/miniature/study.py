@@ -127,7 +127,7 @@ class CellRunner:
         self.directory = self.base / f"scored-by-{cell.scored}"
 
     def run(self) -> None:
-        from megatron_lopd.stages.base import execute
+        from megatron_lopd.pipeline.stage import execute
         from megatron_lopd.stages.table import GENERATE, ROLLOUT, SFT
 
         base = self.recipe(self.base, teacher=self.cell.answered)
@@ -179,7 +179,7 @@ class CellRunner:
     def share_scores(self, condition: Condition, directory: Path) -> None:
         """Score the rollouts with the condition's k, once for all conditions that read it."""
         from megatron_lopd.errors import LineageError
-        from megatron_lopd.stages.base import execute
+        from megatron_lopd.pipeline.stage import execute
         from megatron_lopd.stages.table import SCORE
 
         scores = self.directory / f"scores-{condition.k}"
@@ -209,9 +209,9 @@ class CellRunner:
 
     def sft_continued(self, condition: Condition, directory: Path) -> dict[str, Any]:
         """As many further steps on the teacher's answers, with the optimizer that the others are given."""
+        from megatron_lopd.commands.run import run_all
         from megatron_lopd.config import to_plain
-        from megatron_lopd.stages.base import seconds_of
-        from megatron_lopd.stages.run import run_all
+        from megatron_lopd.pipeline.stage import seconds_of
 
         train = to_plain(self.recipe(directory, *self.overrides(condition)).train)
         keys = ("steps", "global_batch_size", "micro_batch_tokens", "checkpoint_every")
@@ -224,8 +224,8 @@ class CellRunner:
 
     def online(self, condition: Condition, directory: Path) -> dict[str, Any]:
         from megatron_lopd.artifacts.manifest import load_manifest
-        from megatron_lopd.stages.base import seconds_of
-        from megatron_lopd.stages.run import run_one
+        from megatron_lopd.commands.run import run_one
+        from megatron_lopd.pipeline.stage import seconds_of
 
         run_one("online", _ungraded(self.recipe(directory, *self.overrides(condition))), str(RECIPE), [])
         rollout, teacher = (_sum(directory / "online", key) for key in ("rollout_s", "teacher_s"))
@@ -235,8 +235,8 @@ class CellRunner:
         return self.entry(directory / "online" / "model", directory, spent)
 
     def offline(self, condition: Condition, directory: Path) -> dict[str, Any]:
+        from megatron_lopd.commands.run import run_all
         from megatron_lopd.errors import DriftError
-        from megatron_lopd.stages.run import run_all
 
         self.share_scores(condition, directory)
         overrides = self.overrides(condition)
@@ -248,8 +248,8 @@ class CellRunner:
 
     def stopped(self, drift: Any, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
         """Grade what the guard kept, and what would have become of the run without it."""
+        from megatron_lopd.commands.run import run_all
         from megatron_lopd.convert.offline import megatron_to_hf
-        from megatron_lopd.stages.run import run_all
 
         spent, stopped_at = self.spent_offline(directory), len(_metrics(directory / "train"))
         kept = Path(drift.last_good)
@@ -267,7 +267,7 @@ class CellRunner:
     def spent_offline(self, directory: Path) -> Spent:
         """Seconds and teacher tokens of all rounds: of the first, and of each refresh."""
         from megatron_lopd.artifacts.manifest import load_manifest
-        from megatron_lopd.stages.base import seconds_of
+        from megatron_lopd.pipeline.stage import seconds_of
 
         rounds = [directory, *sorted(directory.glob("refresh-*"))]
         students = sum(seconds_of(each / "student") for each in rounds[1:])  # written for the sampler
@@ -289,9 +289,9 @@ class CellRunner:
         }
 
     def grade(self, model: Path, directory: Path) -> dict[str, Any]:
-        from megatron_lopd.stages.grading import grade_model
-        from megatron_lopd.stages.inputs import ONLY_SET, evaluation_sets
-        from megatron_lopd.tasks.graders import open_grader
+        from megatron_lopd.evaluation.grading import grade_model
+        from megatron_lopd.graders.grader import open_grader
+        from megatron_lopd.pipeline.inputs import ONLY_SET, evaluation_sets
 
         recipe = self.recipe(self.base)
         prompts = evaluation_sets(recipe)[ONLY_SET][0]

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_lopd.tasks.arithmetic import problems
+from megatron_lopd.prompts.arithmetic import problems
 
 
 def main() -> None:

@@ -1,13 +1,12 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
-from megatron_lopd.config.agreement import AgreementConfig
 from megatron_lopd.config.cluster import Cluster
 from megatron_lopd.config.engine import EngineConfig
+from megatron_lopd.config.engine_agreement import AgreementConfig
 from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
-from megatron_lopd.config.load import deciding, describe_keys, load_cluster, load_recipe, to_plain
-from megatron_lopd.config.parallel import ParallelConfig, Recompute
-from megatron_lopd.config.prompts import PromptSource, PromptSources
+from megatron_lopd.config.layout import ParallelConfig, Recompute
+from megatron_lopd.config.prompt_sources import PromptSource, PromptSources
 from megatron_lopd.config.recipe import (
     EvaluateConfig,
     ExportConfig,
@@ -23,6 +22,7 @@ from megatron_lopd.config.recipe import (
     TrainConfig,
     TrainingConfig,
 )
+from megatron_lopd.config.recipe_file import deciding, describe_keys, load_cluster, load_recipe, to_plain
 from megatron_lopd.config.weights import WeightsConfig
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.keys import key, require
-from megatron_lopd.config.parallel import ParallelConfig
+from megatron_lopd.config.layout import ParallelConfig
 
 ALONE = 0.85  # of a GPU's memory, where nothing else is on it
 

@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_lopd.config.agreement import AgreementConfig
 from megatron_lopd.config.engine import EngineConfig
+from megatron_lopd.config.engine_agreement import AgreementConfig
 from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
 from megatron_lopd.config.keys import key, require
-from megatron_lopd.config.parallel import ParallelConfig
-from megatron_lopd.config.prompts import PromptSources
+from megatron_lopd.config.layout import ParallelConfig
+from megatron_lopd.config.prompt_sources import PromptSources
 from megatron_lopd.config.weights import WeightsConfig
 
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_lopd.convert.mappings import Layout, TensorMap, split_parts, tensor_maps
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.weight_rules import Split, TensorMap, split_parts, tensor_maps
 from megatron_lopd.mcore.experts import tensor_split
 from megatron_lopd.mcore.names import parameters_by_name
 from megatron_lopd.mcore.optimizer import Optimization, finish_gathering
@@ -89,7 +89,7 @@ class WeightGatherer:
         own = []
         for part in parts:
             start = rank * part.shape[axis]
-            if item.layout is Layout.VOCAB:
+            if item.layout is Split.VOCAB:
                 part = part[: max(0, self._arch.vocab_size - start)]
             place = [slice(None) for _ in part.shape]
             place[axis] = slice(start, start + part.shape[axis])
@@ -118,7 +118,7 @@ class WeightGatherer:
         axis = item.layout.split_axis
         if axis is None:
             return tuple(shape)
-        whole = self._arch.vocab_size if item.layout is Layout.VOCAB else shape[axis] * size
+        whole = self._arch.vocab_size if item.layout is Split.VOCAB else shape[axis] * size
         return (*shape[:axis], whole, *shape[axis + 1 :])
 
 
@@ -128,7 +128,7 @@ def _is_main_replica(parameter: Any, item: TensorMap) -> bool:
         replica: int = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     else:
         replica = parallel_state.get_expert_data_parallel_rank()
-    if replica or (item.layout is Layout.REPLICATED and tensor_split(parameter)[0]):
+    if replica or (item.layout is Split.REPLICATED and tensor_split(parameter)[0]):
         return False
     # With tied embeddings the last stage has a copy, under the embedding's name.
     is_embedding = item.megatron.startswith("embedding.")

@@ -28,8 +28,8 @@ from megatron_lopd.artifacts.files import (
 )
 from megatron_lopd.artifacts.fingerprint import TensorLocation, safetensors_files, tensor_locations
 from megatron_lopd.artifacts.lineage import LINEAGE_FILE
-from megatron_lopd.convert.mappings import TensorMap
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.families.weight_rules import TensorMap
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPE_NAMES = {

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
 
+from megatron_lopd.checkpoint.torch_dist import TorchDistReader
 from megatron_lopd.convert.hf_checkpoint import HFWeights, HFWriter, carry_over, new_directory
-from megatron_lopd.convert.mappings import Layout, TensorMap, merge_parts, split_parts, tensor_maps
-from megatron_lopd.convert.torch_dist import Chunk, save_chunks
+from megatron_lopd.convert.torch_dist_reader import TensorChunk, save_chunks
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.mcore.architecture import Architecture, read_architecture
-from megatron_lopd.mcore.torch_dist import TorchDistReader
+from megatron_lopd.families.architecture import Architecture, read_architecture
+from megatron_lopd.families.weight_rules import Split, TensorMap, merge_parts, split_parts, tensor_maps
 
 HF_SUBDIRECTORY = "hf"  # of a Megatron checkpoint: config, tokenizer, ... for the way back
 
@@ -56,7 +56,7 @@ def megatron_to_hf(
         writer = HFWriter(directory, max_shard_bytes)
         for item in maps:
             tensor = reader.read(item.key, item.offset)
-            if item.layout is Layout.VOCAB:
+            if item.layout is Split.VOCAB:
                 tensor = tensor[: arch.vocab_size]  # a checkpoint of a TP layout has padding rows
             heads_per_group = arch.num_heads // arch.num_kv_heads
             parts = split_parts(item.layout, tensor, arch.num_kv_heads, heads_per_group)
@@ -67,8 +67,8 @@ def megatron_to_hf(
         carry_over(files, directory, None if hf_dir is None else embedding)
 
 
-def _chunks(maps: list[TensorMap], weights: HFWeights, arch: Architecture) -> list[Chunk]:
-    chunks: list[Chunk] = []
+def _chunks(maps: list[TensorMap], weights: HFWeights, arch: Architecture) -> list[TensorChunk]:
+    chunks: list[TensorChunk] = []
     form: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}  # of each key: its first layer's decides
     for item in maps:
         chunk = _chunk(item, weights, arch)
@@ -81,7 +81,7 @@ def _chunks(maps: list[TensorMap], weights: HFWeights, arch: Architecture) -> li
     return chunks
 
 
-def _chunk(item: TensorMap, weights: HFWeights, arch: Architecture) -> Chunk:
+def _chunk(item: TensorMap, weights: HFWeights, arch: Architecture) -> TensorChunk:
     dtypes = {weights.dtype(name) for name in item.parts}
     if len(dtypes) > 1:
         raise DataError(
@@ -91,7 +91,7 @@ def _chunk(item: TensorMap, weights: HFWeights, arch: Architecture) -> Chunk:
     shapes = [weights.shape(name) for name in item.parts]
     shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
     lead = (1,) * len(item.stack)
-    return Chunk(
+    return TensorChunk(
         key=item.key,
         dtype=dtypes.pop(),
         size=(*item.stack, *shape),
@@ -109,12 +109,12 @@ def _module_states(maps: list[TensorMap]) -> list[str]:
     Megatron's own linear layers have one that is empty; Transformer Engine's have theirs on every
     module with a weight and on the attention, and take None for none.
     """
-    weights = [item for item in maps if item.layout is not Layout.VOCAB and item.key.endswith(".weight")]
+    weights = [item for item in maps if item.layout is not Split.VOCAB and item.key.endswith(".weight")]
     modules = [(item.key.removesuffix(".weight"), item) for item in weights]
     modules += [
         (item.key.replace("linear_qkv.weight", "core_attention"), item)
         for item in weights
-        if item.layout is Layout.QKV
+        if item.layout is Split.QKV
     ]
     return [
         ShardedObject(f"{name}._extra_state", None, item.stack or (1,), item.offset or (0,)).unique_key

@@ -11,8 +11,8 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lopd.data.prompts import Message
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.prompts.prompt import Message
 
 Tokens = NDArray[np.int32]
 

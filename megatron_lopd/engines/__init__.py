@@ -9,7 +9,7 @@ from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, 
 from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import EngineError
 from megatron_lopd.mcore.gpus import require_usable
-from megatron_lopd.mcore.products import without_tf32
+from megatron_lopd.ops.products import without_tf32
 
 __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engine"]
 

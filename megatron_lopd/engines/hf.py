@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score, TopK
+from megatron_lopd.engines.draw import BLOCK, draw, uniforms
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
 from megatron_lopd.engines.requests import (
     check_finite,
@@ -26,9 +27,8 @@ from megatron_lopd.engines.requests import (
     memory_advice,
     windows,
 )
-from megatron_lopd.engines.sampling import BLOCK, draw, uniforms
 from megatron_lopd.errors import EngineError
-from megatron_lopd.mcore.products import matmul_fp32
+from megatron_lopd.ops.products import matmul_fp32
 
 # Elements of a [tokens, vocabulary] block of logits: 128 MB in fp32, and 220 tokens of a vocabulary of 152 k.
 LOGITS_ELEMENTS = 1 << 25

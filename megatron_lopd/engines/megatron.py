@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_lopd.config import EngineConfig, ParallelConfig, Sampling
-from megatron_lopd.convert.load import load_hf_weights
+from megatron_lopd.convert.load_model import load_hf_weights
 from megatron_lopd.data.collate import LossNormalization, MicroBatch
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
@@ -32,14 +32,14 @@ from megatron_lopd.engines.requests import (
     windows,
 )
 from megatron_lopd.errors import EngineError, LopdError
+from megatron_lopd.families.architecture import Architecture, read_architecture
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, read_architecture
-from megatron_lopd.mcore.kernel_trial import agree
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import PackedGPTModel, build_model, response_top_k
-from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import packed_padding
+from megatron_lopd.mcore.process_groups import Ranks, model_parallel
 from megatron_lopd.mcore.schedule import run_schedule
+from megatron_lopd.ops.kernel_trial import agree
 
 MORE_RANKS = "or split the model over more ranks (score.engine.parallel)"
 

@@ -22,11 +22,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_lopd import environment
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score
 from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
 from megatron_lopd.errors import EngineDied, EngineError
+from megatron_lopd.runtime import environment
 
 # A process whose pipe has closed is as good as gone: how long its exit code may take to appear.
 EXIT_SECONDS = 30.0

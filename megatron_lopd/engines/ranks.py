@@ -17,7 +17,7 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import DistStoreError
 
-from megatron_lopd.mcore.parallel import world_store
+from megatron_lopd.mcore.process_groups import world_store
 
 FOREVER = timedelta(days=365)
 # How long rank 0 stays for the others to read its last word: ranks that wait for it read it at once, and

@@ -1,11 +1,11 @@
 """GPU time of a stage, by a roofline: a share of peak FLOP/s, or, in decoding, of memory bandwidth.
 
-Training and scoring take FLOPs / (peak x UTILIZATION), with the FLOPs of mcore/flops.py. Decoding reads, for
-each token of a running batch, all weights once and each sequence's keys and values so far (Pope et al. 2022,
-arXiv 2211.05102, section 3): (weights + running x context x KV bytes of a token) / (bandwidth x DECODING). Of
-a mixture of experts a batch of b tokens reads the share 1 - (1 - top_k / count)^b of the experts, as if the
-router chose evenly. What is not here: loading and starting, evaluation between steps, waiting on disk, and
-the traffic between ranks but for what UTILIZATION holds of it.
+Training and scoring take FLOPs / (peak x UTILIZATION), with the FLOPs of families/flops.py. Decoding reads,
+for each token of a running batch, all weights once and each sequence's keys and values so far (Pope et al.
+2022, arXiv 2211.05102, section 3): (weights + running x context x KV bytes of a token) / (bandwidth x
+DECODING). Of a mixture of experts a batch of b tokens reads the share 1 - (1 - top_k / count)^b of the
+experts, as if the router chose evenly. What is not here: loading and starting, evaluation between steps,
+waiting on disk, and the traffic between ranks but for what UTILIZATION holds of it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.estimate.gpus import GPUS, Gpu
+from megatron_lopd.estimate.gpu_kinds import GPUS, Gpu
 from megatron_lopd.estimate.memory import EngineMemory, engine_memory, kv_bytes
-from megatron_lopd.estimate.shapes import PUBLISHED, Shape, layer_experts
-from megatron_lopd.mcore.architecture import Architecture
-from megatron_lopd.mcore.flops import step_flops
+from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.flops import step_flops
+from megatron_lopd.families.memory_shapes import PUBLISHED, Shape, layer_experts
 from megatron_lopd.mcore.recompute import recomputed_part
 
 # Share of HBM bandwidth that decoding reaches. An assumption, fitted to nothing.
@@ -31,7 +31,7 @@ SECONDS_AN_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class Work:
+class TokenWork:
     """`samples` sequences of `prompt` and `response` tokens each, on average."""
 
     samples: float
@@ -44,12 +44,12 @@ class Work:
         return self.prompt + self.response
 
 
-def forward_flops(arch: Architecture, work: Work) -> float:
+def forward_flops(arch: Architecture, work: TokenWork) -> float:
     """FLOPs of one forward over every sequence: a third of a training step's (2 of 6 a weight and token)."""
     return work.samples * step_flops(arch, [work.length], work.response) / 3
 
 
-def training_flops(arch: Architecture, work: Work, parallel: ParallelConfig) -> float:
+def training_flops(arch: Architecture, work: TokenWork, parallel: ParallelConfig) -> float:
     """FLOPs spent on forward and backward, and on the forward of what is recomputed."""
     forward = forward_flops(arch, work)
     part = recomputed_part(arch, parallel, None, grouped=True)
@@ -80,7 +80,7 @@ def compute_hours(flops: float, gpu: Gpu) -> float:
     return flops / (gpu.flops * UTILIZATION) / SECONDS_AN_HOUR
 
 
-def decoding_hours(shape: Shape, work: Work, engine: EngineMemory, element: int, gpu: Gpu) -> float:
+def decoding_hours(shape: Shape, work: TokenWork, engine: EngineMemory, element: int, gpu: Gpu) -> float:
     """GPU-hours of sampling: a prompt is read at once, its answer by tokens. `element`: bytes of a weight."""
     arch = shape.arch
     experts = arch.num_layers * layer_experts(arch)
@@ -89,10 +89,10 @@ def decoding_hours(shape: Shape, work: Work, engine: EngineMemory, element: int,
     context = work.prompt + work.response / 2
     bytes_a_step = weights + engine.running * context * kv_bytes(arch, element)
     reading = bytes_a_step / (gpu.bandwidth * DECODING)
-    flops = forward_flops(arch, Work(engine.running, work.prompt, work.response)) / work.response
+    flops = forward_flops(arch, TokenWork(engine.running, work.prompt, work.response)) / work.response
     computing = flops / (gpu.flops * UTILIZATION)
     steps = work.samples / engine.running * work.response
-    prefill = compute_hours(forward_flops(arch, Work(work.samples, work.prompt, 0)), gpu)
+    prefill = compute_hours(forward_flops(arch, TokenWork(work.samples, work.prompt, 0)), gpu)
     return steps * max(reading, computing) / SECONDS_AN_HOUR + prefill
 
 
@@ -109,7 +109,7 @@ class Published:
 PUBLISHED_HOURS = (Published("Qwen3-4B", "Qwen3-8B", 20, 72), Published("Qwen3-8B", "Qwen3-32B", 30, 120))
 # Their settings (DESIGN section 1): about 150 steps of 256 samples, responses of 4,096 tokens.
 PUBLISHED_STEPS, PUBLISHED_BATCH = 150, 256
-PUBLISHED_WORK = Work(PUBLISHED_STEPS * PUBLISHED_BATCH, prompt=150, response=4096)
+PUBLISHED_WORK = TokenWork(PUBLISHED_STEPS * PUBLISHED_BATCH, prompt=150, response=4096)
 # The published code makes a reference forward and an old-log-prob forward before each step's own three
 # thirds.
 PUBLISHED_FORWARDS = 5

@@ -8,16 +8,16 @@ from itertools import product
 
 from megatron_lopd.config import ParallelConfig, Recompute
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.estimate.gpus import Cluster
+from megatron_lopd.estimate.gpu_kinds import GpuCluster
 from megatron_lopd.estimate.memory import Training, TrainingMemory, training_memory
-from megatron_lopd.mcore.architecture import Architecture, check_layout
+from megatron_lopd.families.architecture import Architecture, check_layout
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")  # from what costs no time to what costs most
 
 
 @dataclass(frozen=True)
-class Layout:
+class SizedLayout:
     """A split over all GPUs of a cluster, and what it takes of each."""
 
     parallel: ParallelConfig
@@ -29,12 +29,14 @@ class Layout:
         split = self.parallel
         return split.processes // (split.tensor * split.pipeline * split.context)
 
-    def fits(self, cluster: Cluster) -> bool:
+    def fits(self, cluster: GpuCluster) -> bool:
         """Whether a GPU holds it."""
         return self.memory.total <= cluster.gpu.memory_bytes
 
 
-def own_layout(arch: Architecture, parallel: ParallelConfig, cluster: Cluster, training: Training) -> Layout:
+def own_layout(
+    arch: Architecture, parallel: ParallelConfig, cluster: GpuCluster, training: Training
+) -> SizedLayout:
     """The recipe's `parallel` on all of `cluster`. Raises ConfigError when it cannot split model or GPUs."""
     check_layout(arch, parallel)
     if cluster.count % parallel.ranks_multiple:
@@ -45,7 +47,9 @@ def own_layout(arch: Architecture, parallel: ParallelConfig, cluster: Cluster, t
     return _layout(arch, replace(parallel, processes=cluster.count), training)
 
 
-def smallest_layout(arch: Architecture, cluster: Cluster, training: Training, batch: int) -> Layout | None:
+def smallest_layout(
+    arch: Architecture, cluster: GpuCluster, training: Training, batch: int
+) -> SizedLayout | None:
     """The layout that fits with the fewest model-parallel ranks (tensor x pipeline x context), if one does.
 
     Among equals first what recomputes least, then fewer pipeline stages, context and expert ranks, which
@@ -60,13 +64,13 @@ def smallest_layout(arch: Architecture, cluster: Cluster, training: Training, ba
     return min(fitting, key=lambda layout: _cost(layout.parallel), default=None)
 
 
-def least_layout(arch: Architecture, cluster: Cluster, training: Training) -> Layout | None:
+def least_layout(arch: Architecture, cluster: GpuCluster, training: Training) -> SizedLayout | None:
     """The layout that takes the least memory, fitting or not; None where nothing divides the model."""
     layouts = (_layout(arch, parallel, training) for parallel in candidates(arch, cluster))
     return min(layouts, key=lambda layout: layout.memory.total, default=None)
 
 
-def candidates(arch: Architecture, cluster: Cluster) -> Iterator[ParallelConfig]:
+def candidates(arch: Architecture, cluster: GpuCluster) -> Iterator[ParallelConfig]:
     """Every layout of powers of two on all of `cluster` that `check_layout` takes."""
     tensors = [size for size in SIZES if size <= cluster.node_size]
     experts = SIZES if arch.experts else (1,)
@@ -89,8 +93,8 @@ def candidates(arch: Architecture, cluster: Cluster) -> Iterator[ParallelConfig]
         yield parallel
 
 
-def _layout(arch: Architecture, parallel: ParallelConfig, training: Training) -> Layout:
-    return Layout(parallel, training_memory(arch, parallel, parallel.processes, training))
+def _layout(arch: Architecture, parallel: ParallelConfig, training: Training) -> SizedLayout:
+    return SizedLayout(parallel, training_memory(arch, parallel, parallel.processes, training))
 
 
 def _cost(parallel: ParallelConfig) -> tuple[int, ...]:

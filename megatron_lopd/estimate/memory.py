@@ -16,7 +16,7 @@ otherwise 1:
 and of experts top_k tokens of h in and out, and 3 f each. A recomputed part is there for one layer at a time.
 Stage 0 of p keeps the layers of p micro-batches at once (1F1B, Narayanan et al. 2021, arXiv 2104.04473), of
 p + (p - 1) / v interleaved; the last keeps one.
-Log-probs: what mcore/token_loss.py holds of a chunk of rows. No [tokens, vocabulary] is ever held.
+Log-probs: what ops/token_loss.py holds of a chunk of rows. No [tokens, vocabulary] is ever held.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.estimate.shapes import Shape, layer_dense, layer_experts
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.memory_shapes import Shape, layer_dense, layer_experts
 from megatron_lopd.mcore.recompute import recomputed_part
 
-# Bytes of logits that are made at once on a GPU: mcore/row_chunks.py's CHUNK_BYTES["cuda"] (a test holds them
+# Bytes of logits that are made at once on a GPU: ops/row_chunks.py's CHUNK_BYTES["cuda"] (a test holds them
 # equal), and where there is room up to the second, beyond which chunks gain little.
 LOGIT_BYTES, MOST_LOGIT_BYTES = 1.25e9, 2.5e9
 # CUDA's context, NCCL's and cuBLAS's buffers, and what the allocator loses between blocks. An assumption.

@@ -14,10 +14,10 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.estimate.gpus import Gpu
-from megatron_lopd.estimate.hours import Work, forward_flops
+from megatron_lopd.estimate.gpu_kinds import Gpu
+from megatron_lopd.estimate.hours import TokenWork, forward_flops
 from megatron_lopd.estimate.memory import Training, training_memory
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 
 STEP = 1024  # tokens between one size and the next: a multiple of what any layout pads to
 LAUNCHING = 0.477 / (28 * 2)  # seconds a layer and micro-batch
@@ -58,7 +58,7 @@ def _total(arch: Architecture, parallel: ParallelConfig, training: Training) -> 
 
 
 def micro_batches(
-    arch: Architecture, parallel: ParallelConfig, gpu: Gpu, training: Training, batch: Work
+    arch: Architecture, parallel: ParallelConfig, gpu: Gpu, training: Training, batch: TokenWork
 ) -> MicroBatches | None:
     """What fits on each of `parallel.processes` GPUs; None where nothing does.
 

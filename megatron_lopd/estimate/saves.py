@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.estimate.memory import Training, Weights, weights_on
 from megatron_lopd.estimate.stages import CHECKPOINT
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 
 # Bytes/s that a rank copies from its GPU to pinned memory, all ranks of a node at once. An assumption: a
 # sixth of what PCI Express 5.0 x16 is specified for.

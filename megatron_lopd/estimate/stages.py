@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron_lopd.config import EngineConfig, PromptSource, Recipe, Sampling, TrainingConfig
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.estimate.gpus import Cluster
+from megatron_lopd.estimate.gpu_kinds import GpuCluster
 from megatron_lopd.estimate.hours import (
     DECODING,
     UTILIZATION,
-    Work,
+    TokenWork,
     bubble,
     compute_hours,
     decoding_hours,
@@ -21,7 +21,7 @@ from megatron_lopd.estimate.hours import (
     training_flops,
 )
 from megatron_lopd.estimate.memory import ENGINE_SHARE, EngineMemory, engine_memory
-from megatron_lopd.estimate.shapes import Shape, read_shape
+from megatron_lopd.families.memory_shapes import Shape, read_shape
 
 # Where no file of prompts is here to be looked at.
 PROMPT_TOKENS = 150
@@ -44,7 +44,7 @@ class StageEstimate:
 
     name: str
     model: str
-    work: Work
+    work: TokenWork
     flops: float
     gpu_hours: float
     engine: EngineMemory | None
@@ -59,7 +59,7 @@ class Sizing:
     """
 
     recipe: Recipe
-    cluster: Cluster
+    cluster: GpuCluster
     fill: float
     assumptions: list[str] = field(default_factory=list)
 
@@ -138,10 +138,10 @@ class Sizing:
             count = sum(each for each, _ in sets)
             prompt = round(sum(each * tokens for each, tokens in sets) / count)
             samples = count * models * (sampling.samples_per_prompt + 1)
-            work = Work(samples, prompt, self._response(sampling))
+            work = TokenWork(samples, prompt, self._response(sampling))
             yield self._decode("evaluate", "student", work, self.recipe.evaluate.engine)
 
-    def _decode(self, name: str, model: str, work: Work, config: EngineConfig) -> StageEstimate:
+    def _decode(self, name: str, model: str, work: TokenWork, config: EngineConfig) -> StageEstimate:
         shape = self.teacher if model == "teacher" else self.student
         sampling = getattr(self.recipe, name).sampling
         engine = self._engine(name, shape, config, work.prompt + sampling.max_new_tokens)
@@ -177,10 +177,10 @@ class Sizing:
         node = self.cluster.node_size
         return [min(config.tensor, node)] if config.name == "vllm" else [n for n in (1, 2, 4, 8) if n <= node]
 
-    def _trained(self, name: str, config: TrainingConfig, data: Work) -> StageEstimate:
+    def _trained(self, name: str, config: TrainingConfig, data: TokenWork) -> StageEstimate:
         arch = self.student.arch
         steps = config.steps or (config.epochs or 0) * data.samples / config.global_batch_size
-        work = Work(steps * config.global_batch_size, data.prompt, data.response)
+        work = TokenWork(steps * config.global_batch_size, data.prompt, data.response)
         parallel = self.recipe.parallel
         flops = training_flops(arch, work, parallel)
         replicas = max(1, self.cluster.count // (parallel.tensor * parallel.pipeline * parallel.context))
@@ -193,12 +193,12 @@ class Sizing:
 
     def _sampled(
         self, split: str, source: PromptSource | None, sampling: Sampling, config: TrainingConfig
-    ) -> Work:
+    ) -> TokenWork:
         """The samples that a prompt split makes; as many as training takes where the prompts are not here."""
         response = self._response(sampling)
         if source is not None and (source.count is not None or _is_here(source)):
             count, prompt = self._prompts(split, source)
-            return Work(count * sampling.samples_per_prompt, prompt, response)
+            return TokenWork(count * sampling.samples_per_prompt, prompt, response)
         if config.steps is None:
             raise ConfigError(
                 f"prompts.{split}: there are no prompts here to count, and epochs are counted in them: give "
@@ -209,7 +209,7 @@ class Sizing:
             f"prompts.{split}: not here, taken to give the {samples} samples of {config.steps} steps x "
             f"{config.global_batch_size}, each seen once, with prompts of {PROMPT_TOKENS} tokens"
         )
-        return Work(samples, PROMPT_TOKENS, response)
+        return TokenWork(samples, PROMPT_TOKENS, response)
 
     def _prompts(self, split: str, source: PromptSource) -> tuple[int, int]:
         """(prompts, average tokens of one)."""

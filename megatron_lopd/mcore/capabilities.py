@@ -65,7 +65,7 @@ def capabilities() -> Capabilities:
         adam=_adam(),
         # Megatron-Core's output layer refuses the option without Apex's kernel, TE's own layers or not.
         gradient_accumulation_fusion=has_gpu and _imports("fused_weight_gradient_mlp_cuda"),
-        activation_fusion=has_gpu and find_spec("triton") is not None,  # mcore/swiglu.py
+        activation_fusion=has_gpu and find_spec("triton") is not None,  # ops/swiglu.py
         rope_fusion=compat.has_transformer_engine(),
         variable_length_attention=compat.variable_length_attention(torch.bfloat16) is not None,
     )

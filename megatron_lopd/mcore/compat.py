@@ -11,11 +11,9 @@ a new behaviour.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -25,10 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import gloo, transformer_engine
-from megatron_lopd.mcore.products import without_tf32
-
-# The releases of Megatron-Core that the tests run on, and between them all that were tried.
-OLDEST, NEWEST = "0.16.1", "0.19.2"
+from megatron_lopd.mcore.reliance import NEWEST, OLDEST, Patch, Reliance, installed
+from megatron_lopd.ops.products import without_tf32
 
 
 class CpuForCuda(TorchFunctionMode):
@@ -89,74 +85,6 @@ def _splits_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) 
             if splits is not None:  # one expert parallel rank exchanges nothing
                 setattr(dispatcher, name, splits.numpy())
     return tokens_per_expert
-
-
-@dataclass(frozen=True)
-class Reliance:
-    """`ours` works only with a Megatron-Core whose `place` (module:attribute) has the text `mention`.
-
-    Releases before `since` have no such code, and no need of ours.
-    """
-
-    ours: str
-    place: str
-    mention: str
-    reason: str
-    since: str = OLDEST
-
-    @property
-    def applies(self) -> bool:
-        """Whether the installed Megatron-Core is at least `since`."""
-        return _installed() >= Version(self.since).release
-
-    def check(self) -> None:
-        """Raise ConfigError unless Megatron-Core still has that code."""
-        try:
-            source = inspect.getsource(_resolve(self.place))
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(self._lost(f"is gone ({error})")) from error
-        if self.mention not in source:
-            raise ConfigError(self._lost(f"no longer uses {self.mention}"))
-
-    def _lost(self, what: str) -> str:
-        return (
-            f"megatron-core {version('megatron-core')} does not fit this machine: {self.place} {what}, "
-            f"which {self.ours} was made for ({self.reason}): "
-            f"install a megatron-core from {OLDEST} to {NEWEST}"
-        )
-
-
-@dataclass(frozen=True)
-class Patch:
-    """`target` (module:attribute) is replaced because `needed_by` (module:attribute) uses `mention`."""
-
-    target: str
-    replacement: Any
-    needed_by: str
-    mention: str
-    reason: str
-    since: str = OLDEST
-
-    @property
-    def reliance(self) -> Reliance:
-        """The code this patch exists for."""
-        return Reliance(f"the patch of {self.target}", self.needed_by, self.mention, self.reason, self.since)
-
-    def apply(self) -> None:
-        module, _, name = self.target.partition(":")
-        *owners, attribute = name.split(".")
-        owner = functools.reduce(getattr, owners, importlib.import_module(module))
-        setattr(owner, attribute, self.replacement)
-
-
-def _installed() -> tuple[int, ...]:
-    """The release of Megatron-Core that is installed, without what an image's builder put behind it."""
-    return Version(version("megatron-core")).release
-
-
-def _resolve(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
 
 _LAYERS = "megatron.core.tensor_parallel.layers:ColumnParallelLinear.__init__"
@@ -267,13 +195,13 @@ RELIANCES = (
         "ends the forward pass at the hidden states",
     ),
     Reliance(
-        "mcore/shards.py",
+        "checkpoint/tensor_shards.py",
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map",
         'gbuf_range_map["param_map"][param]',
         "asks for the run of a parameter's elements whose state this rank has",
     ),
     Reliance(
-        "mcore/shards.py",
+        "checkpoint/tensor_shards.py",
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_main_param_and_optimizer_states",
         '"param": main_param',
         "asks for that state",
@@ -305,7 +233,7 @@ def prepare() -> None:
 
     Raises ConfigError when the installed Megatron-Core is not what a patch or our code was made for.
     """
-    if _installed() < Version(OLDEST).release:
+    if installed() < Version(OLDEST).release:
         raise ConfigError(
             f"megatron-core {version('megatron-core')} is too old: install one from {OLDEST} to {NEWEST}"
         )
@@ -319,9 +247,9 @@ def prepare() -> None:
         # Triton may be absent, or fail to be imported in any way: kernel_trial.py says so, and nothing of
         # these is called.
         with suppress(Exception):
-            from megatron_lopd.mcore import swiglu
+            from megatron_lopd.mcore.swiglu_patches import PATCHES
 
-            patches += swiglu.PATCHES  # Megatron-Core calls them where model.py has it
+            patches += PATCHES  # Megatron-Core calls them where model.py has it
     patches = [patch for patch in patches if patch.reliance.applies]
     for reliance in (*RELIANCES, *(patch.reliance for patch in patches)):
         if reliance.applies:

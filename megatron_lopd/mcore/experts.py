@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_lopd.config import ParallelConfig
+from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture
 
 
 def moe_options(

@@ -8,7 +8,7 @@ import torch
 import xxhash
 from megatron.core.models.gpt import GPTModel
 
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.mcore.experts import tensor_split
 from megatron_lopd.mcore.names import parameters_by_name
 

@@ -2,7 +2,7 @@
 
 torch.compile loads all of torch's compiler, which takes longer than the rest of Megatron-Core, and every
 process of a job would wait for it; of the thirty functions that Megatron-Core decorates so, our models call
-hardly one (mcore/swiglu.py has the activation). `install` must come before Megatron-Core is imported. 0.19.2
+hardly one (ops/swiglu.py has the activation). `install` must come before Megatron-Core is imported. 0.19.2
 names torch.compile itself in one place, a router for inference, and loads the compiler all the same.
 """
 

@@ -14,8 +14,8 @@ from megatron_lopd.data.collate import LossNormalization, MicroBatch, collate
 from megatron_lopd.data.context_parallel import slice_micro_batch
 from megatron_lopd.data.packing import Padding, pack
 from megatron_lopd.data.records import Sample
-from megatron_lopd.mcore.parallel import Ranks
 from megatron_lopd.mcore.precision import packed_padding
+from megatron_lopd.mcore.process_groups import Ranks
 
 
 class Samples(Protocol):

@@ -16,19 +16,19 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 
 from megatron_lopd.config import Fp8Config, ParallelConfig
+from megatron_lopd.families.architecture import Architecture, check_layout
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, check_layout
 from megatron_lopd.mcore.attention import PackedDocuments
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
-from megatron_lopd.mcore.kernel_trial import usable
 from megatron_lopd.mcore.precision import check_precision, fp8_options
 from megatron_lopd.mcore.recompute import check_recompute, recompute_options
-from megatron_lopd.mcore.softmax import ResponseLogProbs
 from megatron_lopd.mcore.spec import decoder_spec
-from megatron_lopd.mcore.token_loss import SummedLoss, TokenLoss, vocab_parallel_loss
-from megatron_lopd.mcore.top_k import vocab_parallel_top_k
+from megatron_lopd.ops.kernel_trial import usable
+from megatron_lopd.ops.softmax import ResponseLogProbs
+from megatron_lopd.ops.token_loss import SummedLoss, TokenLoss, vocab_parallel_loss
+from megatron_lopd.ops.top_k import vocab_parallel_top_k
 
 
 class PackedGPTModel(GPTModel):  # type: ignore[misc]

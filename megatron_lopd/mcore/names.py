@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.mcore.experts import first_expert
 
 # The torch-native spec keeps norms as modules of their own and experts in a list; Transformer

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.mcore.capabilities import FP8_RECIPES, Capabilities, capabilities
 
 # Steps over which delayed scaling takes the largest value: Transformer Engine's own default, where

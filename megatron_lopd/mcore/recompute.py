@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 
 Part = Literal["none", "core_attn", "mlp", "moe_act", "moe", "full"]
 

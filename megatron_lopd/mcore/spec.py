@@ -19,8 +19,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture
 from megatron_lopd.mcore.attention import PackedAttention
 from megatron_lopd.mcore.norm import RMSNorm
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Cluster, EngineConfig, ParallelConfig, Recipe
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.stages.base import directory_of
-from megatron_lopd.stages.inputs import scoring_of
-from megatron_lopd.stages.rounds import is_made, rounds_of
+from megatron_lopd.pipeline.inputs import scoring_of
+from megatron_lopd.pipeline.rounds import is_made, rounds_of
+from megatron_lopd.pipeline.stage import directory_of
 from megatron_lopd.stages.table import STAGES
 
 SHARED = tuple(stage.name for stage in STAGES if stage.share is not None)

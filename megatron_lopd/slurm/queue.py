@@ -9,11 +9,11 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lopd.commands.run import check_run_dir
 from megatron_lopd.config import Cluster, Recipe
 from megatron_lopd.errors import ConfigError, EngineError, LopdError, NotInstalled
 from megatron_lopd.slurm.jobs import Job
 from megatron_lopd.slurm.script import Submission, render
-from megatron_lopd.stages.run import check_run_dir
 from megatron_lopd.stages.table import STAGES
 
 

@@ -12,12 +12,12 @@ from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.engines.library import library_versions, require_library
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, directory_of, parent_manifest
-from megatron_lopd.stages.grading import answering, check_sets, grade_answers, share_right
-from megatron_lopd.stages.sampling import count_rollouts
-from megatron_lopd.stages.sharing import Work, make_parts
-from megatron_lopd.tasks.graders import Grader, open_grader
+from megatron_lopd.evaluation.grading import answering, check_sets, grade_answers, share_right
+from megatron_lopd.graders.grader import Grader, open_grader
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.shard_jobs import count_rollouts
+from megatron_lopd.pipeline.stage import Output, Plan, directory_of, parent_manifest
+from megatron_lopd.pipeline.workers import Work, make_parts
 
 RESULTS = "results.json"
 

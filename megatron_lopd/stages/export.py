@@ -8,9 +8,9 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import ModelLineage, artifact_parent
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.convert.quantize import quantize_fp8, require_modelopt
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, directory_of, parent_manifest
-from megatron_lopd.stages.students import lineage_of, seal_model, write_student
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.stage import Output, Plan, directory_of, parent_manifest
+from megatron_lopd.pipeline.students import lineage_of, seal_model, write_student
 
 EXACT, QUANTIZED = "model", "model-fp8"
 

@@ -8,10 +8,16 @@ from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.engines.library import library_versions, require_library
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan
-from megatron_lopd.stages.sampling import SamplingJob, count_rollouts, encode_prompts, rollout_work, shards_in
-from megatron_lopd.stages.sharing import make_parts
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.shard_jobs import (
+    SamplingJob,
+    count_rollouts,
+    encode_prompts,
+    rollout_work,
+    shards_in,
+)
+from megatron_lopd.pipeline.stage import Output, Plan
+from megatron_lopd.pipeline.workers import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:

@@ -11,13 +11,14 @@ from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.evaluation.grading import check_sets, grade_model
+from megatron_lopd.graders.grader import open_grader
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, directory_of, is_main_rank, parent_manifest
-from megatron_lopd.stages.grading import check_sets, grade_model
-from megatron_lopd.stages.sampling import encode_prompts, sample_seed
-from megatron_lopd.stages.students import (
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.shard_jobs import encode_prompts, sample_seed
+from megatron_lopd.pipeline.stage import Output, Plan, directory_of, is_main_rank, parent_manifest
+from megatron_lopd.pipeline.students import (
     check_budget,
     check_trainable,
     lineage_of,
@@ -26,7 +27,6 @@ from megatron_lopd.stages.students import (
     training_settings,
     write_student,
 )
-from megatron_lopd.tasks.graders import open_grader
 from megatron_lopd.training.live import LiveData, Question
 
 RESULTS = "results.json"

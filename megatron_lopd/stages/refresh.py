@@ -11,9 +11,8 @@ from megatron_lopd.artifacts.manifest import Parent, is_committed
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.engines.library import library_versions
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.stages.rounds import (
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.rounds import (
     Round,
     checkpoint_of,
     missing_round,
@@ -23,7 +22,7 @@ from megatron_lopd.stages.rounds import (
     rounds_of,
     train_identity,
 )
-from megatron_lopd.stages.sampling import (
+from megatron_lopd.pipeline.shard_jobs import (
     SamplingJob,
     count_rollouts,
     rollout_work,
@@ -32,8 +31,9 @@ from megatron_lopd.stages.sampling import (
     score_work,
     shards_in,
 )
-from megatron_lopd.stages.sharing import make_parts
-from megatron_lopd.stages.students import lineage_of, write_student
+from megatron_lopd.pipeline.stage import Output, Plan, Stage, directory_of, parent_manifest
+from megatron_lopd.pipeline.students import lineage_of, write_student
+from megatron_lopd.pipeline.workers import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:

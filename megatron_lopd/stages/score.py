@@ -8,11 +8,11 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import EngineConfig, Recipe, ScoreConfig, deciding
 from megatron_lopd.engines.library import library_versions, require_library, score_advice
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.agreement import AGREEMENT_FILE, check_agreement, check_engine
-from megatron_lopd.stages.base import OTHER_RANK, Output, Plan, directory_of, identity_of, parent_manifest
-from megatron_lopd.stages.sampling import score_output, score_work
-from megatron_lopd.stages.sharing import make_parts
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE, check_agreement, check_engine
+from megatron_lopd.pipeline.shard_jobs import score_output, score_work
+from megatron_lopd.pipeline.stage import OTHER_RANK, Output, Plan, directory_of, identity_of, parent_manifest
+from megatron_lopd.pipeline.workers import make_parts
 
 
 def check(recipe: Recipe) -> list[str]:

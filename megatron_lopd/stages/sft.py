@@ -11,9 +11,16 @@ from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, directory_of, identity_of, is_main_rank, parent_manifest
-from megatron_lopd.stages.students import (
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.stage import (
+    Output,
+    Plan,
+    directory_of,
+    identity_of,
+    is_main_rank,
+    parent_manifest,
+)
+from megatron_lopd.pipeline.students import (
     check_budget,
     check_trainable,
     lineage_of,

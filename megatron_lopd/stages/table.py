@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_lopd.config import Recipe
-from megatron_lopd.stages.base import Stage
+from megatron_lopd.pipeline.stage import Stage
 
 
 def function(module: str, name: str) -> Callable[..., Any]:

@@ -15,14 +15,14 @@ from megatron_lopd.config import Recipe
 from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import shard_name
-from megatron_lopd.data.prompts import read_conversations
 from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import write_shard
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan
-from megatron_lopd.stages.sampling import count_rollouts
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.shard_jobs import count_rollouts
+from megatron_lopd.pipeline.stage import Output, Plan
+from megatron_lopd.prompts.prompt import read_conversations
 
 
 def check(recipe: Recipe) -> list[str]:

@@ -12,9 +12,8 @@ from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import RefreshDue
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
-from megatron_lopd.stages import inputs
-from megatron_lopd.stages.base import Output, Plan, directory_of, identity_of, parent_manifest
-from megatron_lopd.stages.rounds import (
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.rounds import (
     data_of,
     is_made,
     part_of,
@@ -23,14 +22,15 @@ from megatron_lopd.stages.rounds import (
     require_engines,
     rounds_of,
 )
-from megatron_lopd.stages.students import (
+from megatron_lopd.pipeline.stage import Output, Plan, directory_of, identity_of, parent_manifest
+from megatron_lopd.pipeline.students import (
     check_budget,
     check_trainable,
     opd_job,
     train_to_checkpoint,
     training_settings,
 )
-from megatron_lopd.training.agreement import on_rank_zero
+from megatron_lopd.training.consensus import on_rank_zero
 from megatron_lopd.training.loop import Segment
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_lopd.data.batch_plan import PlanPart
 from megatron_lopd.data.collate import MicroBatch
-from megatron_lopd.data.plan import PlanPart
 from megatron_lopd.mcore.loader import BatchLoader
 from megatron_lopd.training.prefetch import Prefetcher, pinned
 

@@ -24,7 +24,7 @@ from megatron_lopd.artifacts.manifest import (
     write_manifest,
 )
 from megatron_lopd.errors import CheckpointError, DataError
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 
 KIND = "checkpoint"
 NAME = re.compile(r"step_\d{8,}")  # as `checkpoint_name` gives them

@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 
 from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
 from megatron_lopd.convert.gather import WeightGatherer
+from megatron_lopd.data.batch_plan import BatchPlan
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.packing import Padding
-from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.data.records import Rollout, Sample, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
 from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import DataError, EngineDied, EngineError
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.optimizer import Optimization
-from megatron_lopd.mcore.parallel import Ranks
+from megatron_lopd.mcore.process_groups import Ranks
 from megatron_lopd.training.batches import ready
 
 

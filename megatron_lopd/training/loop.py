@@ -16,33 +16,33 @@ from numpy.typing import NDArray
 
 from megatron_lopd.artifacts.manifest import LineageStatus
 from megatron_lopd.config import Fp8Config, ParallelConfig, TrainConfig, TrainingConfig
-from megatron_lopd.convert.load import load_hf_weights
+from megatron_lopd.convert.load_model import load_hf_weights
+from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.data.plan import BatchPlan, PlanPart
 from megatron_lopd.errors import EngineDied, EngineError, NumericsError, StopRequested
 from megatron_lopd.estimate.memory import Training, logit_rows
+from megatron_lopd.families.architecture import Architecture, read_architecture
+from megatron_lopd.families.flops import peak_flops, step_flops
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities, notices
-from megatron_lopd.mcore.flops import peak_flops, step_flops
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
-from megatron_lopd.mcore.kernel_trial import agree
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
-from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import check_precision, packed_padding
+from megatron_lopd.mcore.process_groups import Ranks, model_parallel
 from megatron_lopd.mcore.recompute import check_recompute
 from megatron_lopd.objectives import get_objective
-from megatron_lopd.training.agreement import any_rank
+from megatron_lopd.ops.kernel_trial import agree
+from megatron_lopd.runtime.signals import StopSignals
 from megatron_lopd.training.batches import Batches, CachedBatches
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
+from megatron_lopd.training.consensus import any_rank
 from megatron_lopd.training.fp8_scales import find_scales
 from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
 from megatron_lopd.training.live import LiveBatches, LiveData
 from megatron_lopd.training.metrics import Counts, summarize
-from megatron_lopd.training.preemption import StopSignals
 from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, PreflightCheck
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint, newest_checkpoint

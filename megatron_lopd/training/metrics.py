@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_lopd.data.collate import MicroBatch
-from megatron_lopd.mcore.parallel import Ranks
+from megatron_lopd.mcore.process_groups import Ranks
 from megatron_lopd.objectives import Objective, TokenLogProbs
 
 

@@ -15,7 +15,7 @@ from megatron_lopd.config import Sampling
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.errors import DataError, NumericsError
 from megatron_lopd.mcore.loader import BatchLoader
-from megatron_lopd.mcore.parallel import Ranks
+from megatron_lopd.mcore.process_groups import Ranks
 from megatron_lopd.objectives import KeptLogProbs, Objective, TokenLogProbs
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.step import run_micro_batches

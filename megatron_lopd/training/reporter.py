@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from megatron_lopd.runtime.display import ProgressDisplay
 from megatron_lopd.training.loggers import MetricsLog
-from megatron_lopd.training.progress import ProgressDisplay
 
 
 class Reporter:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lopd.mcore.checkpoint import StagedState, WrittenPart, finish_state, load_state, stage_state
+from megatron_lopd.checkpoint.sharded import StagedState, WrittenPart, finish_state, load_state, stage_state
+from megatron_lopd.checkpoint.staging import HostBuffer
+from megatron_lopd.checkpoint.tensor_shards import ShardedModel
 from megatron_lopd.mcore.optimizer import Optimization
-from megatron_lopd.mcore.parallel import Ranks
-from megatron_lopd.mcore.shards import ShardedModel
-from megatron_lopd.mcore.staging import HostBuffer
-from megatron_lopd.training.agreement import any_rank, on_rank_zero, verify_together
+from megatron_lopd.mcore.process_groups import Ranks
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
+from megatron_lopd.training.consensus import any_rank, on_rank_zero, verify_together
 
 
 @dataclass(frozen=True)

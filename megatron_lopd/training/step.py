@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.mcore.model import PackedGPTModel, response_loss
 from megatron_lopd.mcore.schedule import run_schedule
-from megatron_lopd.mcore.softmax import ResponseLogProbs
 from megatron_lopd.objectives import Objective, TokenLogProbs, TokenPlaces, TopKLogProbs
+from megatron_lopd.ops.softmax import ResponseLogProbs
 from megatron_lopd.training.metrics import TokenValues
 
 

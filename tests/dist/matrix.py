@@ -158,7 +158,7 @@ def _sample(number: int) -> Sample:
 
 def train_layouts(root: Path, names: list[str]) -> Runs:
     """Every layout of `names` one after another, each with its models and their losses."""
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     runs = {}
     for name in names:
@@ -200,8 +200,8 @@ def _train(
     model_dir: Path, layout: Layout, ranks: Any, objective: str, options: dict[str, Any]
 ) -> Trained:
     """Weights as they are drawn for sft, and as they are read for the rest: both are laid out alike."""
-    from megatron_lopd.convert.load import load_hf_weights
-    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.convert.load_model import load_hf_weights
+    from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
     from megatron_lopd.mcore.loader import BatchLoader
 

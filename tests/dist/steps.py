@@ -45,7 +45,7 @@ def whole_gradients(trained: list[Trained], vocab_size: int) -> dict[str, torch.
 
 def train_steps(model: Any, arch: Any, loader: Any, objective_name: str, ranks: Any, steps: int) -> Trained:
     """Train the chunks of `model` on what `loader` holds; called in every rank."""
-    from megatron_lopd.data.plan import BatchPlan
+    from megatron_lopd.data.batch_plan import BatchPlan
     from megatron_lopd.mcore import compat
     from megatron_lopd.mcore.optimizer import build_optimization, guarded_step, zero_gradients
     from megatron_lopd.objectives import get_objective

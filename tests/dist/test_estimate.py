@@ -9,7 +9,7 @@ from gloo import run_ranks
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.estimate.memory import Training, training_memory, weights_on
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 from tools.bench.plan import DENSE, EXPERTS, state_bytes
 
 # Over two ranks; the data parallel size is what is left.
@@ -27,7 +27,7 @@ LAYOUTS = {
 def measure(arch: Architecture, parallel: ParallelConfig) -> tuple[int, int, int]:
     from megatron_lopd.mcore.model import build_model
     from megatron_lopd.mcore.optimizer import build_optimization
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     with model_parallel(parallel, seed=0):
         model = build_model(arch, parallel, "bf16")

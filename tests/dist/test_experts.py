@@ -84,7 +84,7 @@ def run_job(root: Path, work: str, parallel: ParallelConfig) -> Any:
 
 def one_step_on_two_experts(root: Path, parallel: ParallelConfig) -> Trained:
     """Of each token's four router logits one is above zero, the first or the second; top 1 is chosen."""
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     with model_parallel(parallel, seed=0) as ranks:
         step = Step(root, parallel, ranks, top_k=1, normalize_top_k=False)
@@ -95,7 +95,7 @@ def one_step_on_two_experts(root: Path, parallel: ParallelConfig) -> Trained:
 
 
 def one_step_bare_and_padded(root: Path) -> tuple[Trained, Trained]:
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     with model_parallel(SINGLE, seed=0) as ranks:
         bare, padded = (Step(root, SINGLE, ranks, Padding(total=total)).train() for total in (1, 48))
@@ -114,7 +114,7 @@ class Step:
         **experts: Any,
     ) -> None:
         from megatron_lopd.data.dataset import TrainingData
-        from megatron_lopd.mcore.architecture import read_architecture
+        from megatron_lopd.families.architecture import read_architecture
         from megatron_lopd.mcore.model import build_model
         from megatron_lopd.mcore.loader import BatchLoader
 

@@ -51,7 +51,7 @@ def test_gathered_weights_are_those_read_and_those_exported(root: Path, processe
 
 
 def gather_all(root: Path, names: list[str]) -> dict[tuple[str, str], tuple[Weights, Weights, Weights | None]]:
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     seen = {}
     for name in names:
@@ -67,9 +67,9 @@ def gather(
 ) -> tuple[Weights, Weights, Weights | None]:
     """The weights before and after a step, and on rank 0 those exported after it."""
     from megatron_lopd.convert.gather import WeightGatherer
-    from megatron_lopd.convert.load import load_hf_weights
+    from megatron_lopd.convert.load_model import load_hf_weights
     from megatron_lopd.convert.offline import megatron_to_hf
-    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
     from megatron_lopd.mcore.optimizer import build_optimization
 

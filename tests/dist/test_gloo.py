@@ -45,7 +45,7 @@ def test_a_failing_rank_ends_all(function: object, message: str) -> None:
 def sums_by_layout() -> list[float]:
     from megatron.core import parallel_state
 
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     sums = []
     for layout in (ParallelConfig(tensor=2, processes=2), ParallelConfig(pipeline=2, processes=2)):

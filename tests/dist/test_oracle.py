@@ -123,7 +123,7 @@ def test_training_checkpoint_of_any_layout_becomes_the_model(
 
 
 def run_layout(parallel: ParallelConfig, root: Path, layout: str) -> dict[str, Any]:
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     with model_parallel(parallel, seed=0) as ranks:
         return {
@@ -136,8 +136,8 @@ def run_layout(parallel: ParallelConfig, root: Path, layout: str) -> dict[str, A
 def run_model(parallel: ParallelConfig, ranks: Any, root: Path, name: str, layout: str) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
-    from megatron_lopd.convert.load import load_hf_weights
-    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.convert.load_model import load_hf_weights
+    from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
     from megatron_lopd.mcore.optimizer import build_optimization
 

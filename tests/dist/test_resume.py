@@ -11,7 +11,7 @@ import torch
 from gloo import RankError, run_ranks
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.mcore.torch_dist import TorchDistReader
+from megatron_lopd.checkpoint.torch_dist import TorchDistReader
 from tests.model_zoo import make_model_dir
 from tests.training_zoo import VOCABULARY, assert_agree, make_root, train
 
@@ -93,7 +93,7 @@ def test_another_models_checkpoint_is_refused_before_anything_is_built(root: Pat
 def _train(root: Path, options: dict[str, Any]) -> Any:
     """The run, and the sample ids of every step that its plan was asked for, in order."""
     from megatron_lopd.data.dataset import TrainingData
-    from megatron_lopd.data.plan import BatchPlan
+    from megatron_lopd.data.batch_plan import BatchPlan
 
     names = TrainingData(root / "data").sample_ids
     asked: dict[int, list[str]] = {}

@@ -13,7 +13,7 @@ from gloo import run_ranks
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.estimate.memory import Training
 from megatron_lopd.estimate.saves import staged_bytes
-from megatron_lopd.mcore.architecture import Architecture
+from megatron_lopd.families.architecture import Architecture
 from tests.training_zoo import save_now
 from tools.bench.plan import DENSE, EXPERTS
 
@@ -74,10 +74,10 @@ def _save(arch: Architecture, parallel: ParallelConfig, directory: Path) -> tupl
     """Bytes staged, and bytes of host memory taken."""
     import torch.distributed as dist
 
-    from megatron_lopd.mcore import checkpoint
-    from megatron_lopd.mcore.parallel import model_parallel
-    from megatron_lopd.mcore.shards import ShardedModel
-    from megatron_lopd.mcore.staging import HostBuffer
+    from megatron_lopd.checkpoint import sharded as checkpoint
+    from megatron_lopd.mcore.process_groups import model_parallel
+    from megatron_lopd.checkpoint.tensor_shards import ShardedModel
+    from megatron_lopd.checkpoint.staging import HostBuffer
 
     stage_state, sizes = checkpoint.stage_state, []
 
@@ -120,8 +120,8 @@ def _load_both_ways(arch: Architecture, parallel: ParallelConfig, directory: Pat
     """This rank's state as `load_state` reads it, and as Megatron-Core's optimizer and loader do."""
     from megatron.core import dist_checkpointing
 
-    from megatron_lopd.mcore.checkpoint import load_state
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.checkpoint.sharded import load_state
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     with model_parallel(parallel, seed=0) as ranks:
         ours, theirs = _build(arch, parallel), _build(arch, parallel)

@@ -69,8 +69,8 @@ def _train(root: Path) -> Any:
 def _find_newest(root: Path) -> tuple[int, list[str]]:
     """The newest checkpoint's step, and the names of the files that this rank hashed, slowly on rank 0."""
     from megatron_lopd.artifacts import files
-    from megatron_lopd.mcore.architecture import read_architecture
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.families.architecture import read_architecture
+    from megatron_lopd.mcore.process_groups import model_parallel
     from megatron_lopd.training.checkpoints import Checkpoints
     from megatron_lopd.training.saving import newest_checkpoint
 
@@ -96,7 +96,7 @@ def _find_newest(root: Path) -> tuple[int, list[str]]:
 def _verify(directory: Path) -> str:
     from megatron_lopd.artifacts.manifest import load_manifest
     from megatron_lopd.errors import DataError
-    from megatron_lopd.training.agreement import verify_together
+    from megatron_lopd.training.consensus import verify_together
 
     try:
         verify_together({directory: load_manifest(directory)})
@@ -106,8 +106,8 @@ def _verify(directory: Path) -> str:
 
 
 def _work_on_rank_zero() -> str:
-    from megatron_lopd.mcore.parallel import model_parallel
-    from megatron_lopd.training.agreement import on_rank_zero
+    from megatron_lopd.mcore.process_groups import model_parallel
+    from megatron_lopd.training.consensus import on_rank_zero
 
     def work() -> str:
         time.sleep(HASHING_TAKES)
@@ -120,8 +120,8 @@ def _work_on_rank_zero() -> str:
 def _late_for_a_collective() -> None:
     import torch
 
-    from megatron_lopd.mcore.parallel import model_parallel
-    from megatron_lopd.training.agreement import any_rank
+    from megatron_lopd.mcore.process_groups import model_parallel
+    from megatron_lopd.training.consensus import any_rank
 
     with model_parallel(DP2, seed=0, timeout=timedelta(seconds=GROUPS_WAIT)) as ranks:
         if ranks.rank == 0:

@@ -7,11 +7,11 @@ from pathlib import Path
 from megatron_lopd.config import EngineConfig, EvaluateConfig, Sampling
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
-from megatron_lopd.data.prompts import Prompt
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.stages.grading import grade_model, graded
-from megatron_lopd.tasks.arithmetic import problems
-from megatron_lopd.tasks.graders import open_grader
+from megatron_lopd.evaluation.grading import grade_model, graded
+from megatron_lopd.graders.grader import open_grader
+from megatron_lopd.prompts.arithmetic import problems
+from megatron_lopd.prompts.prompt import Prompt
 
 TEACHER = Path(__file__).parents[2] / "examples/quickstart/teacher"
 FORMS = ("{}", r"\boxed{{{}}}", "${}.0$", r"\frac{{3\cdot {}}}{{3}}")  # of one and the same answer

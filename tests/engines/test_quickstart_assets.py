@@ -8,12 +8,13 @@ import pytest
 
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import read_model_lineage
+from megatron_lopd.commands import run
 from megatron_lopd.config import EngineConfig, Sampling, load_recipe
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.engines import GenerateRequest, open_engine
-from megatron_lopd.mcore.architecture import check_layout, read_architecture
-from megatron_lopd.stages import run, table
-from megatron_lopd.tasks.arithmetic import grade, problems
+from megatron_lopd.families.architecture import check_layout, read_architecture
+from megatron_lopd.prompts.arithmetic import grade, problems
+from megatron_lopd.stages import table
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples/quickstart"

@@ -26,8 +26,8 @@ from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import write_shard
 from megatron_lopd.engines import ScoreRequest, open_engine
 from megatron_lopd.errors import NumericsError
-from megatron_lopd.stages import agreement
-from megatron_lopd.stages.agreement import AGREEMENT_FILE, check_agreement
+from megatron_lopd.pipeline import engine_gate as agreement
+from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE, check_agreement
 from tests.smollm2 import TOP_K, assert_agree
 
 LAYOUTS = {

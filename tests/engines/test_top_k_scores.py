@@ -15,7 +15,7 @@ from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import DataError
-from megatron_lopd.mcore.architecture import read_architecture
+from megatron_lopd.families.architecture import read_architecture
 from tests.pipeline import write_recipe
 from tools import inspect_shard, verify
 

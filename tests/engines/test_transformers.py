@@ -25,7 +25,7 @@ from transformers import (
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.engines import Completion, Engine, GenerateRequest, ScoreRequest, hf, open_engine
 from megatron_lopd.engines import requests as engine_requests
-from megatron_lopd.engines.sampling import BLOCK, draw, truncated_log_probs, uniforms
+from megatron_lopd.engines.draw import BLOCK, draw, truncated_log_probs, uniforms
 from megatron_lopd.errors import EngineError
 
 VOCABULARY = 53

@@ -29,12 +29,12 @@ import torch
 from torch.distributed import TCPStore
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
-from megatron_lopd.mcore.architecture import read_architecture
+from megatron_lopd.families.architecture import read_architecture
 from megatron_lopd.mcore.model import build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization
-from megatron_lopd.mcore.parallel import Ranks, model_parallel
-from megatron_lopd.training.agreement import on_rank_zero
+from megatron_lopd.mcore.process_groups import Ranks, model_parallel
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress
+from megatron_lopd.training.consensus import on_rank_zero
 from megatron_lopd.training.saving import Saver, load_checkpoint, newest_checkpoint
 
 KINDS = ("open", "write", "fsync", "rename", "unlink", "mkdir", "truncate")

@@ -184,7 +184,7 @@ def _train_with_one_full_disk(root: Path, options: dict[str, Any]) -> str:
 
 def _train_with_late_writes(root: Path, options: dict[str, Any]) -> Any:
     """The checkpoint of a step is written once the next step is in the metrics; the last has none."""
-    from megatron_lopd.mcore.checkpoint import StagedState
+    from megatron_lopd.checkpoint.sharded import StagedState
 
     write = StagedState.write
     metrics = root / options["work"] / "metrics.jsonl"
@@ -203,7 +203,7 @@ def _train_with_late_writes(root: Path, options: dict[str, Any]) -> Any:
 
 def _train_into_a_guard(root: Path, options: dict[str, Any]) -> Any:
     """The third step's gradients are not finite, and the checkpoint of the second is slow to write."""
-    from megatron_lopd.mcore.checkpoint import StagedState
+    from megatron_lopd.checkpoint.sharded import StagedState
     from megatron_lopd.training import loop
 
     write = StagedState.write

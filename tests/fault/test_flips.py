@@ -18,8 +18,8 @@ import pytest
 from megatron_lopd.artifacts.manifest import MANIFEST, load_manifest
 from megatron_lopd.config import load_recipe
 from megatron_lopd.errors import DataError
-from megatron_lopd.mcore.architecture import read_architecture
-from megatron_lopd.stages.base import execute
+from megatron_lopd.families.architecture import read_architecture
+from megatron_lopd.pipeline.stage import execute
 from megatron_lopd.stages.table import TRAIN
 from megatron_lopd.training.checkpoints import Checkpoints
 from megatron_lopd.training.saving import newest_checkpoint

@@ -20,7 +20,7 @@ from megatron_lopd.cli import main
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.tasks.arithmetic import problems
+from megatron_lopd.prompts.arithmetic import problems
 from tests.model_zoo import make_model_dir
 from tests.pipeline import SMALL
 

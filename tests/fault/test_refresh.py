@@ -18,11 +18,11 @@ from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import model_parent
 from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
 from megatron_lopd.cli import main
+from megatron_lopd.data.batch_plan import BatchPlan
 from megatron_lopd.data.dataset import open_shards
-from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.stages import sampling
-from megatron_lopd.stages.sampling import sample_seed
+from megatron_lopd.pipeline import shard_jobs as sampling
+from megatron_lopd.pipeline.shard_jobs import sample_seed
 from megatron_lopd.training.checkpoints import Checkpoints
 from tests.fault import test_kill
 from tests.fault.test_kill import SECONDS, interrupt, lines, start

@@ -20,19 +20,19 @@ from typing import Any
 
 import pytest
 
-from megatron_lopd.artifacts import claims as claims_module
-from megatron_lopd.artifacts.claims import Claims, read_claims
 from megatron_lopd.cli import main
 from megatron_lopd.engines.hf import TransformersEngine
 from megatron_lopd.engines.protocol import GenerateRequest
 from megatron_lopd.errors import EngineDied
-from megatron_lopd.stages import sharing
+from megatron_lopd.pipeline import workers as sharing
+from megatron_lopd.runtime import claims as claims_module
+from megatron_lopd.runtime.claims import Claims, read_claims
 from tests.pipeline import write_recipe
 
 # As tests/dist/gloo.py: the server imports these once, and a worker starts in milliseconds.
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["megatron_lopd.stages.run", "megatron_lopd.engines.hf", "tests.fault.test_workers"]
+    ["megatron_lopd.commands.run", "megatron_lopd.engines.hf", "tests.fault.test_workers"]
 )
 KILLS, WORKERS = 100, 4
 SAMPLES, SHARD = 120, 2

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 
 from megatron_lopd.config import Fp8Config, OptimizerConfig, ParallelConfig, Recompute
-from megatron_lopd.convert.load import load_hf_weights
-from megatron_lopd.convert.mappings import merge_parts, tensor_maps
+from megatron_lopd.convert.load_model import load_hf_weights
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
+from megatron_lopd.families.architecture import Architecture, read_architecture
+from megatron_lopd.families.weight_rules import merge_parts, tensor_maps
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.model import build_model
 from megatron_lopd.mcore.names import parameters_by_name
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, zero_gradients
-from megatron_lopd.mcore.parallel import Ranks, model_parallel
 from megatron_lopd.mcore.precision import packed_padding
+from megatron_lopd.mcore.process_groups import Ranks, model_parallel
 from megatron_lopd.objectives import TokenLogProbs, TopKLogProbs, get_objective
 from megatron_lopd.training.fp8_scales import find_scales
 from megatron_lopd.training.step import run_micro_batches

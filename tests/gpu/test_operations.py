@@ -8,7 +8,7 @@ from support import Bench
 
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.attention import bucketed_attention, spans_of
-from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
+from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
 
 
 def test_lean_log_probs_in_bf16_are_those_of_fp64(bench: Bench) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lopd.mcore.kernel_trial import trial
+from megatron_lopd.ops.kernel_trial import trial
 from tests.unit.test_mcore_swiglu import compare_with_fp64
 
 

@@ -8,9 +8,9 @@ from support import Bench
 from torch import Tensor
 
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.kernel_trial import trial, usable
-from megatron_lopd.mcore.softmax import ResponseLogProbs
-from megatron_lopd.mcore.token_loss import vocab_parallel_loss
+from megatron_lopd.ops.kernel_trial import trial, usable
+from megatron_lopd.ops.softmax import ResponseLogProbs
+from megatron_lopd.ops.token_loss import vocab_parallel_loss
 from tests.log_prob_oracle import naive
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support import Bench, Work, training
 
+from megatron_lopd.checkpoint.sharded import load_state
 from megatron_lopd.config import Fp8Config, OptimizerConfig
-from megatron_lopd.mcore.checkpoint import load_state
 from megatron_lopd.mcore.optimizer import guarded_step
 from tests.training_zoo import save_now
 

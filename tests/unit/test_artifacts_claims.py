@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from megatron_lopd.artifacts import claims as claims_module
-from megatron_lopd.artifacts.claims import (
+from megatron_lopd.errors import DataError
+from megatron_lopd.runtime import claims as claims_module
+from megatron_lopd.runtime.claims import (
     ATTEMPTS,
     CLAIMS,
     Claims,
@@ -26,7 +27,6 @@ from megatron_lopd.artifacts.claims import (
     read_claims,
     remove_claims,
 )
-from megatron_lopd.errors import DataError
 
 CONTEXT = mp.get_context("fork")
 LEASE = 0.6

@@ -43,11 +43,11 @@ def test_refusals_name_the_tensor_the_file_and_the_way_out(tmp_path: Path) -> No
 
 def collect_errors(directories: list[Path]) -> list[str]:
     from megatron_lopd.config import ParallelConfig
-    from megatron_lopd.convert.load import load_hf_weights
+    from megatron_lopd.convert.load_model import load_hf_weights
     from megatron_lopd.errors import LopdError
-    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     errors = []
     parallel = ParallelConfig()

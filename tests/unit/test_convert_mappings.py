@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lopd.convert.mappings import RULES, Layout, merge_parts, split_parts
+from megatron_lopd.families.weight_rules import RULES, Layout, merge_parts, split_parts
 from tests.model_zoo import FAMILIES
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lopd.data.plan import BatchPlan, PlanPart
+from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
 from megatron_lopd.errors import ConfigError, DataError
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_lopd.data.prompts import read_conversations, read_jsonl, read_prompts
 from megatron_lopd.errors import DataError
+from megatron_lopd.prompts.prompt import read_conversations, read_jsonl, read_prompts
 
 
 def write(path: Path, *rows: Any) -> Path:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lopd import environment
 from megatron_lopd.cli import main
+from megatron_lopd.commands import run
 from megatron_lopd.config import EngineConfig, ParallelConfig
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.stages import run
-from megatron_lopd.stages.launch import in_own_process, launch
+from megatron_lopd.runtime import environment
+from megatron_lopd.runtime.launch import in_own_process, launch
 from tests.model_zoo import make_model_dir
 from tests.pipeline import write_recipe
 

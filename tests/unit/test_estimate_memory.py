@@ -20,8 +20,8 @@ from megatron_lopd.estimate.memory import (
     logit_rows,
     training_memory,
 )
-from megatron_lopd.estimate.shapes import PUBLISHED, Shape, read_shape
 from megatron_lopd.estimate.stages import CHECKPOINT, ROLLOUT, SCORE, SCORE_TAIL, SCORE_TOP_K
+from megatron_lopd.families.memory_shapes import PUBLISHED, Shape, read_shape
 from tests.training_zoo import make_root, train
 from tools.bench.plan import DENSE, compare_activations, compare_flops
 
@@ -40,7 +40,7 @@ def test_flops_are_what_torch_counts() -> None:
 
 
 def test_the_chunk_of_logits_is_the_operation_s_own() -> None:
-    from megatron_lopd.mcore.row_chunks import CHUNK_BYTES
+    from megatron_lopd.ops.row_chunks import CHUNK_BYTES
 
     assert CHUNK_BYTES["cuda"] == LOGIT_BYTES
 
@@ -137,7 +137,7 @@ def test_disk_is_what_shards_take(top_k: int, tmp_path: Path) -> None:
 
 
 def test_disk_is_what_a_checkpoint_takes(tmp_path: Path) -> None:
-    from megatron_lopd.mcore.torch_dist import TorchDistReader
+    from megatron_lopd.checkpoint.torch_dist import TorchDistReader
 
     root = make_root(tmp_path, samples=4)
     train(root, steps=1, global_batch_size=4)

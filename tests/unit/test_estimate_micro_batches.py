@@ -8,14 +8,14 @@ import pytest
 
 from megatron_lopd.cli import main
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.estimate.gpus import GPUS
-from megatron_lopd.estimate.hours import Work
+from megatron_lopd.estimate.gpu_kinds import GPUS
+from megatron_lopd.estimate.hours import TokenWork
 from megatron_lopd.estimate.memory import Training, training_memory
 from megatron_lopd.estimate.micro_batches import STEP, MicroBatches, fitting_tokens, micro_batches
-from megatron_lopd.estimate.shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import PUBLISHED
 
 MICRO_BATCH = Training(16384, "bf16", fp8=False)
-BATCH = Work(256, prompt=150, response=4096)
+BATCH = TokenWork(256, prompt=150, response=4096)
 H100 = GPUS["h100"]
 EIGHT_LAYERS = replace(PUBLISHED["Qwen3-8B"], num_layers=8, tied=True)
 

@@ -8,13 +8,13 @@ import pytest
 from megatron_lopd.cli import main
 from megatron_lopd.config import load_recipe
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.estimate.gpus import GPUS, Cluster, parse_cluster
+from megatron_lopd.estimate.gpu_kinds import GPUS, GpuCluster, parse_cluster
 from megatron_lopd.estimate.hours import PUBLISHED_HOURS, Published, published_hours
 from megatron_lopd.estimate.layouts import candidates, own_layout, smallest_layout
 from megatron_lopd.estimate.memory import Training
-from megatron_lopd.estimate.plan import make_plan
-from megatron_lopd.estimate.shapes import PUBLISHED
-from megatron_lopd.mcore.architecture import check_layout
+from megatron_lopd.estimate.run_plan import make_plan
+from megatron_lopd.families.architecture import check_layout
+from megatron_lopd.families.memory_shapes import PUBLISHED
 
 RECIPE = "examples/qwen3_8b/recipe.yaml"
 MICRO_BATCH = Training(16384, "bf16", fp8=False)
@@ -49,7 +49,9 @@ def test_the_smallest_layout_can_be_trained(name: str, gpus: str) -> None:
 
 def test_published_30b_a3b_fits_the_node_it_was_trained_on() -> None:
     """arXiv 2604.13010 trained it on one node of 8 H100s."""
-    assert smallest_layout(PUBLISHED["Qwen3-30B-A3B"], Cluster(GPUS["h100"], 8), MICRO_BATCH, 256) is not None
+    assert (
+        smallest_layout(PUBLISHED["Qwen3-30B-A3B"], GpuCluster(GPUS["h100"], 8), MICRO_BATCH, 256) is not None
+    )
 
 
 def test_the_stages_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from megatron_lopd.cli import main
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.estimate.memory import Training
 from megatron_lopd.estimate.saves import save_estimate
-from megatron_lopd.estimate.shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import PUBLISHED
 
 BF16 = Training(16384, "bf16", fp8=False)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.estimate.shapes import PUBLISHED, Shape, read_shape
+from megatron_lopd.families.memory_shapes import PUBLISHED, Shape, read_shape
 from tests.model_zoo import FAMILIES, Family, make_config
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lopd.config import Recipe, load_recipe
-from megatron_lopd.estimate.shapes import PUBLISHED
-from megatron_lopd.mcore.architecture import check_layout
+from megatron_lopd.families.architecture import check_layout
+from megatron_lopd.families.memory_shapes import PUBLISHED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*/*.yaml"))

@@ -34,7 +34,8 @@ import sys
 from pathlib import Path
 
 import megatron_lopd.cli
-from megatron_lopd.stages import run, train
+from megatron_lopd.stages import train
+from megatron_lopd.commands import run
 from megatron_lopd.config import ParallelConfig, TrainConfig
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.training.loop import TrainingJob, run_training
@@ -99,6 +100,6 @@ def test_a_command_that_only_asks_imports_no_torch(tmp_path: Path, command: str)
     }.get(command, [command])
     imported = modules_after(COMMAND, *arguments)
     assert "megatron_lopd.cli" in imported
-    assert ("megatron_lopd.estimate.plan" in imported) == (command == "plan")
-    assert ("megatron_lopd.stages.status" in imported) == (command == "status")
+    assert ("megatron_lopd.estimate.run_plan" in imported) == (command == "plan")
+    assert ("megatron_lopd.commands.status" in imported) == (command == "status")
     assert not sorted(imported & NOT_FOR_ASKING)

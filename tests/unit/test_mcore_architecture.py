@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore.architecture import (
+from megatron_lopd.families.architecture import (
     Architecture,
     Experts,
     RopeScaling,
@@ -230,7 +230,7 @@ def test_experts_alone_need_to_divide_by_their_own_tensor_size(tmp_path: Path) -
     ],
 )
 def test_too_few_processes_are_refused(parallel: ParallelConfig, message: str) -> None:
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     with pytest.raises(ConfigError, match=message), model_parallel(parallel, 0):
         pass

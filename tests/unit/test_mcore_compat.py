@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.mcore import compat, swiglu
-from megatron_lopd.mcore.compat import Reliance
+from megatron_lopd.mcore import compat, reliance, swiglu_patches
+from megatron_lopd.mcore.reliance import Reliance
 
-PATCHES = (*compat.WITHOUT_CUDA, *compat.WITHOUT_TRANSFORMER_ENGINE, *swiglu.PATCHES)
+PATCHES = (*compat.WITHOUT_CUDA, *compat.WITHOUT_TRANSFORMER_ENGINE, *swiglu_patches.PATCHES)
 RELIANCES = (*compat.RELIANCES, *(patch.reliance for patch in PATCHES))
 
 
@@ -32,10 +32,11 @@ def test_what_lost_its_reason_is_refused(reliance: Reliance) -> None:
 def test_a_reason_that_came_with_a_release_holds_from_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     later = replace(compat.RELIANCES[0], since="0.19.0")
     for installed, applies in {"0.18.9": False, "0.19.0rc1+image": True, "0.19.2": True, "1.0": True}.items():
-        monkeypatch.setattr(compat, "version", lambda package, installed=installed: installed)
+        monkeypatch.setattr(reliance, "version", lambda package, installed=installed: installed)
         assert later.applies is applies, installed
         assert compat.RELIANCES[0].applies
-    monkeypatch.setattr(compat, "version", lambda package: "0.15.3")
+    for module in (reliance, compat):
+        monkeypatch.setattr(module, "version", lambda package: "0.15.3")
     with pytest.raises(ConfigError, match=r"megatron-core 0\.15\.3 is too old: install one from 0\.16\.1"):
         compat.prepare.__wrapped__()
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from megatron_lopd.mcore.architecture import Experts, read_architecture
-from megatron_lopd.mcore.flops import peak_flops, step_flops
+from megatron_lopd.families.architecture import Experts, read_architecture
+from megatron_lopd.families.flops import peak_flops, step_flops
 from tests.model_zoo import make_config, make_model_dir
 
 

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch.distributed import _coalescing_manager, all_gather_into_tensor
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.mcore.parallel import model_parallel
+from megatron_lopd.mcore.process_groups import model_parallel
 
 with model_parallel(ParallelConfig(), seed=0):
     group = parallel_state.get_data_parallel_group()

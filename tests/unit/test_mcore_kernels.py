@@ -67,14 +67,14 @@ def ranks_that_differ() -> tuple[str, bool, bool]:
     import torch
     import torch.distributed as dist
 
-    from megatron_lopd.mcore import kernel_trial, token_loss
-    from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
+    from megatron_lopd.ops import kernel_trial, token_loss
+    from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
     from tests.log_prob_oracle import inputs
 
     interpret()
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
-        from megatron_lopd.mcore import log_prob_kernels
+        from megatron_lopd.ops import log_prob_kernels
 
         def unwritable(logits: torch.Tensor) -> None:
             raise PermissionError(13, "Permission denied", "/nowhere")
@@ -103,7 +103,7 @@ def ranks_that_differ() -> tuple[str, bool, bool]:
     ],
 )
 def test_a_cpu_runs_the_kernels_in_the_interpreter_alone(environment: dict[str, str], why: str) -> None:
-    code = "from megatron_lopd.mcore.kernel_trial import trial; print(trial('cpu'))"
+    code = "from megatron_lopd.ops.kernel_trial import trial; print(trial('cpu'))"
     assert _run(code, environment) == why
 
 
@@ -121,8 +121,9 @@ def test_a_triton_that_cannot_be_imported_is_a_reason_too() -> None:
     code = """
 import sys, types
 import torch, megatron.core.optimizer
-from megatron_lopd.mcore import compat, kernel_trial
+from megatron_lopd.mcore import compat
 
+from megatron_lopd.ops import kernel_trial
 class Broken(types.ModuleType):
     def __getattr__(self, name):
         raise ImportError("libtriton.so: no such file")

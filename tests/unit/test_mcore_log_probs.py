@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_lopd.mcore.log_probs import BLOCK_MULTIPLE, vocab_parallel_log_probs
-from megatron_lopd.mcore.products import matmul_fp32
-from megatron_lopd.mcore.softmax import ResponseLogProbs, fold_repeats
+from megatron_lopd.ops.log_probs import BLOCK_MULTIPLE, vocab_parallel_log_probs
+from megatron_lopd.ops.products import matmul_fp32
+from megatron_lopd.ops.softmax import ResponseLogProbs, fold_repeats
 from tests.log_prob_oracle import DIFFERENTIABLE, Watch, inputs, naive, unaligned, values
 
 
@@ -162,7 +162,7 @@ def test_products_are_of_whole_tiles_and_aligned_rows(
         off.extend(unaligned(a, b, out))
         return result
 
-    monkeypatch.setattr("megatron_lopd.mcore.log_probs.matmul_fp32", product)
+    monkeypatch.setattr("megatron_lopd.ops.log_probs.matmul_fp32", product)
     result = vocab_parallel_log_probs(hidden, weight, tokens, ids, vocab_size=601, chunk_elements=13 * 300)
     gradients(result, hidden, weight)
     assert off == []

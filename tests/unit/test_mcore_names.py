@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_lopd.convert.mappings import tensor_maps
-from megatron_lopd.mcore.architecture import read_architecture
+from megatron_lopd.families.architecture import read_architecture
+from megatron_lopd.families.weight_rules import tensor_maps
 from megatron_lopd.mcore.names import canonical_name
 from tests.model_zoo import FAMILIES, make_config
 

@@ -10,8 +10,9 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_lopd.config import ParallelConfig
-from megatron_lopd.mcore import compat, parallel
-from megatron_lopd.mcore.parallel import model_parallel
+from megatron_lopd.mcore import compat
+from megatron_lopd.mcore import process_groups as parallel
+from megatron_lopd.mcore.process_groups import model_parallel
 
 
 class _AskedError(Exception):

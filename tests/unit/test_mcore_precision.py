@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.estimate.shapes import PUBLISHED
+from megatron_lopd.families.architecture import Experts, read_architecture
+from megatron_lopd.families.memory_shapes import PUBLISHED
 from megatron_lopd.mcore import compat, spec
-from megatron_lopd.mcore.architecture import Experts, read_architecture
 from megatron_lopd.mcore.capabilities import FP8_RECIPES
 from megatron_lopd.mcore.model import transformer_config
 from megatron_lopd.mcore.precision import check_fp8, require_fp8, token_alignment

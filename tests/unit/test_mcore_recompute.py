@@ -14,9 +14,9 @@ from gloo import run_ranks
 
 from megatron_lopd.config import Fp8Config, ParallelConfig, Recompute
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.estimate.hours import Work, forward_flops, training_flops
+from megatron_lopd.estimate.hours import TokenWork, forward_flops, training_flops
 from megatron_lopd.estimate.memory import Training, layer_activations, training_memory
-from megatron_lopd.estimate.shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import PUBLISHED
 from megatron_lopd.mcore.model import transformer_config
 from megatron_lopd.mcore.recompute import check_recompute, recompute_options
 from tests.machines import fake_kernels
@@ -49,9 +49,9 @@ def test_the_named_part_of_every_layer_runs_twice(tmp_path: Path, family: Any) -
 def _count_runs(model_dir: Path, wanted: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     import torch
 
-    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     found = {}
     arch = read_architecture(model_dir)
@@ -129,7 +129,7 @@ def test_selective_follows_the_machine_and_the_scaling() -> None:
 
 def test_what_is_made_again_is_not_kept_and_takes_time() -> None:
     """By hand, of bf16: a token's gate, up and product in a dense layer, and the norm before them."""
-    training, work = Training(16384, "bf16", fp8=False), Work(10, 100, 900)
+    training, work = Training(16384, "bf16", fp8=False), TokenWork(10, 100, 900)
     experts = EXPERTS.experts
     assert experts is not None
     spared = {

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lopd.checkpoint import staging
+from megatron_lopd.checkpoint.staging import HostBuffer
+from megatron_lopd.checkpoint.tensor_shards import Box, boxes_of_run
 from megatron_lopd.errors import CheckpointError
-from megatron_lopd.mcore import staging
-from megatron_lopd.mcore.shards import Box, boxes_of_run
-from megatron_lopd.mcore.staging import HostBuffer
 
 
 def test_any_run_of_elements_is_a_few_boxes_in_order() -> None:

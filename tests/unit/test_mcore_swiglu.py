@@ -39,9 +39,8 @@ def test_values_and_gradients_are_those_of_fp64(
 
 def compare_with_fp64(dtype: torch.dtype, device: str = "cpu") -> None:
     """Also of tests/gpu."""
-    from megatron_lopd.mcore import swiglu
+    from megatron_lopd.ops import swiglu
 
-    # Of fp32, a few roundings; a GPU's exponential and division are good to two units of the last place. Of
     # bf16 one, to 8 bits, which Triton's interpreter makes by cutting off.
     few = 2e-6 if device == "cpu" else 1e-5
     error = few if dtype == torch.float32 else 2**-7
@@ -78,7 +77,7 @@ def test_rows_and_gradients_that_are_strided_are_read_as_they_stand(
 
 
 def compare_strided() -> None:
-    from megatron_lopd.mcore import swiglu
+    from megatron_lopd.ops import swiglu
 
     wide, column = torch.randn(4, 40), torch.randn(4, 3)
     x, dy, weights = wide[:, 8:26], wide[:, 20:29], column[:, 1:2]
@@ -107,10 +106,10 @@ def compare_in_layers(model_dir: Path) -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_lopd.config import ParallelConfig
-    from megatron_lopd.mcore import swiglu
-    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
+    from megatron_lopd.ops import swiglu
 
     alone = ParallelConfig()
     with model_parallel(alone, seed=0):
@@ -128,7 +127,9 @@ def compare_in_layers(model_dir: Path) -> None:
             return [hidden.detach(), *gradients]
 
         expected = run()
-        for patch in swiglu.PATCHES:
+        from megatron_lopd.mcore import swiglu_patches
+
+        for patch in swiglu_patches.PATCHES:
             patch.apply()
         calls: list[int] = []
         count = swiglu._forward.run
@@ -157,10 +158,10 @@ def compare_recomputed_experts() -> None:
     from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 
     from megatron_lopd.config import ParallelConfig
-    from megatron_lopd.mcore import swiglu
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore import swiglu_patches
+    from megatron_lopd.mcore.process_groups import model_parallel
 
-    for patch in swiglu.PATCHES:
+    for patch in swiglu_patches.PATCHES:
         patch.apply()
     with model_parallel(ParallelConfig(), seed=0):
         results = []
@@ -187,7 +188,7 @@ def test_they_compile_for_an_h100_and_move_sixteen_bytes_at_once(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_lopd.mcore import swiglu
+    from megatron_lopd.ops import swiglu
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     shape = swiglu._shape(f)
@@ -219,9 +220,10 @@ def test_triton_is_tried_where_the_model_is_built_and_not_before_a_rank_has_chos
     import megatron.core.optimizer  # noqa: F401  before there seems to be a GPU
 
     from megatron_lopd.config import ParallelConfig
-    from megatron_lopd.mcore import compat, kernel_trial, model
-    from megatron_lopd.mcore.architecture import read_architecture
+    from megatron_lopd.families.architecture import read_architecture
+    from megatron_lopd.mcore import compat, model
     from megatron_lopd.mcore.capabilities import capabilities
+    from megatron_lopd.ops import kernel_trial
 
     tried: list[str] = []
     why = ""

@@ -14,9 +14,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_lopd.config import ParallelConfig, TrainConfig, WeightsConfig
 from megatron_lopd.data.collate import MicroBatch
-from megatron_lopd.mcore.row_chunks import rows_at_once
-from megatron_lopd.mcore.softmax import ResponseLogProbs, VocabularySlice
-from megatron_lopd.mcore.token_loss import SummedLoss, vocab_parallel_loss
+from megatron_lopd.ops.row_chunks import rows_at_once
+from megatron_lopd.ops.softmax import ResponseLogProbs, VocabularySlice
+from megatron_lopd.ops.token_loss import SummedLoss, vocab_parallel_loss
 from tests.interpreter import run_interpreted
 from tests.log_prob_oracle import Watch, inputs, naive, unaligned
 
@@ -150,7 +150,7 @@ def test_every_objective_is_as_by_the_torch_operation() -> None:
 
 def losses_of_objectives() -> dict[str, list[Tensor]]:
     """In a rank, of each objective: total, token losses, entropies, log-probs, both gradients."""
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
     from megatron_lopd.objectives import get_objective
     from megatron_lopd.training.step import _Finish
 
@@ -248,7 +248,7 @@ def test_ids_in_another_order_and_a_second_time() -> None:
 
 def reordered() -> tuple[bool, list[tuple[Tensor, Tensor]], int, list[Any]]:
     """(whether bits are the same, pairs that agree, places written twice, unaligned products)."""
-    from megatron_lopd.mcore import row_chunks, token_loss
+    from megatron_lopd.ops import row_chunks, token_loss
 
     off: list[Any] = []
 

@@ -7,8 +7,8 @@ import torch
 from gloo import run_ranks
 from torch import Tensor
 
-from megatron_lopd.mcore.softmax import ResponseLogProbs
-from megatron_lopd.mcore.top_k import vocab_parallel_top_k
+from megatron_lopd.ops.softmax import ResponseLogProbs
+from megatron_lopd.ops.top_k import vocab_parallel_top_k
 from tests.log_prob_oracle import Watch, inputs, naive, values
 
 VOCABULARIES = (51, 29, 28)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_lopd.checkpoint.sharded import StagedFile, StagedState
+from megatron_lopd.checkpoint.tensor_shards import Box
+from megatron_lopd.checkpoint.torch_dist import INDEX, Entry, TorchDistReader, index_of, pickled, write_value
 from megatron_lopd.errors import CheckpointError, DataError
-from megatron_lopd.mcore.checkpoint import StagedFile, StagedState
-from megatron_lopd.mcore.shards import Box
-from megatron_lopd.mcore.torch_dist import INDEX, Entry, TorchDistReader, index_of, pickled, write_value
 
 FILE = "__0_0.distcp"
 

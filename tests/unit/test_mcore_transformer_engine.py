@@ -126,8 +126,8 @@ def test_training_says_once_that_it_goes_on_with_native_layers(tmp_path: Path) -
 def _notes_of_training(root: Path) -> list[str]:
     from megatron_lopd.config import ParallelConfig
     from megatron_lopd.mcore import capabilities
+    from megatron_lopd.runtime.display import ProgressDisplay
     from megatron_lopd.training import loop
-    from megatron_lopd.training.progress import ProgressDisplay
 
     notes: list[str] = []
     ProgressDisplay.note = lambda self, text: notes.append(text)  # type: ignore[method-assign]
@@ -145,7 +145,7 @@ def test_leaving_model_parallel_lets_go_of_fp8_state() -> None:
 
 def _resets() -> int:
     from megatron_lopd.config import ParallelConfig
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
 
     resets: list[None] = []
     compat.prepare()

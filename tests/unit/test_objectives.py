@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from megatron_lopd.config import TrainConfig, WeightsConfig
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
 from megatron_lopd.objectives import (
     EntropyAwareKl,
     FixedNegative,
@@ -26,6 +25,7 @@ from megatron_lopd.objectives import (
     drift,
     get_objective,
 )
+from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
 
 # fp64 with a few additions each: 1e-12 leaves three digits above rounding.
 FP64 = {"rtol": 1e-12, "atol": 1e-12}

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lopd.commands.doctor import WIDTH, choices, plan
 from megatron_lopd.config import Fp8Config, ParallelConfig, Recipe
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import capabilities as probing
 from megatron_lopd.mcore import compat, transformer_engine
 from megatron_lopd.mcore.capabilities import UNFUSED, Capabilities, capabilities
 from megatron_lopd.mcore.transformer_engine import TransformerEngine
-from megatron_lopd.stages.doctor import WIDTH, choices, plan
 from tests.machines import BLACKWELL, CPU, GPU_ALONE, H100
 
 EXPECTED = {

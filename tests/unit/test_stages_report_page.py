@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from megatron_lopd.artifacts.lineage import Proof
 from megatron_lopd.config import TrainConfig
 from megatron_lopd.errors import DataError
-from megatron_lopd.stages.report import theme
-from megatron_lopd.stages.report.figures import smooth
-from megatron_lopd.stages.report.lineage_graph import (
+from megatron_lopd.report import theme
+from megatron_lopd.report.figures import smooth
+from megatron_lopd.report.lineage_graph import (
     GAP,
     Edge,
     LineageGraph,
@@ -34,8 +34,8 @@ from megatron_lopd.stages.report.lineage_graph import (
     lay_out,
     lineage_figure,
 )
-from megatron_lopd.stages.report.page import render_page
-from megatron_lopd.stages.report.spacing import spread
+from megatron_lopd.report.page import render_page
+from megatron_lopd.report.spacing import spread
 
 HOSTILE = "<script>alert('x')</script> \" onload=\"y & $z_1$ #1f2430"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_lopd.artifacts.claims import claim_path
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.errors import DataError, LopdError, StopRequested
-from megatron_lopd.stages import sharing
-from megatron_lopd.stages.sharing import Part, Work, make_parts
+from megatron_lopd.pipeline import workers as sharing
+from megatron_lopd.pipeline.workers import Part, Work, make_parts
+from megatron_lopd.runtime.claims import claim_path
 
 
 @pytest.mark.parametrize("error", [DataError("in the way of the others"), StopRequested("enough")])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.tasks.arithmetic import DIALECTS, SPLITS, Problem, grade, problems, solve
+from megatron_lopd.prompts.arithmetic import DIALECTS, SPLITS, Problem, grade, problems, solve
 
 seeds = st.integers(min_value=0, max_value=2**32)
 splits = st.sampled_from(SPLITS)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lopd.tasks.estimates import estimate, ks_of, majority, pass_at_k
+from megatron_lopd.evaluation.estimates import estimate, ks_of, majority, pass_at_k
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lopd.data.prompts import Prompt
 from megatron_lopd.errors import ConfigError, DataError, EngineError
-from megatron_lopd.tasks import math_process
-from megatron_lopd.tasks.graders import MathGrader, Verdict, open_grader
-from megatron_lopd.tasks.math import answer_in, last_boxed
+from megatron_lopd.graders import math_process
+from megatron_lopd.graders.grader import MathGrader, Verdict, open_grader
+from megatron_lopd.graders.math import answer_in, last_boxed
+from megatron_lopd.prompts.prompt import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,8 @@ def test_hostile_text_is_wrong(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 GREEDY_SERVER = """
 import sys
 from multiprocessing.connection import Connection
-from megatron_lopd.tasks import math, math_process
+from megatron_lopd.graders import math
+from megatron_lopd.graders import math_process
 math.compare = lambda gold, response: len(bytearray(int(response)))
 math_process.serve(Connection(int(sys.argv[1])))
 """

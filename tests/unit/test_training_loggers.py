@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lopd.training import progress
+from megatron_lopd.runtime import display as progress
+from megatron_lopd.runtime.display import ProgressDisplay, duration
 from megatron_lopd.training.loggers import METRICS_FILE, MetricsLog
-from megatron_lopd.training.progress import ProgressDisplay, duration
 
 
 def lines(directory: Path) -> list[dict[str, float | None]]:

@@ -11,8 +11,8 @@ import torch
 from gloo import RankError, run_ranks
 
 from megatron_lopd.config import OptimizerConfig, Sampling
+from megatron_lopd.data.batch_plan import BatchPlan
 from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.data.records import Rollout, Score, TopK
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import write_shard
@@ -157,8 +157,8 @@ def test_utilisation_is_logged_where_the_peak_is_known(tmp_path: Path) -> None:
 
 def _on_a_known_gpu(root: Path) -> list[tuple[float, float]]:
     """(mfu of a step, and what it should be) as if this CPU had a peak of 1 GFLOP/s."""
-    from megatron_lopd.mcore.architecture import read_architecture
-    from megatron_lopd.mcore.flops import step_flops
+    from megatron_lopd.families.architecture import read_architecture
+    from megatron_lopd.families.flops import step_flops
     from megatron_lopd.training import loop
 
     loop.peak_flops = lambda gpu: 1e9

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_lopd.errors import StopRequested
-from megatron_lopd.training.preemption import STOP_SIGNALS, stopping_at_once
+from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
 
 
 class _Finalized:

@@ -132,11 +132,11 @@ def test_a_forward_pass_alone_leaves_no_gradient(tmp_path: Path) -> None:
 
 def forward_then_both(model_dir: Path, batches: list[MicroBatch]) -> list[float]:
     """In a rank: the norm of the embedding's gradient after a forward pass alone, and after a step."""
+    from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore import compat
-    from megatron_lopd.mcore.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
     from megatron_lopd.mcore.optimizer import build_optimization
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
     from megatron_lopd.objectives import get_objective
     from megatron_lopd.training.step import run_micro_batches
 
@@ -154,12 +154,12 @@ def one_step(
     model_dir: Path, batches: list[MicroBatch], config: TrainConfig
 ) -> tuple[dict[str, float], torch.Tensor]:
     """In a rank: the step's metrics, and the gradient of the (tied) embedding."""
-    from megatron_lopd.convert.load import load_hf_weights
+    from megatron_lopd.convert.load_model import load_hf_weights
+    from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore import compat
-    from megatron_lopd.mcore.architecture import read_architecture
     from megatron_lopd.mcore.model import build_model
     from megatron_lopd.mcore.optimizer import build_optimization
-    from megatron_lopd.mcore.parallel import model_parallel
+    from megatron_lopd.mcore.process_groups import model_parallel
     from megatron_lopd.objectives import get_objective
     from megatron_lopd.training.metrics import Counts, summarize
     from megatron_lopd.training.step import run_micro_batches

@@ -30,15 +30,15 @@ import psutil
 import torch
 from transformers import Qwen3Config
 
+from megatron_lopd.checkpoint.sharded import FILES, finish_state, load_state, stage_state
+from megatron_lopd.checkpoint.staging import HostBuffer
+from megatron_lopd.checkpoint.tensor_shards import ShardedModel
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
+from megatron_lopd.families.architecture import Architecture, read_architecture
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, read_architecture
-from megatron_lopd.mcore.checkpoint import FILES, finish_state, load_state, stage_state
 from megatron_lopd.mcore.model import build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization
-from megatron_lopd.mcore.parallel import Ranks, model_parallel
-from megatron_lopd.mcore.shards import ShardedModel
-from megatron_lopd.mcore.staging import HostBuffer
+from megatron_lopd.mcore.process_groups import Ranks, model_parallel
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
 from megatron_lopd.training.saving import Saver
 

@@ -22,9 +22,9 @@ import torch
 from transformers import AutoConfig, Qwen3Config
 
 from megatron_lopd.convert.hf_checkpoint import HFWriter
-from megatron_lopd.convert.mappings import tensor_maps
 from megatron_lopd.convert.offline import hf_to_megatron, megatron_to_hf
-from megatron_lopd.mcore.architecture import Architecture, read_architecture
+from megatron_lopd.families.architecture import Architecture, read_architecture
+from megatron_lopd.families.weight_rules import tensor_maps
 
 SHARD_BYTES = 10_000_000
 

@@ -25,11 +25,11 @@ from pathlib import Path
 # What each command comes to, whichever modules it is divided into.
 PROGRAMS = {
     "help": "from megatron_lopd.cli import _parser; _parser().format_help()",
-    "status": "import megatron_lopd.cli, megatron_lopd.stages.status",
-    "plan": "import megatron_lopd.cli, megatron_lopd.estimate.plan",
+    "status": "import megatron_lopd.cli, megatron_lopd.commands.status",
+    "plan": "import megatron_lopd.cli, megatron_lopd.estimate.run_plan",
     "train": (
-        "import megatron_lopd.cli, megatron_lopd.stages.run, megatron_lopd.stages.train, sys\n"
-        "from megatron_lopd.mcore.architecture import read_architecture\n"
+        "import megatron_lopd.cli, megatron_lopd.commands.run, megatron_lopd.stages.train, sys\n"
+        "from megatron_lopd.families.architecture import read_architecture\n"
         "read_architecture(sys.argv[1])"
     ),
 }

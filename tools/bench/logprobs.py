@@ -26,9 +26,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
-from megatron_lopd.mcore.softmax import ResponseLogProbs
-from megatron_lopd.mcore.token_loss import vocab_parallel_loss
+from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
+from megatron_lopd.ops.softmax import ResponseLogProbs
+from megatron_lopd.ops.token_loss import vocab_parallel_loss
 
 VOCABULARY, HIDDEN, TOP_K = 151_936, 1024, 64
 LogProbPath = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -20,14 +20,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
-from megatron_lopd.estimate.hours import PUBLISHED_HOURS, Published, Work, published_hours, training_flops
+from megatron_lopd.estimate.hours import (
+    PUBLISHED_HOURS,
+    Published,
+    TokenWork,
+    published_hours,
+    training_flops,
+)
 from megatron_lopd.estimate.memory import Training, layer_activations, training_memory
-from megatron_lopd.estimate.shapes import PUBLISHED
+from megatron_lopd.families.architecture import Architecture, Experts
+from megatron_lopd.families.memory_shapes import PUBLISHED
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, Experts
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization
-from megatron_lopd.mcore.parallel import model_parallel
+from megatron_lopd.mcore.process_groups import model_parallel
 
 TOKENS = 256
 PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
@@ -179,7 +185,7 @@ def compare_flops(arch: Architecture) -> tuple[float, float]:
             (hidden.squeeze(1) @ model.output_weight().t()).sum().backward()
     # torch counts the half of the attention that causality hides, and our formula does not.
     hidden_half = 6 * arch.num_layers * arch.num_heads * arch.head_dim * TOKENS**2
-    predicted = training_flops(arch, Work(1, 0, TOKENS), ParallelConfig()) + hidden_half
+    predicted = training_flops(arch, TokenWork(1, 0, TOKENS), ParallelConfig()) + hidden_half
     return predicted, float(counter.get_total_flops())
 
 

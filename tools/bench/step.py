@@ -34,11 +34,11 @@ from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score
+from megatron_lopd.families.architecture import Architecture, read_architecture
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, read_architecture
 from megatron_lopd.mcore.model import build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
-from megatron_lopd.mcore.parallel import model_parallel
+from megatron_lopd.mcore.process_groups import model_parallel
 from megatron_lopd.objectives import get_objective
 from megatron_lopd.training.step import run_micro_batches
 

@@ -29,10 +29,10 @@ import pandas as pd
 import psutil
 from numpy.typing import NDArray
 
+from megatron_lopd.data.batch_plan import BatchPlan
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.dataset import TrainingData, shard_name
 from megatron_lopd.data.packing import Padding, pack
-from megatron_lopd.data.plan import BatchPlan
 from megatron_lopd.data.records import FinishReason, Rollout, Sample, Score, TopK
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES, scores_kind
 from megatron_lopd.data.shards import write_shard

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.kernel_trial import usable
+from megatron_lopd.ops.kernel_trial import usable
 
 FORWARD_MOVES, BACKWARD_MOVES = 3, 5  # elements a column of the output: g, u -> y and dy, g, u -> dg, du
 COPIED = 2**28  # elements of the copy that gives the bandwidth
@@ -44,7 +44,7 @@ def paths() -> dict[str, Path]:
     """Those that this machine has."""
     found = {"torch": Path(_by_torch, _gradient_by_torch)}
     if usable(compat.device()):
-        ours = importlib.import_module("megatron_lopd.mcore.swiglu")
+        ours = importlib.import_module("megatron_lopd.ops.swiglu")
         found["ours"] = Path(ours.swiglu, ours.swiglu_back)
         if torch.cuda.is_available():
             theirs = _unpatched()

@@ -14,16 +14,16 @@ import torch
 from megatron_lopd.config import Fp8Config, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
 from megatron_lopd.estimate.memory import Training, layer_activations, logit_rows, training_memory
+from megatron_lopd.families.architecture import Architecture, Experts, read_architecture
+from megatron_lopd.families.flops import step_flops
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.architecture import Architecture, Experts, read_architecture
 from megatron_lopd.mcore.capabilities import capabilities
-from megatron_lopd.mcore.flops import step_flops
-from megatron_lopd.mcore.kernel_trial import agree
 from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
-from megatron_lopd.mcore.parallel import Ranks, model_parallel
+from megatron_lopd.mcore.process_groups import Ranks, model_parallel
 from megatron_lopd.objectives import get_objective
+from megatron_lopd.ops.kernel_trial import agree
 from megatron_lopd.training.step import run_micro_batches
 from tools.gpu.context import LeftOut
 
@@ -208,7 +208,7 @@ def log_probs_of(fused: bool) -> Iterator[None]:
     if fused:
         yield
         return
-    with patch("megatron_lopd.mcore.token_loss.usable", lambda device: False):
+    with patch("megatron_lopd.ops.token_loss.usable", lambda device: False):
         yield
 
 

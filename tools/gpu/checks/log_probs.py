@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_lopd.mcore.kernel_trial import trial
-from megatron_lopd.mcore.log_probs import vocab_parallel_log_probs
-from megatron_lopd.mcore.softmax import ResponseLogProbs
-from megatron_lopd.mcore.token_loss import vocab_parallel_loss
+from megatron_lopd.ops.kernel_trial import trial
+from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
+from megatron_lopd.ops.softmax import ResponseLogProbs
+from megatron_lopd.ops.token_loss import vocab_parallel_loss
 from tools.gpu import device
 from tools.gpu.context import CheckFailed, Part
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import torch
 
-from megatron_lopd.mcore.flops import peak_flops
+from megatron_lopd.families.flops import peak_flops
 from tools.gpu import device
 from tools.gpu.context import LeftOut, Part
 

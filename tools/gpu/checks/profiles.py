@@ -17,7 +17,7 @@ from tools.gpu.context import Part
 from tools.gpu.training import require_kind, training
 
 SHOWN = 30
-# In this order, by the names of kernels. Ours: those of mcore/log_prob_kernels.py and of mcore/swiglu.py.
+# In this order, by the names of kernels. Ours: those of ops/log_prob_kernels.py and of ops/swiglu.py.
 CLASSES = (
     ("collectives", r"nccl"),
     ("attention", r"flash|fmha|sdpa|attention"),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_lopd.config import Fp8Config
+from megatron_lopd.families.flops import peak_flops
 from megatron_lopd.mcore import compat
-from megatron_lopd.mcore.flops import peak_flops
 from tools.gpu import device
 from tools.gpu.context import Part
 from tools.gpu.training import EXPERTS_CUT, QWEN3_06B, QWEN3_8B_CUT, Job, require_kind, training

@@ -1,0 +1,194 @@
+"""8. report: summary.json for programs, index.html for people."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_lopd.artifacts.files import atomic_file, atomic_write_json, read_json
+from megatron_lopd.artifacts.lineage import Proof, artifact_parent, worst
+from megatron_lopd.artifacts.manifest import Manifest, is_committed, load_manifest
+from megatron_lopd.config import Recipe
+from megatron_lopd.errors import DataError
+from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.rounds import PARTS, prove_round, rounds_of, train_identity
+from megatron_lopd.pipeline.stage import Output, Plan, directory_of, parent_manifest, seconds_of
+from megatron_lopd.report.accuracy import accuracy_sets
+from megatron_lopd.report.lineage_graph import Edge, LineageGraph, Node
+from megatron_lopd.report.page import render_page
+
+SUMMARY, PAGE = "summary.json", "index.html"
+MADE_BEFORE = ("generate", "tokenize", "sft", "rollout", "score", "train", "export", "evaluate")
+
+
+def check(recipe: Recipe) -> list[str]:
+    return [f"write {directory_of(recipe, 'report') / PAGE}"]
+
+
+def plan(recipe: Recipe) -> Plan:
+    evaluation = parent_manifest(recipe, "evaluate")
+    return Plan(
+        {"seed": recipe.seed}, {"evaluation": artifact_parent("evaluate", evaluation)}, evaluation.lineage
+    )
+
+
+def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
+    manifests = _manifests(recipe)
+    proofs = _proofs(recipe, manifests)
+    summary = _summary(recipe, manifests, proofs)
+    histories: dict[str, list[dict[str, Any]]] = {
+        stage: _history(directory_of(recipe, stage)) for stage in ("sft", "train") if stage in manifests
+    }
+    page = render_page(summary, histories, _graph(recipe, manifests, proofs))
+    atomic_write_json(directory / SUMMARY, summary)
+    with atomic_file(directory / PAGE, "w") as stream:
+        stream.write(page)
+    return Output([SUMMARY, PAGE], {})
+
+
+def headline(recipe: Recipe) -> str:
+    """What a finished run comes to, in a line."""
+    directory = directory_of(recipe, "report")
+    summary = read_json(directory / SUMMARY)
+    sets = accuracy_sets(_in_order(recipe, summary["accuracy"]))
+    shares = [
+        f"{model}{f' on {name}' if len(sets) > 1 else ''} {100 * row['sampled']:.1f} % sampled, "
+        f"{100 * row['greedy']:.1f} % greedy"
+        for name, rows in sets.items()
+        for model, row in rows.items()
+    ]
+    return f"{'; '.join(shares)}; lineage {summary['lineage']}: {directory / PAGE}"
+
+
+def _in_order(recipe: Recipe, accuracy: dict[str, Any]) -> dict[str, Any]:
+    """The sets as the recipe has them: a JSON file of ours has its keys sorted."""
+    return {name: accuracy[name] for name in recipe.prompts.eval or ()}
+
+
+def _manifests(recipe: Recipe) -> dict[str, Manifest]:
+    """What is committed of this run, in the order it was made."""
+    directories = {stage: directory_of(recipe, stage) for stage in MADE_BEFORE}
+    made = {stage: load_manifest(path) for stage, path in directories.items() if is_committed(path)}
+    if "train" in made:
+        at = list(made).index("train")
+        refreshed = [each.stage(part) for each in rounds_of(recipe)[1:] for part in PARTS]
+        between = {stage: load_manifest(directory_of(recipe, stage)) for stage in refreshed}
+        made = dict([*list(made.items())[:at], *between.items(), *list(made.items())[at:]])
+    return made
+
+
+def _proofs(recipe: Recipe, manifests: dict[str, Manifest]) -> list[Proof]:
+    if "train" not in manifests:
+        return []
+    proofs = inputs.prove_training(recipe, manifests["train"].parents["student"])
+    for each in rounds_of(recipe)[1:]:
+        proofs += prove_round(recipe, each, train_identity(recipe))[0]
+    return proofs
+
+
+def _summary(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) -> dict[str, Any]:
+    results = read_json(directory_of(recipe, "evaluate") / "results.json")
+    statuses = [proof.status for proof in proofs] + [manifest.lineage for manifest in manifests.values()]
+    seconds: dict[str, float] = {}
+    tokens: Counter[str] = Counter()
+    for stage, manifest in manifests.items():
+        seconds[_work(stage)] = seconds.get(_work(stage), 0.0) + seconds_of(directory_of(recipe, stage))
+        if "tokens" in manifest.counts:
+            tokens[_work(stage)] += manifest.counts["tokens"]
+    return {
+        "accuracy": _in_order(recipe, results["accuracy"]),
+        "seconds": {work: round(spent, 2) for work, spent in seconds.items()},
+        "tokens": dict(tokens),
+        "refreshes": len(rounds_of(recipe)[1:]) if "train" in manifests else 0,
+        "lineage": worst(statuses),
+        "proofs": [vars(proof) for proof in proofs],
+        "seed": recipe.seed,
+        "objective": manifests["train"].config["objective"] if "train" in manifests else "",
+        "settings": _settings(recipe, manifests, results["teacher_answers"]),
+    }
+
+
+def _work(stage: str) -> str:
+    """What a stage's seconds and tokens are summed under: all refreshes' rollouts are one kind of work."""
+    return f"refresh {stage.rpartition('/')[2]}" if "/" in stage else stage
+
+
+def _settings(
+    recipe: Recipe, manifests: dict[str, Manifest], answers: dict[str, Any] | None
+) -> dict[str, str]:
+    """What a reader wants to know of the run, flat."""
+    layout = recipe.parallel
+    settings = {
+        "teacher": recipe.teacher.model if recipe.teacher else "none",
+        "student": f"{recipe.student.model} ({recipe.student.init})" if recipe.student else "none",
+        "precision": recipe.precision,
+        "parallel": f"tensor {layout.tensor}, pipeline {layout.pipeline}, processes {layout.processes}",
+    }
+    for stage in ("sft", "train"):
+        if stage in manifests:
+            config, optimizer = manifests[stage].config, manifests[stage].config["optimizer"]
+            settings[f"{stage}: steps"] = str(manifests[stage].counts["steps"])
+            settings[f"{stage}: global batch"] = (
+                f"{config['global_batch_size']} samples, {config['loss_normalization']}"
+            )
+            settings[f"{stage}: learning rate"] = f"{optimizer['lr']:g}, {optimizer['schedule']}"
+    if "train" in manifests:
+        settings["train: objective"] = manifests["train"].config["objective"]
+        settings["rollouts"] = f"{manifests['rollout'].counts['samples']} samples"
+        if refreshes := rounds_of(recipe)[1:]:
+            sampled = sum(manifests[each.stage("rollout")].counts["samples"] for each in refreshes)
+            every = manifests["train"].config["refresh_every"]
+            settings["refreshes"] = f"{len(refreshes)}, every {every} steps, {sampled} samples in all"
+    if answers is not None:
+        settings["the teacher's SFT answers"] = f"{100 * answers['sampled']:.1f} % of {answers['n']} right"
+    versions = next(iter(manifests.values())).versions
+    return settings | {name: text for name, text in versions.items() if text != "absent"}
+
+
+def _history(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: damaged ({error}): remove it to draw the report without it") from None
+
+
+def _graph(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) -> LineageGraph:
+    """Of the refreshes the last alone is drawn: all are alike, and many would not fit."""
+    earlier = {each.stage(part) for each in rounds_of(recipe)[1:-1] for part in PARTS}
+    manifests = {stage: manifest for stage, manifest in manifests.items() if stage not in earlier}
+    nodes: dict[str, Node] = {}
+    edges = []
+    for stage, manifest in manifests.items():
+        nodes[stage] = Node(stage, "artifact", stage, manifest.id, str(directory_of(recipe, stage)))
+        for role, parent in manifest.parents.items():
+            if parent.kind == "artifact" and parent.path in manifests:
+                edges.append(Edge(parent.path, stage, role))
+            elif parent.kind == "model":
+                maker = _maker(parent.path, recipe, manifests)
+                if maker is None:
+                    weights = parent.digests["weights"]
+                    nodes.setdefault(weights, Node(weights, "model", role, weights, parent.path))
+                if maker not in {edge.parent for edge in edges if edge.child == stage}:
+                    edges.append(Edge(maker or parent.digests["weights"], stage, role))
+    about = {
+        inputs.SAME_TEACHER: ("generate", "score"),
+        inputs.SAME_STUDENT: ("rollout", "train"),
+        inputs.SAME_TOKENS: ("rollout", "score"),
+    }
+    known = {proof.statement for proof in proofs}
+    return LineageGraph(
+        nodes=tuple(nodes.values()),
+        edges=tuple(edges),
+        proofs=tuple(proofs),
+        about={name: tuple(n for n in ids if n in nodes) for name, ids in about.items() if name in known},
+    )
+
+
+def _maker(path: str, recipe: Recipe, manifests: dict[str, Manifest]) -> str | None:
+    """The stage of this run that wrote the model at `path`, if one did."""
+    return next((stage for stage in manifests if path == str(directory_of(recipe, stage) / "model")), None)

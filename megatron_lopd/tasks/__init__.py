@@ -1,1 +1,0 @@
-"""Verifiable tasks: where prompts come from and how answers are graded."""
