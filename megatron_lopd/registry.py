@@ -1,0 +1,131 @@
+"""The doors of the house: what may be added in one file, by the name that a recipe calls it.
+
+A `Registry` knows the things of one kind. The project's own are added in the `__init__.py` of one folder, the
+registry's `home`. That is imported at the first question, so whoever asks (the recipe's checks, help, doctor,
+plan, report) may stand below it. A user's are named by import path, `my_package.my_module:MyObjective`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from megatron_lopd.errors import ConfigError
+
+_ALLOWED: ContextVar[bool] = ContextVar("user code may be imported", default=False)
+
+
+class Kind(Protocol):
+    """What every registered thing says of itself; it may be a class or an object."""
+
+    name: Any  # text, as the recipe calls it: letters, digits and _
+    caption: Any  # text: what it is, in a line, for help, doctor and report
+
+
+T = TypeVar("T", bound=Kind)
+
+
+class Registry(Generic[T]):
+    """The things of one kind, by name. `what` one of them is, for messages; `home` adds the project's own."""
+
+    def __init__(self, what: str, home: str) -> None:
+        self.what = what
+        self._home = home
+        self._things: dict[str, T] = {}
+        self._imported: dict[str, T] = {}  # a user's, by import path
+
+    def add(self, *things: T) -> None:
+        """Make `things` known under their names. ConfigError for a name that another has."""
+        for thing in things:
+            if self._things.setdefault(thing.name, thing) is not thing:
+                raise ConfigError(f"{self.what} {thing.name!r} is there already: choose another name")
+
+    def __getitem__(self, name: str) -> T:
+        """The thing called `name`, or at that import path. ConfigError where there is none."""
+        if ":" in name:
+            return self._at(name)
+        known = self.things()
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(
+                f"unknown {self.what} {name!r}{hint}: use one of {', '.join(known)}, or module:name of your own"
+            )
+        return known[name]
+
+    def things(self) -> dict[str, T]:
+        """All that this process knows, by name, in the order that they were added."""
+        importlib.import_module(self._home)
+        return dict(self._things)
+
+    def import_path(self, name: str) -> str | None:
+        """Where a user's own is from; None for one of the project's."""
+        return next((path for path, thing in self._imported.items() if thing.name == name), None)
+
+    def _at(self, path: str) -> T:
+        if path not in self._imported:
+            thing: T = _import(path, self.what)
+            missing = [
+                each for each in ("name", "caption") if not isinstance(getattr(thing, each, None), str)
+            ]
+            if missing:
+                raise ConfigError(f"{path}: no {self.what}: it has no text called {' and no '.join(missing)}")
+            self.things()
+            self.add(thing)
+            self._imported[path] = thing
+        return self._imported[path]
+
+
+@contextmanager
+def allowing_user_code(allowed: bool) -> Iterator[None]:
+    """Whether import paths are followed in this block; those that were are known ever after."""
+    token = _ALLOWED.set(allowed)
+    try:
+        yield
+    finally:
+        _ALLOWED.reset(token)
+
+
+def identity(name: str) -> str:
+    """What a lineage says of a thing by its name; of a user's, with the SHA-256 of the file it is in.
+
+    ConfigError when that file cannot be read.
+    """
+    module = name.partition(":")[0]
+    if ":" not in name:
+        return name
+    try:
+        digest = hashlib.sha256(Path(inspect.getfile(sys.modules[module])).read_bytes()).hexdigest()
+    except (KeyError, OSError, TypeError) as error:
+        raise ConfigError(f"{name}: the source of {module} cannot be read: {error}") from None
+    return f"{name} sha256:{digest}"
+
+
+def _import(path: str, what: str) -> Any:
+    module, _, attribute = path.partition(":")
+    if not _ALLOWED.get():
+        raise ConfigError(f"{what} {path} is code of yours: set allow_user_code=true to have it run")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # noqa: BLE001 - somebody's module may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(
+            f"{path}: cannot be imported: {reason}: correct it, or put its folder on PYTHONPATH"
+        ) from error
+
+
+OBJECTIVES: Registry[Any] = Registry("objective", "megatron_lopd.objectives")
+FAMILIES: Registry[Any] = Registry("model family", "megatron_lopd.families")
+ENGINES: Registry[Any] = Registry("engine", "megatron_lopd.engines")
+GRADERS: Registry[Any] = Registry("grader", "megatron_lopd.graders")
+PROMPT_READERS: Registry[Any] = Registry("prompt format", "megatron_lopd.prompts")
+LOGGERS: Registry[Any] = Registry("logger", "megatron_lopd.loggers")
+LAUNCHERS: Registry[Any] = Registry("launcher", "megatron_lopd.launchers")
