@@ -57,7 +57,8 @@ class Registry(Generic[T]):
             close = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ConfigError(
-                f"unknown {self.what} {name!r}{hint}: use one of {', '.join(known)}, or module:name of your own"
+                f"unknown {self.what} {name!r}{hint}: use one of {', '.join(known)}, "
+                "or module:name of your own"
             )
         return known[name]
 
@@ -115,7 +116,7 @@ def _import(path: str, what: str) -> Any:
         raise ConfigError(f"{what} {path} is code of yours: set allow_user_code=true to have it run")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # noqa: BLE001 - somebody's module may raise anything
+    except Exception as error:  # somebody's module may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
             f"{path}: cannot be imported: {reason}: correct it, or put its folder on PYTHONPATH"
