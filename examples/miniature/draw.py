@@ -2,8 +2,8 @@
 
     python examples/miniature/draw.py
 
-Writes figures/*.svg and the tables between the markers of README.md here and of the project's README.md, so
-that every number in them is the study's. Means over seeds, with the standard error of the mean; differences
+Writes figures/*.svg and the tables between the markers of README.md here and of docs/objectives.md, so that
+every number in them is the study's. Means over seeds, with the standard error of the mean; differences
 are paired by seed, since conditions of one seed share student, rollouts and draws.
 """
 
@@ -312,14 +312,14 @@ def between_markers(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{END}{tail}"
 
 
-def pages(study: Study, here: str, project: str) -> tuple[str, str]:
-    """README.md here and the project's, with their tables drawn anew."""
+def pages(study: Study, here: str, objectives: str) -> tuple[str, str]:
+    """README.md here and docs/objectives.md, with their tables drawn anew."""
     for number, setting in enumerate(SETTINGS, start=1):
         here = between_markers(here, f"setting {number}", setting_table(study, setting))
     here = between_markers(here, "claims", claims(study))
     about = f"`{study.results['command']}`, seeds {', '.join(map(str, study.results['seeds']))}, on: "
     here = between_markers(here, "machine", about + study.results["machine"])
-    return here, between_markers(project, "summary", summary_table(study))
+    return here, between_markers(objectives, "summary", summary_table(study))
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -332,7 +332,7 @@ def main(given: Sequence[str] | None = None) -> None:
     mpl.rcParams.update({"svg.hashsalt": "miniature", "font.family": "sans-serif"})
     for name, draw in (("accuracy", accuracy_figure), ("time", time_figure)):
         draw(study).savefig(arguments.figures / f"{name}.svg", metadata={"Date": None})
-    paths = (HERE / "README.md", HERE.parents[1] / "README.md")
+    paths = (HERE / "README.md", HERE.parents[1] / "docs" / "objectives.md")
     drawn = pages(study, *(path.read_text() for path in paths))
     for path, text in zip(paths, drawn, strict=True):
         path.write_text(text)
