@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
 from megatron_lopd.mcore.precision import check_precision, fp8_options
+from megatron_lopd.mcore.private import stretch_rotary
 from megatron_lopd.mcore.recompute import check_recompute, recompute_options
 from megatron_lopd.mcore.spec import decoder_spec
 from megatron_lopd.ops.kernel_trial import usable
@@ -123,15 +125,7 @@ def _build_chunk(
     )
     model.arch = arch
     if arch.rope_scaling is not None:
-        rotary, scaling = model.rotary_pos_emb, arch.rope_scaling
-        # GPTModel's own rope_scaling option fixes all of these but the factor.
-        rotary.inv_freq = rotary._apply_scaling(
-            rotary.inv_freq,
-            factor=scaling.factor,
-            low_freq_factor=scaling.low_freq_factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=scaling.original_max_position_embeddings,
-        )
+        stretch_rotary(model.rotary_pos_emb, **asdict(arch.rope_scaling))
     mark_expert_weights(model)
     family_of(arch).adapt(model)
     return model
