@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,17 @@ LossNormalization = Literal["sequence_mean", "token_mean"]
 
 # Any id of the vocabulary would do: padding stands after all that could attend to it.
 PADDING_TOKEN = 0
+
+RowsOf = Literal["positions", "documents", "responses", "counts", "maximum"]
+
+
+def rows_of(what: RowsOf) -> Any:
+    """A field of MicroBatch, and what its leading axis counts: packed positions, documents (and their end),
+    or response tokens; `counts` are numbers that ranks add up, `maximum` one that they share.
+
+    data/context_parallel.py cuts each field by that, and refuses one that says nothing.
+    """
+    return field(metadata={"rows_of": what})
 
 
 @dataclass(frozen=True)
@@ -41,24 +52,24 @@ class MicroBatch:
     log-probs. `num_tokens` leaves padding out.
     """
 
-    tokens: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    predict_index: Tensor
-    response_tokens: Tensor
-    sequence_index: Tensor
-    response_position: Tensor
-    loss_weights: Tensor
-    loss_count: int
-    behaviour_log_probs: Tensor | None
-    teacher_log_probs: Tensor | None
-    prefix_discrepancy: Tensor | None
-    top_k_ids: Tensor | None
-    top_k_log_probs: Tensor | None
-    tail_log_probs: Tensor | None
-    num_samples: int
-    num_tokens: int
+    tokens: Tensor = rows_of("positions")
+    position_ids: Tensor = rows_of("positions")
+    cu_seqlens: Tensor = rows_of("documents")
+    max_seqlen: int = rows_of("maximum")
+    predict_index: Tensor = rows_of("responses")
+    response_tokens: Tensor = rows_of("responses")
+    sequence_index: Tensor = rows_of("responses")
+    response_position: Tensor = rows_of("responses")
+    loss_weights: Tensor = rows_of("responses")
+    loss_count: int = rows_of("counts")
+    behaviour_log_probs: Tensor | None = rows_of("responses")
+    teacher_log_probs: Tensor | None = rows_of("responses")
+    prefix_discrepancy: Tensor | None = rows_of("responses")
+    top_k_ids: Tensor | None = rows_of("responses")
+    top_k_log_probs: Tensor | None = rows_of("responses")
+    tail_log_probs: Tensor | None = rows_of("responses")
+    num_samples: int = rows_of("counts")
+    num_tokens: int = rows_of("counts")
 
 
 def collate(samples: Sequence[Sample], loss_normalization: LossNormalization, padding: Padding) -> MicroBatch:

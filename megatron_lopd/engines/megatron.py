@@ -184,7 +184,7 @@ class _Model:
     def __init__(self, config: EngineConfig, model_dir: str, arch: Architecture, ranks: Ranks) -> None:
         self._config, self._model_dir, self._ranks = config, model_dir, ranks
         self._device: torch.device = compat.device()
-        self._chunks = build_model(arch, _parallel(config), config.dtype, fp8=config.fp8)
+        self._chunks = build_model(arch, _parallel(config), config.dtype, None, config.fp8)
         for chunk in self._chunks:
             load_hf_weights(chunk, arch, model_dir)
             chunk.requires_grad_(False).eval()

@@ -126,7 +126,8 @@ def run_training(job: TrainingJob) -> Progress:
             checkpoints = replace(checkpoints, lineage=segment.lineage)
             _check_data(job, architecture)
         agree(compat.device())
-        model = build_model(architecture, job.parallel, job.precision, job.seed, job.fp8)
+        drawn = job.init == "random" and newest is None
+        model = build_model(architecture, job.parallel, job.precision, job.seed if drawn else None, job.fp8)
         if job.init == "pretrained" and newest is None:
             for chunk in model:
                 load_hf_weights(chunk, architecture, job.model_dir)
