@@ -148,6 +148,10 @@ class ShardReader(Generic[Record]):
         empty = np.empty(0, dtype=np.int64)
         return np.concatenate([empty, *(batch.items[column] for batch in self._batches)], dtype=np.int64)
 
+    def count(self, column: str, value: str) -> int:
+        """Records whose text `column` is `value`, from the index alone."""
+        return sum(batch.count(column, value.encode()) for batch in self._batches)
+
     def record(self, index: int) -> Record:
         """Record `index`. Its arrays may be read-only views of the file."""
         batch, row = self._find(index)
@@ -249,6 +253,10 @@ class _Batch:
 
     def text(self, name: str, row: int) -> str:
         return self._text[name].row(row).tobytes().decode()
+
+    def count(self, name: str, value: bytes) -> int:
+        text = self._text[name]
+        return sum(text.row(row).tobytes() == value for row in range(self.num_records))
 
     def values(self, row: int) -> Bytes:
         return self._values.row(row)

@@ -11,17 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_lopd.artifacts.manifest import Manifest
 from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
-from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import TrainingData, open_shards, shard_name
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import ShardReader, write_shard
 from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.pipeline.encoded import EncodedPrompts
+from megatron_lopd.pipeline.resolved import Answering
 from megatron_lopd.pipeline.stage import Output
 from megatron_lopd.pipeline.workers import Count, Part, Work
 from megatron_lopd.prompts.prompt import Prompt
@@ -31,14 +29,12 @@ from megatron_lopd.prompts.prompt import Prompt
 class SamplingJob:
     """Which model answers which prompts, and how.
 
-    `stream` separates the seeds of different uses; `label` is what progress is shown under.
-    `max_prompt_tokens`: a longer prompt is an error that names it. `only`: the sample ids to draw, where not
-    every sample of the prompts is wanted.
+    `stream` separates the seeds of different uses; `label` is what progress is shown under. `only`: the
+    sample ids to draw, where not every sample of the prompts is wanted.
     """
 
     model_dir: Path
-    prompts: Sequence[Prompt]
-    max_prompt_tokens: int
+    prompts: EncodedPrompts
     sampling: Sampling
     engine: EngineConfig
     seed: int
@@ -58,17 +54,30 @@ def sample_name(prompt: Prompt, index: int) -> str:
     return f"{prompt.id}/{index}"
 
 
+def answering_job(part: Answering) -> SamplingJob:
+    """All that generate or rollout asks for."""
+    return SamplingJob(
+        model_dir=part.model.directory,
+        prompts=part.encoded,
+        sampling=part.config.sampling,
+        engine=part.config.engine,
+        seed=part.run.recipe.seed,
+        stream=part.name,
+        label=part.name,
+    )
+
+
 def rollout_work(job: SamplingJob, directory: Path) -> Work:
-    """Every response of `job`, as shards in `directory`. DataError for a prompt that cannot be encoded."""
-    chat = Chat(str(job.model_dir), job.engine.trust_remote_code)
-    chunks = _chunks(_requests(job, chat), job.engine.shard_samples)
+    """Every response of `job`, as shards in `directory`."""
 
     def part(number: int, requests: Sequence[GenerateRequest]) -> Part:
         def write(engine: Engine, path: Path, count: Count[Rollout]) -> None:
-            write_shard(path, ROLLOUTS, count(_sample(engine, requests, job.sampling, chat.end_tokens)))
+            stop = job.prompts.end_tokens
+            write_shard(path, ROLLOUTS, count(_sample(engine, requests, job.sampling, stop)))
 
         return Part(directory / shard_name(ROLLOUTS, number), len(requests), write)
 
+    chunks = _chunks(_requests(job), job.engine.shard_samples)
     parts = [part(number, requests) for number, requests in enumerate(chunks)]
     return Work(job.label, job.engine, job.model_dir, parts)
 
@@ -118,19 +127,13 @@ def count_rollouts(directory: Path) -> dict[str, int]:
         "prompt_tokens": int(prompt.sum()),
         "response_tokens": int(response.sum()),
         "tokens": int(prompt.sum() + response.sum()),
-        "cut_at_horizon": sum(record.finish_reason == "length" for record in reader),
+        "cut_at_horizon": reader.count("finish_reason", "length"),
     }
 
 
-def encode_prompts(prompts: Sequence[Prompt], chat: Chat, max_tokens: int) -> list[NDArray[np.int32]]:
-    """Token ids of each prompt, int32 [P]. DataError naming the first that does not fit `max_tokens`."""
-    return [chat.prompt(prompt.messages, f"prompt {prompt.id}", max_tokens) for prompt in prompts]
-
-
-def _requests(job: SamplingJob, chat: Chat) -> list[GenerateRequest]:
+def _requests(job: SamplingJob) -> list[GenerateRequest]:
     requests = []
-    encoded = encode_prompts(job.prompts, chat, job.max_prompt_tokens)
-    for prompt, tokens in zip(job.prompts, encoded, strict=True):
+    for prompt, tokens in zip(job.prompts.prompts, job.prompts.tokens, strict=True):
         for index in range(job.sampling.samples_per_prompt):
             sample_id = sample_name(prompt, index)
             if job.only is None or sample_id in job.only:

@@ -13,6 +13,7 @@ from megatron_lopd.config import EngineConfig, Sampling, load_recipe
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.engines import GenerateRequest, open_engine
 from megatron_lopd.families.architecture import check_layout, read_architecture
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.prompts.arithmetic import grade, problems
 from megatron_lopd.stages import table
 
@@ -64,7 +65,7 @@ def test_the_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         *([f"sft.data={data}"] if name == "make_teacher.yaml" else []),
     ]
     recipe = load_recipe(QUICKSTART / name, overrides)
-    assert run.describe(recipe, [stage.name for stage in table.STAGES])
+    assert run.describe(ResolvedRun(recipe), [stage.name for stage in table.STAGES])
 
 
 def test_the_student_splits_over_two_ranks_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
