@@ -6,9 +6,7 @@ a whole global batch into the step's metrics. R = response tokens; a tensor is f
 
 from __future__ import annotations
 
-from typing import Any
-
-from megatron_lopd.config import TrainConfig, TrainingConfig
+from megatron_lopd.config import Options, TrainConfig, TrainingConfig
 from megatron_lopd.objectives.advantages import advantages
 from megatron_lopd.objectives.distillation import Distillation
 from megatron_lopd.objectives.drift import drift
@@ -21,9 +19,9 @@ from megatron_lopd.objectives.objective import (
     TokenPlaces,
     TopKLogProbs,
 )
-from megatron_lopd.objectives.sampled_reverse_kl import SampledReverseKl
+from megatron_lopd.objectives.sampled_reverse_kl import SampledReverseKl, SampledReverseKlOptions
 from megatron_lopd.objectives.topk_forward_kl import TopKForwardKl
-from megatron_lopd.objectives.topk_reverse_kl import TopKReverseKl
+from megatron_lopd.objectives.topk_reverse_kl import TopKReverseKl, TopKReverseKlOptions
 from megatron_lopd.registry import OBJECTIVES
 
 __all__ = [
@@ -58,8 +56,9 @@ def get_objective(name: str, config: TrainingConfig | None = None) -> Objective:
     return kind(_options(kind, config), config.weights)
 
 
-def _options(kind: type[Objective], config: TrainConfig) -> Any:
+def _options(kind: type[Objective], config: TrainConfig) -> Options:
     """Until the keys stand under their objective's name: config.options is what is wanted."""
     if kind is SampledReverseKl:
-        return kind.Options(config.importance, config.importance_clip, config.weights.extrapolation)
-    return kind.Options(config.weights.entropy) if kind is TopKReverseKl else None
+        extrapolation = config.weights.extrapolation
+        return SampledReverseKlOptions(config.importance, config.importance_clip, extrapolation)
+    return TopKReverseKlOptions(config.weights.entropy) if kind is TopKReverseKl else kind.Options()

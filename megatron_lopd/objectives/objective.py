@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from megatron_lopd.config.keys import require
-from megatron_lopd.config.weights import WeightsConfig
+from megatron_lopd.config import Options, WeightsConfig
 from megatron_lopd.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from megatron_lopd.config.recipe import Sampling, ScoreConfig, TrainConfig
 
 KeptLogProbs = Literal["teacher", "behaviour", "top_k"]
 
@@ -87,42 +84,25 @@ class TokenPlaces:
     discrepancy: Tensor | None
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    """What an objective without options of its own has."""
-
-
 class Objective(ABC):
     """A loss and the metrics that belong to it; made by `get_objective` from its Options and the weights.
 
     An objective of its own overrides `token_loss` and `metrics`, and what it needs of these:
     `name` is what a recipe calls it, `caption` its formula in a line, for help and report, `captions` what
-    metrics of the same name mean under it. `Options` are the keys of the recipe's train.<name>: a frozen
-    dataclass of `key(...)` fields that checks itself. `needs`: the log-probs the data must hold for it.
+    metrics of the same name mean under it. `Options` are the keys of the recipe's train.<name>.
+    `needs`: the log-probs the data must hold for it.
     """
 
     name: ClassVar[str]
     caption: ClassVar[str]
     captions: ClassVar[Mapping[str, str]] = {}
-    Options: ClassVar[type[Any]] = NoOptions
+    Options: ClassVar[type[Options]] = Options
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ()
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Any = None, weights: WeightsConfig | None = None) -> None:
         self.options = self.Options() if options is None else options
         self.weights = WeightsConfig() if weights is None else weights
-
-    @classmethod
-    def check(cls, options: Any, train: TrainConfig, score: ScoreConfig, sampling: Sampling) -> None:
-        """Raise ConfigError unless the recipe's other sections go with `options`.
-
-        `score` and `sampling` are the recipe's score and rollout.sampling: they say what the data will hold.
-        """
-        require(
-            "top_k" not in cls.needs or score.top_k > 0,
-            f"train.objective={cls.name} needs the teacher's top k: set score.top_k (to 64, say) and run "
-            "the score stage with it",
-        )
 
     @abstractmethod
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from megatron_lopd.config.keys import key, require
+from megatron_lopd.config import Options, Positive, Recipe, key, require
 from megatron_lopd.objectives.advantages import advantages
 from megatron_lopd.objectives.distillation import Distillation
 from megatron_lopd.objectives.objective import TokenLogProbs
@@ -14,33 +14,36 @@ from megatron_lopd.objectives.objective import TokenLogProbs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_lopd.config.recipe import Sampling, ScoreConfig, TrainConfig
-
 
 @dataclass(frozen=True)
-class SampledReverseKlOptions:
+class SampledReverseKlOptions(Options):
     importance: Literal["none", "clipped"] = key(
         "clipped: weigh each token by how much likelier it is to the student than to its sampler, at most "
         "importance_clip",
         "none",
     )
-    importance_clip: float = key(
+    importance_clip: Positive = key(
         "largest importance weight: a token twice as likely as when it was sampled counts in full", 2.0
     )
-    extrapolation: float = key(
+    extrapolation: Positive = key(
         "factor on the teacher's reward over the sampling student; 1 is plain OPD, above 1 goes beyond the "
         "teacher (ExOPD)",
         1.0,
     )
 
-    def __post_init__(self) -> None:
+    def check(self, recipe: Recipe) -> None:
+        sampling = recipe.rollout.sampling
         require(
-            self.importance_clip > 0,
-            f"train.sampled_reverse_kl.importance_clip={self.importance_clip:g} must be above 0",
+            self.importance == "none" or sampling.temperature > 0,
+            "train.sampled_reverse_kl.importance=clipped needs tokens that were drawn at random, and "
+            "rollout.sampling.temperature=0 draws none: set it to none, or the temperature above 0",
         )
+        plain = sampling.temperature in (0, 1) and sampling.top_p == 1 and sampling.top_k == 0
         require(
-            self.extrapolation > 0,
-            f"train.sampled_reverse_kl.extrapolation={self.extrapolation:g} must be above 0 (1 is plain OPD)",
+            self.extrapolation == 1 or plain,
+            f"train.sampled_reverse_kl.extrapolation={self.extrapolation:g} needs tokens that pi_ref itself "
+            "drew, and the rollouts have another temperature, top-p or top-k: set rollout.sampling to "
+            "temperature=1, top_p=1, top_k=0, or the extrapolation to 1",
         )
 
 
@@ -62,24 +65,8 @@ class SampledReverseKl(Distillation):
 
     name: ClassVar[str] = "sampled_reverse_kl"
     caption: ClassVar[str] = "-mean of A log π, with A held constant: its sign carries no meaning"
-    Options: ClassVar[type[Any]] = SampledReverseKlOptions
+    Options: ClassVar[type[Options]] = SampledReverseKlOptions
     options: SampledReverseKlOptions
-
-    @classmethod
-    def check(cls, options: Any, train: TrainConfig, score: ScoreConfig, sampling: Sampling) -> None:
-        super().check(options, train, score, sampling)
-        require(
-            options.importance == "none" or sampling.temperature > 0,
-            "train.sampled_reverse_kl.importance=clipped needs tokens that were drawn at random, and "
-            "rollout.sampling.temperature=0 draws none: set it to none, or the temperature above 0",
-        )
-        plain = sampling.temperature in (0, 1) and sampling.top_p == 1 and sampling.top_k == 0
-        require(
-            options.extrapolation == 1 or plain,
-            f"train.sampled_reverse_kl.extrapolation={options.extrapolation:g} needs tokens that pi_ref "
-            "itself drew, and the rollouts have another temperature, top-p or top-k: set rollout.sampling to "
-            "temperature=1, top_p=1, top_k=0, or train.sampled_reverse_kl.extrapolation=1",
-        )
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         advantage, beyond = advantages(tokens), self.options.extrapolation - 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from megatron_lopd.config.keys import key, require
+from megatron_lopd.config import NotNegative, Options, Recipe, key, require
 from megatron_lopd.objectives.distillation import Distillation
 from megatron_lopd.objectives.events import OVER_EVENTS, divergence, entropy, over_events
 from megatron_lopd.objectives.objective import KeptLogProbs, TokenLogProbs
@@ -15,20 +15,20 @@ from megatron_lopd.objectives.objective import KeptLogProbs, TokenLogProbs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_lopd.config.recipe import Sampling, ScoreConfig, TrainConfig
-
 
 @dataclass(frozen=True)
-class TopKReverseKlOptions:
-    entropy: float | None = key(
+class TopKReverseKlOptions(Options):
+    entropy: NotNegative | None = key(
         "teacher entropy above which a token gets the forward KL added, nats; empty: none", None
     )
 
-    def __post_init__(self) -> None:
+    def check(self, recipe: Recipe) -> None:
+        kept = recipe.score.top_k
+        most = math.log(kept + 2)  # the k, the sampled token, and the rest as one event
         require(
-            self.entropy is None or self.entropy >= 0,
-            f"train.topk_reverse_kl.entropy={self.entropy} must be at least 0 nats (leave it empty to add "
-            "nothing)",
+            self.entropy is None or self.entropy < most,
+            f"train.topk_reverse_kl.entropy={self.entropy} is never exceeded: score.top_k={kept} kept tokens "
+            f"show an entropy of at most {most:.3g} nats: lower it, or raise score.top_k",
         )
 
 
@@ -50,19 +50,9 @@ class TopKReverseKl(Distillation):
     name: ClassVar[str] = "topk_reverse_kl"
     caption: ClassVar[str] = f"KL(π ‖ π_T) {OVER_EVENTS}: never below 0"
     captions: ClassVar[Mapping[str, str]] = {"reverse_kl": caption}
-    Options: ClassVar[type[Any]] = TopKReverseKlOptions
+    Options: ClassVar[type[Options]] = TopKReverseKlOptions
     options: TopKReverseKlOptions
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ("teacher", "behaviour", "top_k")
-
-    @classmethod
-    def check(cls, options: Any, train: TrainConfig, score: ScoreConfig, sampling: Sampling) -> None:
-        super().check(options, train, score, sampling)
-        most = math.log(score.top_k + 2)  # the k, the sampled token, and the rest as one event
-        require(
-            options.entropy is None or options.entropy < most,
-            f"train.topk_reverse_kl.entropy={options.entropy} is never exceeded: score.top_k={score.top_k} "
-            f"kept tokens show an entropy of at most {most:.3g} nats: lower it, or raise score.top_k",
-        )
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         student, teacher = over_events(tokens)

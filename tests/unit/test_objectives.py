@@ -24,6 +24,8 @@ from megatron_lopd.objectives import (
     get_objective,
 )
 from megatron_lopd.objectives.advantages import quantiles
+from megatron_lopd.objectives.sampled_reverse_kl import SampledReverseKlOptions
+from megatron_lopd.objectives.topk_reverse_kl import TopKReverseKlOptions
 from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
 
 # fp64 with a few additions each: 1e-12 leaves three digits above rounding.
@@ -224,7 +226,7 @@ def test_forward_kl_is_added_where_the_teachers_entropy_is_high(case: Case, thre
         kl(p, q) + (kl(q, p) if entropy > threshold else 0)
         for (p, q), entropy in zip(pairs, entropies, strict=True)
     ]
-    check(TopKReverseKl(TopKReverseKl.Options(entropy=threshold)), case, torch.stack(expected))
+    check(TopKReverseKl(TopKReverseKlOptions(entropy=threshold)), case, torch.stack(expected))
     whole = -(case.teacher.exp() * case.teacher).sum(-1)
     assert (torch.tensor(entropies, dtype=torch.float64) <= whole + 1e-10).all(), "a lower bound"
 
@@ -236,7 +238,7 @@ def test_sampled_loss_with_importance_and_extrapolation(case: Case, clip: float,
     behaviour = -torch.rand(len(case.tokens), dtype=torch.float64, generator=generator) * 6
     current = case.logits.log_softmax(-1).gather(1, case.tokens[:, None])[:, 0]
     teacher = case.teacher.gather(1, case.tokens[:, None])[:, 0]
-    options = SampledReverseKl.Options("clipped", importance_clip=clip, extrapolation=factor)
+    options = SampledReverseKlOptions("clipped", importance_clip=clip, extrapolation=factor)
     loss = SampledReverseKl(options).token_loss(TokenLogProbs(current, teacher, behaviour))
     (gradient,) = torch.autograd.grad(loss.sum(), case.logits, retain_graph=True)
 
@@ -300,7 +302,7 @@ def test_a_teacher_tail_too_small_for_fp32_adds_nothing(tail: float) -> None:
     expected = kl(teacher, student[:, :2].detach())
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, torch.tensor([[-0.25, -0.75, 0.0]]), rtol=1e-6, atol=1e-30)
-    undecided = TopKReverseKl(TopKReverseKl.Options(entropy=0.0)).token_loss(tokens)
+    undecided = TopKReverseKl(TopKReverseKlOptions(entropy=0.0)).token_loss(tokens)
     assert undecided.isfinite().all() or tail == -1e30  # where the reverse KL is 1e30 by itself
 
 
@@ -335,7 +337,7 @@ def test_every_distillation_objective_has_the_same_metrics() -> None:
     others = {
         FixedNegative(): {},
         TopKForwardKl(): {"forward_kl": 0.375},
-        TopKReverseKl(TopKReverseKl.Options(entropy=1.0)): {},
+        TopKReverseKl(TopKReverseKlOptions(entropy=1.0)): {},
     }
     for objective, own in others.items():
         assert objective.metrics(tokens, loss) == sampled | own
@@ -389,13 +391,11 @@ def test_missing_log_probs_and_unknown_names_are_refused() -> None:
         SampledReverseKl().token_loss(TokenLogProbs(current, None, current))
     with pytest.raises(DataError, match="no behaviour log-probs"):
         SampledReverseKl().metrics(TokenLogProbs(current, current, None), current)
-    for objective in (TopKReverseKl(), TopKForwardKl(), TopKReverseKl(TopKReverseKl.Options(entropy=1.0))):
+    for objective in (TopKReverseKl(), TopKForwardKl(), TopKReverseKl(TopKReverseKlOptions(entropy=1.0))):
         with pytest.raises(DataError, match=r"score\.top_k above 0"):
             objective.token_loss(TokenLogProbs(current, current, current))
     with pytest.raises(DataError, match="no behaviour log-probs"):
-        SampledReverseKl(SampledReverseKl.Options("clipped")).token_loss(
-            TokenLogProbs(current, current, None)
-        )
+        SampledReverseKl(SampledReverseKlOptions("clipped")).token_loss(TokenLogProbs(current, current, None))
     with pytest.raises(DataError, match=r"train\.weights\.position needs"):
         SampledReverseKl(weights=WeightsConfig(position=2.0)).token_weights(
             TokenPlaces(torch.arange(2), None)
