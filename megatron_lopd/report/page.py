@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_lopd.artifacts.lineage import worst
-from megatron_lopd.errors import DataError
+from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.registry import OBJECTIVES
 from megatron_lopd.report.accuracy import CAPTION, accuracy_section, accuracy_sets, headline
 from megatron_lopd.report.figures import (
     Curve,
@@ -65,18 +66,6 @@ CURVES = {
         ),
         Curve("entropy", "Entropy", "nats per token", "of the student's next-token distribution"),
     ),
-}
-# What the loss of an objective is, and what its reverse KL is measured over.
-_OVER_ROLLOUTS = "mean of log π - log π_T over the rollouts"
-_OVER_TOP_K = "over the teacher's top k, the sampled token and all else as one event"
-LOSS_CAPTIONS = {
-    "sampled_reverse_kl": "-mean of A log π, with A held constant: its sign carries no meaning",
-    "topk_reverse_kl": f"KL(π ‖ π_T) {_OVER_TOP_K}: never below 0",
-    "topk_forward_kl": f"KL(π_T ‖ π) {_OVER_TOP_K}: never below 0",
-    "fixed_negative": "mean of log π: every sampled token is made less likely, whatever the teacher says",
-}
-REVERSE_KL_CAPTIONS = dict.fromkeys(LOSS_CAPTIONS, _OVER_ROLLOUTS) | {
-    "topk_reverse_kl": LOSS_CAPTIONS["topk_reverse_kl"]
 }
 ADVANTAGE_CAPTION = "A = log π_T - log π; the band holds the middle 90 % of response tokens"
 
@@ -148,10 +137,14 @@ def _by_stage(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _caption(stage: str, curve: Curve, objective: str) -> str:
-    by_objective = {"loss": LOSS_CAPTIONS, "reverse_kl": REVERSE_KL_CAPTIONS}
-    if stage == "train" and curve.key in by_objective:
-        return by_objective[curve.key].get(objective, "")
-    return curve.caption
+    """The curve's own, or where it is a loss or a measure that `objective` defines, what that says of it."""
+    if stage != "train" or curve.caption:
+        return curve.caption
+    try:
+        known = OBJECTIVES[objective.partition(" ")[0]]  # a user's has its file's digest after it
+    except ConfigError:  # an earlier release's, or a user's that this command does not import
+        return ""
+    return str(known.caption if curve.key == "loss" else known.captions.get(curve.key, ""))
 
 
 def _training(histories: Mapping[str, History], objective: str) -> list[Section]:
