@@ -40,15 +40,17 @@ class TopKLogProbs:
 class TokenLogProbs:
     """`log pi(a_t | s_t)` of each response token under three models, [R] each, nats.
 
-    `current` is the student being trained (differentiable), `teacher` is pi_T and `behaviour` is
-    pi_ref, the sampler's own distribution; the last two are constants, None where not kept. `top_k` has the
-    tokens beside a_t, None where the objective has no need of them.
+    `current` is the student being trained (differentiable), `teacher` is pi_T and `behaviour` is pi_ref, the
+    student that sampled, at temperature 1 with nothing cut off; the last two are constants, None where not
+    kept. `top_k` has the tokens beside a_t, None where the objective has no need of them. `sampled` is the
+    distribution that a_t was drawn from, None where that is `behaviour`.
     """
 
     current: Tensor
     teacher: Tensor | None
     behaviour: Tensor | None
     top_k: TopKLogProbs | None = None
+    sampled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,9 @@ class SampledReverseKl(Distillation):
     train.weights.extrapolation = l: `A_t = l (log pi_T - log pi_ref) - (log pi_theta - log pi_ref)`, which 1
     leaves as it is; ExOPD (arXiv 2602.12125), with pi_ref, the student that sampled, for its reference.
     `importance_clip` = c (train.importance=clipped): the token's loss times
-    `stopgrad(min(c, pi_theta(a_t|s_t) / pi_ref(a_t|s_t)))`, which makes a token that pi_ref drew count as
-    often as pi_theta would draw it after the same prefix; c bounds its variance (truncated importance
+    `stopgrad(min(c, pi_theta(a_t|s_t) / q(a_t|s_t)))`, q the distribution that a_t was drawn from (pi_ref, or
+    what temperature, top-p and top-k make of it), so that a token counts as often as pi_theta would draw it
+    after the same prefix; c bounds its variance (truncated importance
     sampling, E. Ionides, 2008). Metrics are of the plain advantage either way.
     """
 
@@ -174,7 +177,8 @@ class SampledReverseKl(Distillation):
         if beyond:
             advantage = advantage + beyond * (_teacher(tokens) - _behaviour(tokens))
         if self.importance_clip is not None:
-            log_ratio = tokens.current.detach() - _behaviour(tokens)
+            drawn = _behaviour(tokens) if tokens.sampled is None else tokens.sampled
+            log_ratio = tokens.current.detach() - drawn
             advantage = advantage * log_ratio.clamp(max=math.log(self.importance_clip)).exp()
         return -advantage * tokens.current
 
