@@ -13,8 +13,9 @@ opened, which reads no values.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -54,6 +55,7 @@ Item = TypeVar("Item", bound=np.generic)
 class ShardKind(Generic[Record]):
     """One kind of shard: a record's `text`, `sample_id` first, and `columns` of arrays, largest items first.
 
+    `extra` are columns that a file has, before the others, when its first record fills one of them.
     `split` gives a record's text and arrays by name, None where it has none; `make` builds a record from
     them, given by name; `problem` says in a few words what is wrong with a record, or None, and
     is asked on write and on read. `parameters` tell shards of one kind apart: all of an artifact agree.
@@ -67,6 +69,17 @@ class ShardKind(Generic[Record]):
     make: Callable[..., Record]
     problem: Callable[[Record], str | None]
     parameters: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Column] = field(default_factory=dict)
+
+    @cached_property
+    def with_extra(self) -> ShardKind[Record]:
+        """This kind in a file that has the extra columns."""
+        return replace(self, columns={**self.extra, **self.columns}, extra={})
+
+    def holding(self, record: Record) -> ShardKind[Record]:
+        """This kind in a file that begins with `record`."""
+        fields = self.split(record)
+        return self.with_extra if any(fields[name] is not None for name in self.extra) else self
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -87,16 +100,24 @@ def write_shard(path: Path, kind: ShardKind[Record], records: Iterable[Record]) 
     record, on no records at all, and when the disk is full.
     """
     count = 0
+    checked = _checked(path, kind, records)
+    first = next(checked, None)
+    if first is None:
+        raise DataError(f"{path}: there are no {kind.name} to write")
+    kind = kind.holding(first)
     with atomic_file(path) as stream, pa.ipc.new_file(stream, kind.schema) as writer:
         draft = _BatchDraft(kind, number=0)
-        for record in _checked(path, kind, records):
+        for record in chain([first], checked):
+            if kind.holding(record) is not kind:
+                raise DataError(
+                    f"{path}: sample {record.sample_id} has {', '.join(kind.extra)}, and the first of its "
+                    f"{kind.name} has none: they were not sampled alike"
+                )
             if draft.is_full():
                 writer.write_batch(*draft.seal(path, is_last=False))
                 draft = _BatchDraft(kind, draft.number + 1)
             draft.add(record)
             count += 1
-        if not count:
-            raise DataError(f"{path}: there are no {kind.name} to write")
         writer.write_batch(*draft.seal(path, is_last=True))
     return count
 
@@ -144,9 +165,9 @@ class ShardReader(Generic[Record]):
         return self._find(index)[0].path
 
     def lengths(self, column: str) -> NDArray[np.int64]:
-        """Items of a column by record, int64 [len(self)], from the index alone."""
-        empty = np.empty(0, dtype=np.int64)
-        return np.concatenate([empty, *(batch.items[column] for batch in self._batches)], dtype=np.int64)
+        """Items of a column by record, int64 [len(self)], from the index alone; 0 in a file without it."""
+        items = (batch.items.get(column, np.zeros(batch.num_records)) for batch in self._batches)
+        return np.concatenate([np.empty(0), *items]).astype(np.int64)
 
     def count(self, column: str, value: str) -> int:
         """Records whose text `column` is `value`, from the index alone."""
@@ -164,7 +185,7 @@ class ShardReader(Generic[Record]):
         fields: dict[str, Any] = {name: batch.text(name, row) for name in self.kind.text}
         begin = 0
         try:
-            for name, column in self.kind.columns.items():
+            for name, column in batch.kind.columns.items():
                 end = begin + int(batch.items[name][row]) * column.item_bytes
                 fields[name] = column.decode(raw[begin:end])
                 begin = end
@@ -242,7 +263,7 @@ class _Batch:
     """
 
     def __init__(self, path: Path, kind: ShardKind[Any], batch: pa.RecordBatch, max_token: int) -> None:
-        self.path = path
+        self.path, self.kind = path, kind
         self.num_records: int = batch.num_rows
         self.max_token = max_token
         self.ids: pa.Array = batch.column(0)
@@ -297,6 +318,8 @@ def _open_shard(path: Path, kind: ShardKind[Any]) -> list[_Batch]:
         raise DataError(f"{path}: no such {kind.name} shard")
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if set(kind.extra) & set(reader.schema.names):
+            kind = kind.with_extra
         if reader.schema.metadata != kind.schema.metadata or reader.schema != kind.schema:
             wanted = ", ".join(f"{key} {value}" for key, value in kind.parameters.items())
             raise DataError(

@@ -212,7 +212,6 @@ def response_loss(
     token_loss: TokenLoss,
     loss_weights: torch.Tensor,
     *,
-    temperature: float = 1.0,
     rows: int | None = None,
 ) -> SummedLoss:
     """The weighted sum of a loss of each response token, on the last pipeline stage.
@@ -229,7 +228,6 @@ def response_loss(
         token_loss,
         loss_weights,
         vocab_size=model.arch.vocab_size,
-        temperature=temperature,
         group=parallel_state.get_tensor_model_parallel_group(),
         rows=rows,
         grad_ready=model.output_grad_ready,

@@ -7,7 +7,7 @@ begun it before, the finished files are the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from megatron_lopd.data.dataset import TrainingData, open_shards, shard_name
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import ShardReader, write_shard
-from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.protocol import Engine, Prompted
 from megatron_lopd.pipeline.encoded import EncodedPrompts
 from megatron_lopd.pipeline.resolved import Answering
 from megatron_lopd.pipeline.stage import Output
@@ -70,10 +70,9 @@ def answering_job(part: Answering) -> SamplingJob:
 def rollout_work(job: SamplingJob, directory: Path) -> Work:
     """Every response of `job`, as shards in `directory`."""
 
-    def part(number: int, requests: Sequence[GenerateRequest]) -> Part:
+    def part(number: int, requests: Sequence[Prompted]) -> Part:
         def write(engine: Engine, path: Path, count: Count[Rollout]) -> None:
-            stop = job.prompts.end_tokens
-            write_shard(path, ROLLOUTS, count(_sample(engine, requests, job.sampling, stop)))
+            write_shard(path, ROLLOUTS, count(engine.generate(requests, job.sampling, job.prompts.end_tokens)))
 
         return Part(directory / shard_name(ROLLOUTS, number), len(requests), write)
 
@@ -92,7 +91,7 @@ def score_work(
         reader = ShardReader(ROLLOUTS, [rollouts])
 
         def write(engine: Engine, path: Path, count: Count[Score]) -> None:
-            write_shard(path, kind, count(engine.score(score_requests(reader), config.top_k)))
+            write_shard(path, kind, count(engine.score([*reader], config.top_k)))
 
         return Part(directory / shard_name(kind, number), len(reader), write)
 
@@ -113,11 +112,6 @@ def shards_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.glob("*.arrow"))
 
 
-def score_requests(rollouts: Iterable[Rollout]) -> list[ScoreRequest]:
-    """What is asked of an engine that scores them."""
-    return [ScoreRequest(each.sample_id, each.prompt_tokens, each.response_tokens) for each in rollouts]
-
-
 def count_rollouts(directory: Path) -> dict[str, int]:
     """What a directory of rollouts holds: samples, tokens, and how many were cut at the horizon."""
     reader = open_shards(ROLLOUTS, directory)
@@ -131,26 +125,17 @@ def count_rollouts(directory: Path) -> dict[str, int]:
     }
 
 
-def _requests(job: SamplingJob) -> list[GenerateRequest]:
+def _requests(job: SamplingJob) -> list[Prompted]:
     requests = []
     for prompt, tokens in zip(job.prompts.prompts, job.prompts.tokens, strict=True):
         for index in range(job.sampling.samples_per_prompt):
             sample_id = sample_name(prompt, index)
             if job.only is None or sample_id in job.only:
                 seed = sample_seed(job.seed, job.stream, sample_id)
-                requests.append(GenerateRequest(sample_id, tokens, seed))
+                requests.append(Prompted(sample_id, tokens, seed))
     return requests
 
 
-def _sample(
-    engine: Engine, requests: Sequence[GenerateRequest], sampling: Sampling, stop: frozenset[int]
-) -> Iterator[Rollout]:
-    for request, done in zip(requests, engine.generate(requests, sampling, stop), strict=True):
-        yield Rollout(
-            request.sample_id, request.prompt_tokens, done.response_tokens, done.finish_reason, done.log_probs
-        )
-
-
-def _chunks(requests: Sequence[GenerateRequest], size: int) -> Iterator[Sequence[GenerateRequest]]:
+def _chunks(requests: Sequence[Prompted], size: int) -> Iterator[Sequence[Prompted]]:
     for start in range(0, len(requests), size):
         yield requests[start : start + size]

@@ -22,7 +22,7 @@ import pytest
 
 from megatron_lopd.cli import main
 from megatron_lopd.engines.hf import TransformersEngine
-from megatron_lopd.engines.protocol import GenerateRequest
+from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied
 from megatron_lopd.pipeline import workers as sharing
 from megatron_lopd.runtime import claims as claims_module
@@ -207,7 +207,7 @@ def deaths(monkeypatch: pytest.MonkeyPatch) -> Deaths:
     deaths = Deaths(at=lambda sample: False)
     generate = TransformersEngine.generate
 
-    def dying(self: TransformersEngine, requests: Sequence[GenerateRequest], *rest: Any) -> Any:
+    def dying(self: TransformersEngine, requests: Sequence[Prompted], *rest: Any) -> Any:
         if deaths.at(requests[0].sample_id):
             deaths.count += 1
             raise EngineDied("the student's process was killed by SIGKILL")
