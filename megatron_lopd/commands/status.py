@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from megatron_lopd.pipeline.execute import why_changed
 from megatron_lopd.pipeline.plan_file import PLAN_FILE
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import SharedStage, Stage
-from megatron_lopd.runtime.claims import CLAIMS, ClaimState, Owner, announced, claim_path, read_claims
+from megatron_lopd.runtime.claims import CLAIMS, ClaimState, announced, claim_path, read_claims
 from megatron_lopd.runtime.display import duration
+from megatron_lopd.runtime.owner import Owner
 from megatron_lopd.stages.table import STAGES
 from megatron_lopd.training.loggers import METRICS_FILE
 
@@ -60,7 +62,7 @@ def _shared(directory: Path) -> Iterator[str]:
     failures: list[ClaimState] = []
     for place in sorted(path.parent for path in directory.rglob(CLAIMS)):
         expected = announced(place)
-        there = [name for name in expected if (place / name).is_file()]
+        there = expected.keys() & os.listdir(place)
         parts, shards = parts + len(expected), shards + len(there)
         samples, done = samples + sum(expected.values()), done + sum(expected[name] for name in there)
         for part, states in read_claims(place).items():
