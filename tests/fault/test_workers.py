@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing as mp
 import os
 import random
 import re
@@ -27,13 +26,9 @@ from megatron_lopd.errors import EngineDied
 from megatron_lopd.pipeline import workers as sharing
 from megatron_lopd.runtime import claims as claims_module
 from megatron_lopd.runtime.claims import Claims, read_claims
+from tests.forks import CONTEXT
 from tests.pipeline import write_recipe
 
-# As tests/dist/gloo.py: the server imports these once, and a worker starts in milliseconds.
-CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["megatron_lopd.commands.run", "megatron_lopd.engines.hf", "tests.fault.test_workers"]
-)
 KILLS, WORKERS = 100, 4
 SAMPLES, SHARD = 120, 2
 SECONDS = 120.0
