@@ -118,7 +118,8 @@ def _record_end(error: LopdError) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse stops taking overrides at the first option; those after it are taken here."""
-    parser = _parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(next((text for text in given if not text.startswith("-")), ""))
     options, rest = parser.parse_known_args(arguments)
     strange = [text for text in rest if text.startswith("-") or "=" not in text or "overrides" not in options]
     if strange:
@@ -128,7 +129,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str = "") -> argparse.ArgumentParser:
+    """Of the command that is `asked` for alone the recipe's keys are described, which takes a while."""
     parser = argparse.ArgumentParser(
         prog="lopd",
         description="Offline on-policy distillation on Megatron-Core (Lightning OPD, arXiv 2604.13010).",
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog=f"recipe keys:\n{_key_help(name)}\n\n{EXIT_CODES}",
+            epilog=f"recipe keys:\n{_key_help(name)}\n\n{EXIT_CODES}" if name == asked else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("recipe", help="YAML recipe of the whole run")

@@ -119,15 +119,18 @@ def run_one(name: str, command: Command, *, starting_ranks: bool = False) -> Non
     stage = next(stage for stage in (*STAGES, *ALONE) if stage.name == name)
     starts_ranks = (starting_ranks or stage in ALONE) and stage.processes(run) > 1
 
-    def prepare() -> None:
+    def check() -> None:
         check_run_dir(run)
-        stage.check(run)
+        if not run.is_committed(name):
+            stage.check(run)
+
+    def prepare() -> None:
+        check()
         for earlier in _before(stage, run):
             check_unchanged(earlier, run)
 
     if starts_ranks and "RANK" not in os.environ:
-        check_run_dir(run)
-        stage.check(run)
+        check()
         stage.plan(run)
         _launch(stage, command)
         return
