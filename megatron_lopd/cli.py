@@ -40,7 +40,6 @@ STAGE_HELP = {
     "report": "8. summary.json and a page with figures",
     "online": "the baseline: standard OPD from the sft stage's model, with a live teacher",
 }
-TRAINERS = ("sft", "train", "online")
 _SECTIONS = {
     "generate": ("teacher", "prompts.sft", "generate"),
     "tokenize": ("student", "sft.data", "sft.teacher"),
@@ -197,8 +196,6 @@ def _key_help(command: str) -> str:
 
 def _run_stages(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    if options.command in TRAINERS:
-        environment.set_for_training(recipe.parallel)
     from megatron_lopd.commands import run
     from megatron_lopd.pipeline.resolved import ResolvedRun
     from megatron_lopd.stages.table import STAGES
@@ -209,9 +206,7 @@ def _run_stages(options: argparse.Namespace) -> None:
         names = [stage.name for stage in STAGES] if options.command == "run" else [options.command]
         _print_dry_run(recipe, run.describe(resolved, names))
     elif options.command == "run":
-        if run.waiting_stages(resolved):
-            environment.hide_gpus()
-        run.run_all(command)
+        run.run_leaving_gpus(command)
     elif options.command == "refresh":
         run.run_refresh(resolved)
     else:
