@@ -6,15 +6,23 @@ every module of the package is imported after this one, and so Megatron-Core is 
 must be there before it is put there here: Transformer Engine, and `jit` for its own.
 """
 
+from __future__ import annotations
+
+import importlib
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.mcore import jit
 
+if TYPE_CHECKING:
+    from megatron_lopd.api import Run, read_metrics, read_rollouts, read_scores
+
+__all__ = ["Run", "read_metrics", "read_rollouts", "read_scores"]
 __version__ = "0.1.0"
 
 jit.install()
@@ -59,3 +67,10 @@ class _TransformerEngineFirst(MetaPathFinder):
 
 
 sys.meta_path.insert(0, _TransformerEngineFirst())
+
+
+def __getattr__(name: str) -> Any:
+    """The Python interface, imported when it is asked for: every module of the package imports this one."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("megatron_lopd.api"), name)

@@ -40,7 +40,6 @@ STAGE_HELP = {
     "report": "8. summary.json and a page with figures",
     "online": "the baseline: standard OPD from the sft stage's model, with a live teacher",
 }
-TRAINERS = ("sft", "train", "online")
 _SECTIONS = {
     "generate": ("teacher", "prompts.sft", "generate"),
     "tokenize": ("student", "sft.data", "sft.teacher"),
@@ -118,7 +117,8 @@ def _record_end(error: LopdError) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse stops taking overrides at the first option; those after it are taken here."""
-    parser = _parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(next((text for text in given if not text.startswith("-")), ""))
     options, rest = parser.parse_known_args(arguments)
     strange = [text for text in rest if text.startswith("-") or "=" not in text or "overrides" not in options]
     if strange:
@@ -128,7 +128,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str = "") -> argparse.ArgumentParser:
+    """Of the command that is `asked` for alone the recipe's keys are described, which takes a while."""
     parser = argparse.ArgumentParser(
         prog="lopd",
         description="Offline on-policy distillation on Megatron-Core (Lightning OPD, arXiv 2604.13010).",
@@ -142,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog=f"recipe keys:\n{_key_help(name)}\n\n{EXIT_CODES}",
+            epilog=f"recipe keys:\n{_key_help(name)}\n\n{EXIT_CODES}" if name == asked else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("recipe", help="YAML recipe of the whole run")
@@ -195,8 +196,6 @@ def _key_help(command: str) -> str:
 
 def _run_stages(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    if options.command in TRAINERS:
-        environment.set_for_training(recipe.parallel)
     from megatron_lopd.commands import run
     from megatron_lopd.pipeline.resolved import ResolvedRun
     from megatron_lopd.stages.table import STAGES
@@ -207,9 +206,7 @@ def _run_stages(options: argparse.Namespace) -> None:
         names = [stage.name for stage in STAGES] if options.command == "run" else [options.command]
         _print_dry_run(recipe, run.describe(resolved, names))
     elif options.command == "run":
-        if run.waiting_stages(resolved):
-            environment.hide_gpus()
-        run.run_all(command)
+        run.run_leaving_gpus(command)
     elif options.command == "refresh":
         run.run_refresh(resolved)
     else:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import is_committed, load_manifest
-from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.records import Rollout, Score, TopK
-from megatron_lopd.data.schemas import ROLLOUTS, kind_of
-from megatron_lopd.data.shards import NO_TOKEN, ShardReader
-from megatron_lopd.errors import DataError
+from megatron_lopd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from megatron_lopd.data.records import Rollout, Score, TopK
+    from megatron_lopd.data.shards import ShardReader
+
+Decode = Callable[[Sequence[int]], str]
 
 TOP_TOKENS_SHOWN = 8
 
@@ -52,6 +54,9 @@ def describe_shard(
     `position` is the response token whose top k is shown. Tokens are decoded with `tokenizer`, a model
     directory, or else with the one kept beside the shard. Raises DataError for what is damaged or not there.
     """
+    from megatron_lopd.data.schemas import ROLLOUTS, kind_of
+    from megatron_lopd.data.shards import NO_TOKEN, ShardReader
+
     if not path.is_file():
         raise DataError(f"{path}: no such shard")
     kind = kind_of(path)
@@ -66,43 +71,62 @@ def describe_shard(
     yield f"  response tokens: {_spread(responses)}"
     if reader.max_token != NO_TOKEN:
         yield f"  largest token id: {reader.max_token}"
-    chat = _chat_for(path.parent, tokenizer)
+    decode = _decoder(path.parent, tokenizer)
     indices = [reader.position(each) for each in sample_ids] or range(min(samples, len(reader)))
     for index in indices:
-        yield from _describe_record(reader.record(index), chat, position)
+        yield from _describe_record(reader.record(index), decode, position)
 
 
 def _spread(lengths: NDArray[np.int64]) -> str:
+    import numpy as np
+
     least, median, most = np.percentile(lengths, [0, 50, 100])
     return f"{lengths.sum():,} (a sample: least {least:.0f}, median {median:.0f}, most {most:.0f})"
 
 
-def _chat_for(directory: Path, tokenizer: Path | None) -> Chat | None:
-    """The tokenizer given, or kept with an artifact, or that of the student it was sampled from."""
-    if tokenizer is not None:
-        return Chat(str(tokenizer))
+def _decoder(directory: Path, tokenizer: Path | None) -> Decode | None:
+    """By the tokenizer given, or kept with an artifact, or that of the student it was sampled from."""
+    if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
+        return _slow_decoder(tokenizer)
     beside = (directory.parent / stage / "model" for stage in ("student", "sft"))
-    for model in (directory / "tokenizer", *beside):
-        if (model / "tokenizer.json").is_file():
-            return Chat(str(model))
+    for model in (tokenizer, directory / "tokenizer", *beside):
+        if model is not None and (model / "tokenizer.json").is_file():
+            # By itself, where transformers would take seconds: what it adds, clean-ups, is not wanted here.
+            from tokenizers import Tokenizer
+
+            try:
+                found = Tokenizer.from_file(str(model / "tokenizer.json"))
+            except Exception as error:
+                raise ConfigError(f"{model}: its tokenizer does not load: {error}") from error
+            return lambda ids: str(found.decode(list(ids), skip_special_tokens=False))
     return None
 
 
-def _describe_record(record: Rollout | Score, chat: Chat | None, position: int) -> Iterator[str]:
+def _slow_decoder(model: Path) -> Decode:
+    """Of a tokenizer that only transformers reads."""
+    from megatron_lopd.data.chat import Chat
+
+    tokenizer = Chat(str(model)).tokenizer
+    return lambda ids: str(tokenizer.decode(list(ids)))
+
+
+def _describe_record(record: Rollout | Score, decode: Decode | None, position: int) -> Iterator[str]:
+    from megatron_lopd.data.records import Rollout, Score
+
     yield f"  {record.sample_id}"
     if isinstance(record, Rollout):
         for name, tokens in (("prompt", record.prompt_tokens), ("response", record.response_tokens)):
-            text = repr(chat.tokenizer.decode(tokens)) if chat is not None else tokens.tolist()
+            text = repr(decode(tokens.tolist())) if decode is not None else tokens.tolist()
             yield f"    {name} ({len(tokens)} tokens): {text}"
         yield f"    finish reason: {record.finish_reason}"
     if record.log_probs is not None:
         mean, least = float(record.log_probs.mean()), float(record.log_probs.min())
         yield f"    log-probs: {len(record.log_probs)}, mean {mean:.4f} nats, least {least:.4f}"
     if isinstance(record, Score) and record.top_k is not None:
-        yield from _describe_top_k(record, record.top_k, chat, position)
+        yield from _describe_top_k(record, record.top_k, decode, position)
 
 
-def _describe_top_k(score: Score, top_k: TopK, chat: Chat | None, position: int) -> Iterator[str]:
+def _describe_top_k(score: Score, top_k: TopK, decode: Decode | None, position: int) -> Iterator[str]:
     if not 0 <= position < len(score.log_probs):
         raise DataError(
             f"sample {score.sample_id} has {len(score.log_probs)} response tokens: choose a position from 0 "
@@ -112,7 +136,7 @@ def _describe_top_k(score: Score, top_k: TopK, chat: Chat | None, position: int)
     yield f"    response token {position}: log-prob {own:.4f} nats, tail {tail:.4f}"
     likeliest = zip(top_k.ids[position].tolist(), top_k.log_probs[position].tolist(), strict=True)
     for token, log_prob in list(likeliest)[:TOP_TOKENS_SHOWN]:
-        text = f" {chat.tokenizer.decode([token])!r}" if chat is not None else ""
+        text = f" {decode([token])!r}" if decode is not None else ""
         yield f"      {token}{text}: {log_prob:.4f}"
     if len(top_k.ids[position]) > TOP_TOKENS_SHOWN:
         yield f"      and {len(top_k.ids[position]) - TOP_TOKENS_SHOWN} less likely"

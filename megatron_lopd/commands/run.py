@@ -30,7 +30,7 @@ from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.rounds import Round, due_round, missing_round
 from megatron_lopd.pipeline.stage import SharedStage, Stage
 from megatron_lopd.pipeline.verified import verified_for_workers
-from megatron_lopd.runtime.environment import hides_gpus
+from megatron_lopd.runtime import environment
 from megatron_lopd.runtime.launch import in_own_process, is_worker, launch, launch_workers
 from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
 from megatron_lopd.stages import online, refresh, report
@@ -110,6 +110,16 @@ def run_all(command: Command) -> None:
         _say(f"nothing to do: all {len(needed)} stages in {run.directory} are committed and unchanged")
 
 
+def run_leaving_gpus(command: Command) -> None:
+    """`run_all`, in a process that takes none of a GPU's memory; it looks for one only if there is work."""
+    if waiting_stages(command.run):
+        environment.hide_gpus()
+    try:
+        run_all(command)
+    finally:
+        environment.show_gpus()
+
+
 def run_one(name: str, command: Command, *, starting_ranks: bool = False) -> None:
     """One stage, after checking that what it stands on is still what the recipe says.
 
@@ -119,15 +129,21 @@ def run_one(name: str, command: Command, *, starting_ranks: bool = False) -> Non
     stage = next(stage for stage in (*STAGES, *ALONE) if stage.name == name)
     starts_ranks = (starting_ranks or stage in ALONE) and stage.processes(run) > 1
 
-    def prepare() -> None:
+    if stage in (SFT, TRAIN, ONLINE):
+        environment.set_for_training(run.recipe.parallel)
+
+    def check() -> None:
         check_run_dir(run)
-        stage.check(run)
+        if not run.is_committed(name):
+            stage.check(run)
+
+    def prepare() -> None:
+        check()
         for earlier in _before(stage, run):
             check_unchanged(earlier, run)
 
     if starts_ranks and "RANK" not in os.environ:
-        check_run_dir(run)
-        stage.check(run)
+        check()
         stage.plan(run)
         _launch(stage, command)
         return
@@ -181,7 +197,7 @@ def _refreshing(stage: Stage, command: Command, attempt: Callable[[], bool]) -> 
         each = due_round(run)
         if each is not None:
             check_begun(stage, run)
-            if hides_gpus():
+            if environment.hides_gpus():
                 _launched("refresh", 1, command)
             else:
                 _refresh(each, run)
@@ -227,12 +243,12 @@ def _asks_of_gpu(run: ResolvedRun) -> bool:
     recipe, gate = run.recipe, run.recipe.score.agreement
     fp8 = recipe.fp8, recipe.score.engine.fp8, gate.engine.fp8 if gate is not None else None
     by_layers = recipe.parallel.recompute == "moe_act" or any(each is not None for each in fp8)
-    return hides_gpus() and (by_layers or recipe.parallel.processes > 1)
+    return environment.hides_gpus() and (by_layers or recipe.parallel.processes > 1)
 
 
 def _is_launched(stage: Stage, run: ResolvedRun) -> bool:
     """Whether other processes do a stage of `lopd run`, rather than this one."""
-    return stage.processes(run) > 1 or (hides_gpus() and stage.on_gpu(run))
+    return stage.processes(run) > 1 or (environment.hides_gpus() and stage.on_gpu(run))
 
 
 def _launch(stage: Stage, command: Command) -> bool:

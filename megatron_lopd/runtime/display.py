@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 5.0
 
@@ -26,6 +27,8 @@ class ProgressDisplay:
         self._first, self._total = done, total
         self._began = self._last_line = time.monotonic()
         if sys.stderr.isatty():
+            from tqdm import tqdm
+
             self._bar = tqdm(total=total, initial=done, desc=self._label, unit=self._unit)
 
     def update(self, done: int, detail: str) -> None:
@@ -43,6 +46,8 @@ class ProgressDisplay:
 
     def note(self, text: str) -> None:
         """Print a line beside the progress."""
+        from tqdm import tqdm
+
         tqdm.write(f"{self._label}: {text}", file=sys.stderr)
         sys.stderr.flush()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 
 
-class Evaluate(SharedStage):
+class EvaluateStage(SharedStage):
     """The models' answers, and their grades."""
 
     name, kind = "evaluate", "evaluation"

@@ -13,7 +13,7 @@ from megatron_lopd.pipeline.stage import Output, Plan, Stage
 EXACT, QUANTIZED = "model", "model-fp8"
 
 
-class Export(Stage):
+class ExportStage(Stage):
     """The trained student, and where the recipe wants it one in FP8 beside it."""
 
     name, kind = "export", "model"

@@ -7,7 +7,7 @@ from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
 
 
-class Generate(SharedStage):
+class GenerateStage(SharedStage):
     """The teacher's answers, with its tokenizer."""
 
     name, kind = "generate", "rollouts"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 
 
-class Online(Stage):
+class OnlineStage(Stage):
     """The student trained from what it samples as it goes, and its grades."""
 
     name, kind = "online", "model"

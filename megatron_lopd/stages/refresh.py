@@ -22,8 +22,8 @@ from megatron_lopd.pipeline.rounds import (
     train_identity,
 )
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
-from megatron_lopd.stages.rollout import Rollout
-from megatron_lopd.stages.score import Score
+from megatron_lopd.stages.rollout import RolloutStage
+from megatron_lopd.stages.score import ScoreStage
 
 if TYPE_CHECKING:
     from megatron_lopd.pipeline.shard_jobs import SamplingJob
@@ -45,10 +45,10 @@ def check(run: ResolvedRun) -> list[str]:
 
 def stages_of(each: Round) -> tuple[Stage, ...]:
     """The three stages that make a round's artifacts, in order."""
-    return RefreshStudent(each), RefreshRollout(each), RefreshScore(each)
+    return RefreshStudentStage(each), RefreshRolloutStage(each), RefreshScoreStage(each)
 
 
-class RefreshStudent(Stage):
+class RefreshStudentStage(Stage):
     """The student as it is where the round begins."""
 
     kind = "model"
@@ -80,7 +80,7 @@ class RefreshStudent(Stage):
         return Output([f"model/{name}" for name in files], {"files": len(files)})
 
 
-class RefreshRollout(Rollout):
+class RefreshRolloutStage(RolloutStage):
     """The answers of the student as it then is. What will not be trained on is not sampled."""
 
     def __init__(self, each: Round) -> None:
@@ -130,7 +130,7 @@ class RefreshRollout(Rollout):
         )
 
 
-class RefreshScore(Score):
+class RefreshScoreStage(ScoreStage):
     """The teacher's log-probs of those answers."""
 
     def __init__(self, each: Round) -> None:

@@ -25,7 +25,7 @@ SUMMARY, PAGE = "summary.json", "index.html"
 MADE_BEFORE = ("generate", "tokenize", "sft", "rollout", "score", "train", "export", "evaluate")
 
 
-class Report(Stage):
+class ReportStage(Stage):
     """The summary and the page."""
 
     name, kind = "report", "report"

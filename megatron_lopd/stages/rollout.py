@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megatron_lopd.pipeline.shard_jobs import SamplingJob
 
 
-class Rollout(SharedStage):
+class RolloutStage(SharedStage):
     """The student's answers."""
 
     name, kind = "rollout", "rollouts"

@@ -13,7 +13,7 @@ from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
 
 
-class Score(SharedStage):
+class ScoreStage(SharedStage):
     """The teacher's log-probs of the rollouts."""
 
     name, kind = "score", "scores"

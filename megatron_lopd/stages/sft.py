@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_lopd.training.loop import TrainingJob
 
 
-class Sft(Stage):
+class SftStage(Stage):
     """The student after SFT: trained here, or a checkpoint made elsewhere."""
 
     name, kind = "sft", "model"

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from megatron_lopd.pipeline.stage import Stage
-from megatron_lopd.stages.evaluate import Evaluate
-from megatron_lopd.stages.export import Export
-from megatron_lopd.stages.generate import Generate
-from megatron_lopd.stages.online import Online
-from megatron_lopd.stages.report import Report
-from megatron_lopd.stages.rollout import Rollout
-from megatron_lopd.stages.score import Score
-from megatron_lopd.stages.sft import Sft
-from megatron_lopd.stages.tokenize import Tokenize
-from megatron_lopd.stages.train import Train
+from megatron_lopd.stages.evaluate import EvaluateStage
+from megatron_lopd.stages.export import ExportStage
+from megatron_lopd.stages.generate import GenerateStage
+from megatron_lopd.stages.online import OnlineStage
+from megatron_lopd.stages.report import ReportStage
+from megatron_lopd.stages.rollout import RolloutStage
+from megatron_lopd.stages.score import ScoreStage
+from megatron_lopd.stages.sft import SftStage
+from megatron_lopd.stages.tokenize import TokenizeStage
+from megatron_lopd.stages.train import TrainStage
 
-GENERATE, TOKENIZE, SFT, ROLLOUT, SCORE = Generate(), Tokenize(), Sft(), Rollout(), Score()
-TRAIN, EXPORT, EVALUATE, REPORT, ONLINE = Train(), Export(), Evaluate(), Report(), Online()
+GENERATE = GenerateStage()
+TOKENIZE = TokenizeStage()
+SFT = SftStage()
+ROLLOUT = RolloutStage()
+SCORE = ScoreStage()
+TRAIN = TrainStage()
+EXPORT = ExportStage()
+EVALUATE = EvaluateStage()
+REPORT = ReportStage()
+ONLINE = OnlineStage()
 
 STAGES: tuple[Stage, ...] = (
     GENERATE,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_lopd.data.records import Rollout
 
 
-class Tokenize(Stage):
+class TokenizeStage(Stage):
     """Conversations as prompt and response ids, with the student's tokenizer."""
 
     name, kind = "tokenize", "rollouts"

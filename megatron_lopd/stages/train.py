@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megatron_lopd.training.loop import Segment
 
 
-class Train(Stage):
+class TrainStage(Stage):
     """The last checkpoint of OPD."""
 
     name, kind = "train", "checkpoint"

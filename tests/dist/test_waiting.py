@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +14,11 @@ import pytest
 from gloo import RankError, run_ranks
 
 from megatron_lopd.config import ParallelConfig
+from megatron_lopd.runtime import environment, launch
 from tests.training_zoo import make_root, train
 
 DP2 = ParallelConfig(processes=2)
-GROUPS_WAIT, HASHING_TAKES = 1.0, 3.0  # seconds
+GROUPS_WAIT, HASHING_TAKES, MEETING_TAKES = 1.0, 3.0, 4.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,43 @@ def test_a_collective_does_not_wait_for_longer() -> None:
     """Else the tests above would show nothing."""
     with pytest.raises(RankError, match=r"(?i)timed? ?out"):
         run_ranks(2, _late_for_a_collective)
+
+
+MEETING = """
+import pathlib, sys, time
+from datetime import timedelta
+from megatron_lopd.mcore import process_groups
+from megatron_lopd.training.consensus import on_rank_zero
+
+process_groups.TIMEOUT = timedelta(seconds=float(sys.argv[1]))
+here = pathlib.Path(sys.argv[2])
+(here / sys.argv[3]).touch()
+while len(list(here.iterdir())) < 2:  # imports take one rank longer than the other
+    time.sleep(0.01)
+
+def hash_for_long():
+    time.sleep(2 * float(sys.argv[1]))
+    return "hashed"
+
+assert on_rank_zero(hash_for_long) == "hashed"
+"""
+
+
+def test_rank_zero_is_met_before_it_hashes(tmp_path: Path) -> None:
+    """As `lopd run` starts ranks: rank 0 serves the store, and no agent of torchrun's does."""
+    port = launch._free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETING, str(MEETING_TAKES), str(tmp_path), str(rank)],
+            env=environment.for_rank(rank, 2, port, os.environ),
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 # ---- in the ranks
