@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from megatron_lopd.config import EngineConfig
+from megatron_lopd.engines.kinds import MEGATRON, TRANSFORMERS, VLLM
 from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, ScoreRequest
-from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import EngineError
-from megatron_lopd.mcore.gpus import require_usable
-from megatron_lopd.ops.products import without_tf32
+from megatron_lopd.registry import ENGINES
+
+ENGINES.add(TRANSFORMERS, VLLM, MEGATRON)
 
 __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engine"]
 
@@ -17,10 +16,15 @@ __all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engi
 def open_engine(config: EngineConfig, model_dir: str) -> Engine:
     """Load a Hugging Face checkpoint into the engine that `config.name` asks for; `close` it when done.
 
-    vLLM runs in a process of its own, under the Python of `config.python`. What this process has kept of GPU
-    memory, and no longer uses, is given back first. Raises EngineError when the model does not load, and
+    vLLM runs in a process of its own, under the Python that its options name. What this process has kept of
+    GPU memory, and no longer uses, is given back first. Raises EngineError when the model does not load, and
     ConfigError where the CPU would do the work of a GPU that torch cannot use.
     """
+    import torch
+
+    from megatron_lopd.engines.requests import give_back_memory
+    from megatron_lopd.mcore.gpus import require_usable
+
     give_back_memory()
     if config.name != "vllm":  # which says itself what it lacks
         require_usable()
@@ -38,6 +42,8 @@ def open_engine(config: EngineConfig, model_dir: str) -> Engine:
 
 def load_engine(config: EngineConfig, model_dir: str) -> Engine:
     """`open_engine`, in this process whatever the engine."""
+    from megatron_lopd.ops.products import without_tf32
+
     without_tf32()
     # Here, for importing any takes seconds.
     if config.name == "vllm":

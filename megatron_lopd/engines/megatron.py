@@ -41,7 +41,7 @@ from megatron_lopd.mcore.process_groups import Ranks, model_parallel
 from megatron_lopd.mcore.schedule import run_schedule
 from megatron_lopd.ops.kernel_trial import agree
 
-MORE_RANKS = "or split the model over more ranks (score.engine.parallel)"
+MORE_RANKS = "or split the model over more ranks (score.engine.megatron.parallel)"
 
 
 class MegatronEngine:
@@ -97,10 +97,11 @@ class MegatronEngine:
     def _check_fits(self, request: ScoreRequest) -> None:
         tokens = len(request.prompt_tokens) + len(request.response_tokens)
         needed = self._padding.least_budget(tokens)
-        if needed > self._config.micro_batch_tokens:
+        if needed > self._config.options.micro_batch_tokens:
             raise EngineError(
                 f"sample {request.sample_id} has {tokens} tokens, which this layout pads to {needed}, above "
-                f"engine.micro_batch_tokens={self._config.micro_batch_tokens}: raise it to at least {needed}"
+                f"engine.megatron.micro_batch_tokens={self._config.options.micro_batch_tokens}: raise it "
+                f"to at least {needed}"
             )
 
     def _unable(self, what: str) -> EngineError:
@@ -196,13 +197,13 @@ class _Model:
             Sample(Rollout(each.sample_id, each.prompt_tokens, each.response_tokens, "length", None), None)
             for each in requests
         ]
-        packing = _Packing(self._config.micro_batch_tokens)
+        packing = _Packing(self._config.options.micro_batch_tokens)
         loader = BatchLoader.of(
             ListedSamples(samples), packing, _parallel(self._config), self._ranks, self._config.fp8
         )
         packed = loader.packed(range(len(samples)))
         batches = [loader.micro_batch(chosen) for chosen in packed]
-        setting = f"engine.micro_batch_tokens={packing.micro_batch_tokens}"
+        setting = f"engine.megatron.micro_batch_tokens={packing.micro_batch_tokens}"
         with memory_advice(self._model_dir, self._device, setting, f"lower it; {MORE_RANKS}"):
             parts = run_schedule(
                 self._chunks,
@@ -247,7 +248,7 @@ def _score_micro_batch(
 
 
 def _parallel(config: EngineConfig) -> ParallelConfig:
-    return config.parallel or ParallelConfig()
+    return config.options.parallel or ParallelConfig()
 
 
 @dataclass(frozen=True)

@@ -38,15 +38,14 @@ def plan(recipe: Recipe) -> Plan:
     declared = inputs.sft_config(recipe).teacher
     if declared is not None:
         parents["teacher"] = inputs.parent_of_model(Path(declared))
-    return Plan({"max_tokens": inputs.sft_config(recipe).micro_batch_tokens}, parents, "declared")
+    return Plan({}, parents, "declared")
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     student = Path(inputs.base_student(recipe).model)
     name = shard_name(ROLLOUTS, 0)
-    write_shard(
-        directory / name, ROLLOUTS, _tokenized(_data(recipe), Chat(str(student)), plan.config["max_tokens"])
-    )
+    longest = inputs.sft_config(recipe).micro_batch_tokens
+    write_shard(directory / name, ROLLOUTS, _tokenized(_data(recipe), Chat(str(student)), longest))
     voice = copy_files(student, directory / "tokenizer", VOICE)
     return Output([name, *(f"tokenizer/{file}" for file in voice)], count_rollouts(directory))
 

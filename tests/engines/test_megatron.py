@@ -22,6 +22,7 @@ from megatron_lopd.config import EngineConfig, ParallelConfig, Sampling
 from megatron_lopd.data.dataset import open_scores
 from megatron_lopd.data.records import Score
 from megatron_lopd.engines import ScoreRequest, open_engine
+from megatron_lopd.engines.kinds import MegatronOptions
 from megatron_lopd.errors import DataError, EngineError
 from tests.model_zoo import make_model_dir
 from tests.pipeline import write_recipe
@@ -85,7 +86,7 @@ def expected(models: Path) -> dict[str, list[Score]]:
 
 
 def megatron(parallel: ParallelConfig | None = None, tokens: int = 96) -> EngineConfig:
-    return EngineConfig("megatron", micro_batch_tokens=tokens, parallel=parallel)
+    return EngineConfig("megatron", options=MegatronOptions(tokens, parallel))
 
 
 def score_in_ranks(
@@ -130,8 +131,8 @@ def test_packing_does_not_show(models: Path, expected: dict[str, list[Score]], t
 BAD_REQUESTS = {
     "longer than a micro-batch": (
         ScoreRequest("long", np.zeros(60, np.int32), np.ones(37, np.int32)),
-        "sample long has 97 tokens, which this layout pads to 97, above engine.micro_batch_tokens=96: "
-        "raise it to at least 97",
+        "sample long has 97 tokens, which this layout pads to 97, above "
+        "engine.megatron.micro_batch_tokens=96: raise it to at least 97",
     ),
     "longer than the model": (
         ScoreRequest("longer", np.zeros(500, np.int32), np.ones(37, np.int32)),
@@ -213,14 +214,17 @@ def error_then_score(config: EngineConfig, torn: str, whole: str) -> str | None:
     ("overrides", "message"),
     [
         (["generate.engine.name=megatron"], "generate.engine.name=megatron cannot sample, only score"),
-        (["score.engine.parallel={tensor: 2, processes: 2}"], "engine.parallel is of engine.name=megatron"),
+        (
+            ["score.engine.megatron.parallel={tensor: 2, processes: 2}"],
+            "score.engine.megatron has options of another engine than score.engine.name=transformers",
+        ),
         (["score.engine={name: megatron, fp8: {recipe: tensorwise}}"], "set engine.dtype=bf16"),
         (["score.engine={name: megatron, dtype: bf16, fp8: {recipe: delayed}}"], "tensorwise or blockwise"),
         (
-            ["score.engine={name: megatron, parallel: {tensor: 3, processes: 3}}"],
+            ["score.engine={name: megatron, megatron: {parallel: {tensor: 3, processes: 3}}}"],
             "parallel.tensor=3 does not divide the model's num_attention_heads=4",
         ),
-        (["score.agreement={samples: 0}"], "drop the section for none"),
+        (["score.agreement={samples: 0}"], "score.agreement.samples must be at least 1"),
     ],
 )
 def test_a_recipe_it_cannot_follow(
@@ -249,7 +253,7 @@ def test_a_run_scored_by_two_ranks_after_both_engines_agreed(
     two_ranks = [
         *settings,
         "score.engine.name=megatron",
-        "score.engine.parallel={pipeline: 2, processes: 2}",
+        "score.engine.megatron.parallel={pipeline: 2, processes: 2}",
         "score.agreement.samples=7",
     ]
     # Refused by both ranks, in one line, before a score is kept; and then let through.

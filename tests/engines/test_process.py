@@ -18,6 +18,7 @@ import torch
 from megatron_lopd import engines
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.engines import ScoreRequest, library, open_engine, process
+from megatron_lopd.engines.kinds import VllmOptions
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.errors import EngineDied, EngineError
 from megatron_lopd.training import live
@@ -35,7 +36,7 @@ WORKS = "#!/bin/bash\nsleep 300 &\nwait\n"
 def interpreter(path: Path, script: str) -> EngineConfig:
     path.write_text(script)
     path.chmod(0o755)
-    return EngineConfig(name="vllm", python=str(path))
+    return EngineConfig(name="vllm", options=VllmOptions(str(path)))
 
 
 def group(leader: int) -> list[psutil.Process]:
@@ -169,11 +170,11 @@ def test_a_teacher_beside_a_trainer_takes_half_of_what_is_free(monkeypatch: pyte
     """On a fake GPU of 80 GB, of which the trainer has 50."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 10**9, 80 * 10**9))
-    assert live.beside_trainer(EngineConfig(name="vllm")).memory_share == pytest.approx(15 / 80)
-    told = EngineConfig(name="vllm", memory_fraction=0.3)
+    assert live.beside_trainer(EngineConfig(name="vllm")).options.memory_share == pytest.approx(15 / 80)
+    told = EngineConfig(name="vllm", options=VllmOptions(memory_fraction=0.3))
     assert live.beside_trainer(told) is told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert live.beside_trainer(EngineConfig(name="vllm")).memory_share == 0.85
+    assert live.beside_trainer(EngineConfig(name="vllm")).options.memory_share == 0.85
 
 
 @pytest.mark.parametrize("name", ["transformers", "megatron"])

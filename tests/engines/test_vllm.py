@@ -21,6 +21,7 @@ from megatron_lopd.cli import main
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Score
 from megatron_lopd.engines import Completion, GenerateRequest, ScoreRequest, open_engine
+from megatron_lopd.engines.kinds import VllmOptions
 from megatron_lopd.engines.library import library_versions
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.errors import EngineDied, EngineError
@@ -29,7 +30,7 @@ from tests.pipeline import SMALL, write_recipe
 from tests.smollm2 import TOP_K, assert_agree
 from tests.vllm_python import VLLM_PYTHON
 
-CONFIG = EngineConfig(name="vllm", python=str(VLLM_PYTHON), batch_size=8)
+CONFIG = EngineConfig(name="vllm", options=VllmOptions(str(VLLM_PYTHON)), batch_size=8)
 VOCABULARY = 131
 HEAD = 32  # the smallest that vLLM's attention on a CPU knows
 END = frozenset({3, 7, 19, 40, 77, 101})  # so many that some responses end early
@@ -193,7 +194,9 @@ def test_a_killed_worker_is_an_engine_that_died_and_none_is_left(
     """Two workers of vLLM's own, each with a part of the model."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it wants a NUMA node for each
     prompt = np.array([1, 2, 3], dtype=np.int32)
-    with closing(open_engine(replace(CONFIG, tensor=2), model_dir)) as opened:
+    with closing(
+        open_engine(replace(CONFIG, options=VllmOptions(str(VLLM_PYTHON), tensor=2)), model_dir)
+    ) as opened:
         assert isinstance(opened, EngineProcess)
         children = psutil.Process(opened.pid).children(recursive=True)
         workers = [child for child in children if "Worker" in child.name()]
@@ -246,7 +249,7 @@ def test_a_whole_stage_names_its_engine_and_an_interpreter_without_vllm_is_refus
     assert main(["generate", "recipe.yaml", "generate.engine.name=vllm"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "generate.engine.name=vllm: this Python has no vllm" in line
-    asked = ["generate.engine.name=vllm", f"generate.engine.python={VLLM_PYTHON}"]
+    asked = ["generate.engine.name=vllm", f"generate.engine.vllm.python={VLLM_PYTHON}"]
     assert main(["generate", "recipe.yaml", *asked]) == 0
     manifest = load_manifest(tmp_path / "run" / "generate")
     assert manifest.versions["vllm"].startswith("0.")
