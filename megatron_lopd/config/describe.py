@@ -16,9 +16,9 @@ from megatron_lopd.registry import Registry
 
 @dataclass(frozen=True)
 class KeyText:
-    """One key. `name` is dotted; `kind` its type and range; `default` as written in a recipe, or "required".
+    """One key. `kind` is its type and range; `default` as a recipe writes it, "empty" or "required".
 
-    `door`: the registry whose names it takes, or None. `owner`: of an option, the thing that has it.
+    `door`: the registry whose names it takes, or None.
     """
 
     name: str
@@ -27,29 +27,62 @@ class KeyText:
     help: str
     operational: bool
     door: Registry[Any] | None = None
-    owner: str = ""
 
 
-def describe_keys(cls: type, prefix: str = "", owner: str = "") -> Iterator[KeyText]:
-    """Every key of a config class, in declared order; of a door, the options of all things known by now."""
-    hints = hints_of(cls)
-    declared = {item.name: item for item in dataclasses.fields(cls)}
+@dataclass(frozen=True)
+class Section:
+    """Keys that stand together. `place` is their dotted section, empty for the whole file's own.
+
+    `help` is of the key that holds them. `thing`: of options, what has them, else None. `operational`: all of
+    them are, whatever each says.
+    """
+
+    place: str
+    kind: type
+    help: str = ""
+    thing: Any = None
+    operational: bool = False
+
+    @property
+    def keys(self) -> list[KeyText]:
+        """The keys that hold a value, in declared order, by their own names."""
+        return list(_keys(self.kind))
+
+    def dotted(self, name: str) -> str:
+        """A key's name in the recipe."""
+        return f"{self.place}.{name}" if self.place else name
+
+
+def sections(kind: type) -> Iterator[Section]:
+    """A config class's own keys and those of all that is in it; of a door, of all things known by now."""
+    return _sections(Section("", kind))
+
+
+def _sections(section: Section) -> Iterator[Section]:
+    yield section
+    hints = hints_of(section.kind)
+    declared = {item.name: item for item in dataclasses.fields(section.kind)}
     for item in declared.values():
         if door_key := item.metadata.get("options_of"):
-            for thing in declared[door_key].metadata["door"].things().values():
-                yield from describe_keys(options_class(thing), f"{prefix}{thing.name}.", thing.name)
+            for each in declared[door_key].metadata["door"].things().values():
+                place, kind = section.dotted(each.name), options_class(each)
+                yield from _sections(Section(place, kind, each.caption, each, section.operational))
             continue
-        name, text = f"{prefix}{item.name}", item.metadata["help"]
-        inner, operational = without_none(hints[item.name]), item.metadata["operational"]
+        inner, name = without_none(hints[item.name]), section.dotted(item.name)
         if get_origin(inner) is dict:
-            yield KeyText(f"{name}.<name>", "one section, or several by name", "none", text, operational)
-            name, inner = f"{name}.<name>", get_args(inner)[1]
+            inner, name = get_args(inner)[1], f"{name}.<name>"
         if dataclasses.is_dataclass(inner):
             assert isinstance(inner, type)
-            yield from describe_keys(inner, f"{name}.", owner)
-            continue
-        door = item.metadata["door"]
-        yield KeyText(name, _kind(hints[item.name], door), _default(item), text, operational, door, owner)
+            operational = section.operational or item.metadata["operational"]
+            yield from _sections(Section(name, inner, item.metadata["help"], section.thing, operational))
+
+
+def describe_keys(kind: type) -> Iterator[KeyText]:
+    """Every key of a config class and all that is in it, by its dotted name."""
+    for section in sections(kind):
+        for key in section.keys:
+            operational = key.operational or section.operational
+            yield dataclasses.replace(key, name=section.dotted(key.name), operational=operational)
 
 
 def nearest(name: str, prefix: str, here: Sequence[str], root: type) -> str:
@@ -72,6 +105,21 @@ def _shared(one: str, other: str) -> int:
     """How many sections two dotted keys have in common, from the outermost on."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _keys(kind: type) -> Iterator[KeyText]:
+    hints = hints_of(kind)
+    for item in dataclasses.fields(kind):
+        if "options_of" in item.metadata or _holds_keys(hints[item.name]):
+            continue
+        door, operational = item.metadata["door"], item.metadata["operational"]
+        kind_text = _kind(hints[item.name], door)
+        yield KeyText(item.name, kind_text, _default(item), item.metadata["help"], operational, door)
+
+
+def _holds_keys(hint: Any) -> bool:
+    inner = without_none(hint)
+    return dataclasses.is_dataclass(inner) or get_origin(inner) is dict
 
 
 def _kind(hint: Any, door: Registry[Any] | None) -> str:

@@ -45,10 +45,12 @@ def range_text(hint: Any) -> str:
     metas = [each for each in getattr(inner, "__metadata__", ()) if isinstance(each, Meta)]
     bounds = (("at least", "ge"), ("above", "gt"), ("at most", "le"), ("below", "lt"))
     return " and ".join(
-        f"{word} {getattr(meta, bound):g}"
-        if abs(getattr(meta, bound)) < 1e6
-        else f"{word} {getattr(meta, bound)}"
+        f"{word} {_number(getattr(meta, bound))}"
         for meta in metas
         for word, bound in bounds
         if getattr(meta, bound) is not None
     )
+
+
+def _number(bound: float) -> str:
+    return "2^63 - 1" if bound == 2**63 - 1 else f"{bound:g}"

@@ -73,12 +73,12 @@ class _Builder:
         for place in [name for name, item in items.items() if "options_of" in item.metadata]:
             door_key = items[items.pop(place).metadata["options_of"]]
             here.remove(place)
-            if thing := _named_thing(door_key, raw, prefix, items):
-                given = raw.get(thing.name)
-                options = {} if given is None else given
-                values[place] = self.section(options_class(thing), options, f"{prefix}{thing.name}.")
-                raw = {name: value for name, value in raw.items() if name != thing.name}
-                here.append(thing.name)
+            thing = _named_thing(door_key, raw, prefix, items)
+            given = raw.get(thing.name)
+            options = {} if given is None else given
+            values[place] = self.section(options_class(thing), options, f"{prefix}{thing.name}.")
+            raw = {name: value for name, value in raw.items() if name != thing.name}
+            here.append(thing.name)
         for name in raw:
             if name not in items:
                 hint = nearest(str(name), prefix, here, self._root)
@@ -127,14 +127,12 @@ class _Builder:
 def _named_thing(
     key: dataclasses.Field[Any], raw: dict[str, Any], prefix: str, items: Mapping[str, Any]
 ) -> Any:
-    """What the door's `key` names, whose options are in a section of its name; None where that is no text.
+    """What the door's `key` names, whose options are in a section of its name.
 
     Raises ConfigError for a section of another thing, or one that would be taken for one of `items`.
     """
-    door, asked = key.metadata["door"], raw.get(key.name, key.default)
-    if not isinstance(asked, str):
-        return None  # of which the key's own check complains
-    dotted = f"{prefix}{key.name}"
+    door, dotted = key.metadata["door"], f"{prefix}{key.name}"
+    asked = _scalar(str, raw.get(key.name, key.default), dotted)
     _require_known(door, asked, dotted)
     thing = door[asked]
     if thing.name in items:

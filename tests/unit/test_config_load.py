@@ -52,7 +52,7 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         (GOOD, "lr=1", "unknown key lr: did you mean sft.optimizer.lr?"),
         (GOOD, "train.lr=1", "unknown key train.lr: did you mean train.optimizer.lr?"),
         (GOOD, "seed=abc", "seed: expected int, got 'abc'"),
-        (GOOD, "seed=-1", "seed must be at least 0 and at most 9223372036854775807, not -1"),
+        (GOOD, "seed=-1", "seed must be at least 0 and at most 2^63 - 1, not -1"),
         (GOOD, "sft.optimizer.warmup_steps=5", "sft.optimizer.warmup_steps=5 must be below sft.steps=5"),
         (GOOD, "train.optimizer.lr=inf", "train.optimizer.lr: expected float, got 'inf'"),
         (GOOD, "train.optimizer.lr=.inf", "train.optimizer.lr: expected a finite float, got inf"),
