@@ -15,7 +15,8 @@ from types import FrameType
 import yaml
 
 from megatron_lopd import __version__
-from megatron_lopd.config import Recipe, describe_keys, load_recipe, to_plain
+from megatron_lopd.config import Recipe, load_recipe, to_plain
+from megatron_lopd.config.help import key_help
 from megatron_lopd.errors import ConfigError, LopdError, StopRequested
 from megatron_lopd.runtime import environment
 
@@ -143,8 +144,10 @@ def _parser(asked: str = "") -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog=f"recipe keys:\n{_key_help(name)}\n\n{EXIT_CODES}" if name == asked else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+        )
+        command.add_argument(
+            "-h", "--help", action=_StageHelp, nargs=0, help="this, and every key of the recipe that matters"
         )
         command.add_argument("recipe", help="YAML recipe of the whole run")
         command.add_argument(
@@ -181,13 +184,22 @@ def _parser(asked: str = "") -> argparse.ArgumentParser:
     return parser
 
 
-def _key_help(command: str) -> str:
-    sections = ("run_dir", "seed", "allow_teacher_mismatch", *_SECTIONS.get(command, ()))
-    lines = []
-    for name, kind, text in describe_keys():
-        if command == "run" or any(name == section or name.startswith(f"{section}.") for section in sections):
-            lines.append(f"  {name}\n      {text} ({kind})")
-    return "\n".join(lines)
+class _StageHelp(argparse.Action):
+    """`--help` of a stage: with the recipe's keys, and with what the code of a recipe before it adds."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *unused: object
+    ) -> None:
+        if namespace.recipe:
+            try:
+                load_recipe(namespace.recipe, namespace.overrides or ())
+            except ConfigError as error:
+                parser.error(str(error))
+        command = parser.prog.rpartition(" ")[2]
+        wanted = ("run_dir", "seed", "allow_teacher_mismatch", "allow_user_code", *_SECTIONS.get(command, ()))
+        keys = key_help(None if command == "run" else wanted)
+        print(f"{parser.format_help()}\nrecipe keys:\n{keys}\n\n{EXIT_CODES}")
+        parser.exit()
 
 
 # The handlers import what they need when called: torch and Megatron-Core take seconds to import, and

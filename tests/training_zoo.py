@@ -84,6 +84,8 @@ def train(
     """Run the job here: (Progress, the steps of metrics.jsonl, `tensor_digest` of the last checkpoint)."""
     from megatron_lopd.training.loop import TrainingJob, run_training
 
+    if objective != "sft":
+        config |= {"objective": objective}
     settings = {"steps": 6, "global_batch_size": 16, "micro_batch_tokens": 64, "checkpoint_every": 2} | config
     job = TrainingJob(
         name="test",

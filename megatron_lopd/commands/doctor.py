@@ -27,6 +27,7 @@ from megatron_lopd.mcore.capabilities import (
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.pipeline.execute import base_versions
 from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.registry import DOORS
 from megatron_lopd.stages.table import STAGES
 
 WIDTH = 18  # of the column of names
@@ -38,10 +39,20 @@ def diagnose(recipe: Recipe | None) -> Iterator[str]:
     machine = capabilities()
     for name, text in (*_machine(recipe), *choices(machine, attention_backend())):
         yield f"{name:{WIDTH}}{text}"
+    for name, text in doors():
+        yield f"{name:{WIDTH}}{text}"
     if recipe is not None:
         for name, text in plan(recipe, machine):
             yield f"{name:{WIDTH}}{text}"
         yield from describe(ResolvedRun(recipe), [stage.name for stage in STAGES])
+
+
+def doors() -> Iterator[tuple[str, str]]:
+    """(what is behind a door, the names known by now); of the user's own, with where they are from."""
+    for door in DOORS:
+        named = [(name, door.import_path(name)) for name in door.things()]
+        if named:
+            yield door.what, ", ".join(f"{name} ({path})" if path else name for name, path in named)
 
 
 def _machine(recipe: Recipe | None) -> Iterator[tuple[str, str]]:
@@ -146,7 +157,8 @@ def _engine(engine: EngineConfig, section: str) -> str:
     """What would run a stage's model. ConfigError when it is not installed."""
     require_library(engine, section)
     versions = ", ".join(f"{name} {version}" for name, version in library_versions(engine).items())
-    place = f" of {engine.python}" if engine.python else ""
+    python = getattr(engine.options, "python", "")
+    place = f" of {python}" if python else ""
     shared = f", {engine.workers} workers on each machine" if engine.workers > 1 else ""
     return f"{versions or engine.name}{place}, {engine.dtype}{shared}"
 

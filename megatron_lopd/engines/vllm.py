@@ -68,9 +68,9 @@ class VllmEngine:
                 skip_tokenizer_init=True,
                 trust_remote_code=config.trust_remote_code,
                 dtype={"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
-                tensor_parallel_size=config.tensor,
+                tensor_parallel_size=config.options.tensor,
                 hf_overrides=_overrides(config),
-                gpu_memory_utilization=config.memory_share,
+                gpu_memory_utilization=config.options.memory_share,
                 max_num_seqs=config.batch_size,
                 max_num_batched_tokens=max(BATCHED_TOKENS, config.batch_size),
                 max_model_len=None if self._positions is None else self._positions + 1,
@@ -214,7 +214,7 @@ class VllmEngine:
         except (ValueError, MemoryError, RuntimeError, TimeoutError, base) as error:
             text = f"{self._model_dir}: vLLM failed: {_in_a_line(error)}"
             if isinstance(error, MemoryError) or any(each in str(error).lower() for each in FULL):
-                advice = "lower engine.batch_size or engine.memory_fraction"
+                advice = "lower engine.batch_size or engine.vllm.memory_fraction"
                 raise EngineError(f"{text}: memory ran out: {advice}") from error
             crashes = RuntimeError, TimeoutError, EngineDeadError  # a worker's end, or of a kernel in it
             raise (EngineDied if isinstance(error, crashes) else EngineError)(text) from error

@@ -120,7 +120,7 @@ def check_top_k(run: ResolvedRun) -> None:
 
 def _has_ranks(run: ResolvedRun) -> bool:
     """Whether an engine is made of ranks that rank 0 leads."""
-    return any(engine.name == "megatron" for engine in _engines(run))
+    return any(engine.options.layout is not None for engine in _engines(run))
 
 
 def _engines(run: ResolvedRun) -> list[EngineConfig]:

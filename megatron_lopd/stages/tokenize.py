@@ -48,7 +48,7 @@ class TokenizeStage(Stage):
         }
         if run.sft.teacher is not None:
             parents["teacher"] = Model(Path(run.sft.teacher), "sft.teacher").parent
-        return Plan({"max_tokens": run.sft.micro_batch_tokens}, parents, "declared")
+        return Plan({}, parents, "declared")
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
@@ -60,7 +60,7 @@ class TokenizeStage(Stage):
 
         directory, student = run.directory_of(self.name), run.student.directory
         name = shard_name(ROLLOUTS, 0)
-        records = _tokenized(_data(run), Chat(str(student)), plan.config["max_tokens"])
+        records = _tokenized(_data(run), Chat(str(student)), run.sft.micro_batch_tokens)
         write_shard(directory / name, ROLLOUTS, records)
         voice = copy_files(student, directory / "tokenizer", VOICE)
         return Output([name, *(f"tokenizer/{file}" for file in voice)], count_rollouts(directory))

@@ -46,7 +46,8 @@ run_training(
         name="train",
         identity="a job",
         lineage="proved",
-        config=TrainConfig(steps=1, global_batch_size=4, micro_batch_tokens=64),
+        config=TrainConfig(
+            steps=1, objective="sampled_reverse_kl", global_batch_size=4, micro_batch_tokens=64),
         objective="sampled_reverse_kl",
         parallel=ParallelConfig(),
         precision="fp32",

@@ -14,6 +14,7 @@ from megatron_lopd.objectives import (
     FixedNegative,
     Objective,
     SampledReverseKl,
+    SampledReverseKlOptions,
     Sft,
     TokenLogProbs,
     TokenPlaces,
@@ -30,6 +31,10 @@ from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
 
 # fp64 with a few additions each: 1e-12 leaves three digits above rounding.
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def entropy_aware(threshold: float) -> EntropyAwareKl:
+    return EntropyAwareKl(options=TopKReverseKlOptions(threshold))
 
 
 def logits_and_tokens(
@@ -258,7 +263,8 @@ def test_options_left_alone_are_the_plain_objective_to_the_bit() -> None:
     current = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].float()
     given_tokens = TokenLogProbs(current, current.detach() * 0.7, current.detach() * 1.3)
     plain = -(given_tokens.teacher - current.detach()) * current
-    loss = get_objective("sampled_reverse_kl", TrainConfig(steps=1)).token_loss(given_tokens)
+    config = TrainConfig(steps=1, objective="sampled_reverse_kl")
+    loss = get_objective("sampled_reverse_kl", config).token_loss(given_tokens)
     assert torch.equal(loss, plain)
 
 
