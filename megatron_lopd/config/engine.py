@@ -18,7 +18,7 @@ class EngineConfig:
         "what runs the model: transformers; vllm; or to score, megatron, the trainer's own model over ranks",
         "transformers",
     )
-    batch_size: int = key("sequences run together (transformers, vllm)", 64)
+    batch_size: int = key("sequences run together (transformers, vllm)", 64, operational=True)
     dtype: Literal["fp32", "bf16"] = key("compute precision of the engine", "fp32")
     workers: int = key(
         "processes that share the stage on each machine, its GPUs and cores divided among them (count)",

@@ -115,7 +115,7 @@ class TrainingConfig:
     steps: int | None = key("optimizer steps; give steps or epochs", None)
     epochs: float | None = key("passes over the data; give steps or epochs", None)
     global_batch_size: int = key("samples in an optimizer step", 256)
-    micro_batch_tokens: int = key("token budget of a packed micro-batch", 16384)
+    micro_batch_tokens: int = key("token budget of a packed micro-batch", 16384, operational=True)
     loss_normalization: Literal["sequence_mean", "token_mean"] = key(
         "sequence_mean: mean over tokens, then over samples; token_mean: mean over all tokens",
         "sequence_mean",

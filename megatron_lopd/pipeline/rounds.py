@@ -24,7 +24,7 @@ from megatron_lopd.artifacts.lineage import (
 from megatron_lopd.artifacts.manifest import Manifest, Parent, is_committed, load_manifest, verify_files
 from megatron_lopd.config import Recipe
 from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
-from megatron_lopd.data.dataset import TrainingData, open_shards
+from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.engines.library import require_library
 from megatron_lopd.errors import ConfigError, DataError, LineageError
@@ -39,6 +39,7 @@ from megatron_lopd.pipeline.stage import (
 )
 from megatron_lopd.training.checkpoints import KIND as CHECKPOINT
 from megatron_lopd.training.checkpoints import checkpoint_name
+from megatron_lopd.training.sources import CachedData
 
 PARTS = ("student", "rollout", "score")
 RECORD = "refreshes.json"  # in train's directory: the artifacts it has trained from
@@ -130,10 +131,10 @@ def part_of(recipe: Recipe, each: Round) -> PlanPart:
     return PlanPart(plan, each.first_step, each.end_step, visited_only=each.number > 0)
 
 
-def data_of(recipe: Recipe, each: Round) -> TrainingData:
+def data_of(recipe: Recipe, each: Round) -> CachedData:
     """The samples of a round. DataError when they are not just those that its steps visit."""
     rollout_dir = directory_of(recipe, each.stage("rollout"))
-    data = TrainingData(rollout_dir, directory_of(recipe, each.stage("score")))
+    data = CachedData(rollout_dir, directory_of(recipe, each.stage("score")))
     if each.number:
         whole = open_shards(ROLLOUTS, directory_of(recipe, "rollout")).sample_ids
         visited = part_of(recipe, each).visited

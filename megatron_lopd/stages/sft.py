@@ -9,7 +9,6 @@ from megatron_lopd.artifacts.lineage import WHOLE_MODEL, artifact_parent, prove_
 from megatron_lopd.config import Recipe, SftConfig
 from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.stage import (
@@ -24,11 +23,13 @@ from megatron_lopd.pipeline.students import (
     check_budget,
     check_trainable,
     lineage_of,
+    model_setup,
     train_to_checkpoint,
     training_settings,
     write_student,
 )
-from megatron_lopd.training.loop import TrainingJob
+from megatron_lopd.training.job import Segment, TrainingJob
+from megatron_lopd.training.sources import CachedData
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -80,17 +81,11 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     job = TrainingJob(
         name="sft",
         identity=identity_of(plan),
-        lineage=plan.lineage,
+        work_dir=directory,
+        model=model_setup(recipe, Path(student.model), student.init),
         config=config,
         objective="sft",
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        fp8=recipe.fp8,
-        seed=recipe.seed,
-        model_dir=Path(student.model),
-        init=student.init,
-        data=TrainingData(data_dir),
-        work_dir=directory,
+        segment=Segment(CachedData(data_dir), plan.lineage),
     )
     checkpoint, counts = train_to_checkpoint(job)
     if not is_main_rank():

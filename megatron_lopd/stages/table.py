@@ -43,6 +43,10 @@ def _ranks(recipe: Recipe) -> int:
     return recipe.parallel.processes
 
 
+def _with_rounds(*arguments: Any) -> Any:
+    return importlib.import_module("megatron_lopd.pipeline.rounds").with_rounds(*arguments)
+
+
 GENERATE = _stage(
     "generate",
     "rollouts",
@@ -74,9 +78,7 @@ SCORE = _stage(
     shared=True,
     workers=lambda recipe: recipe.score.engine.workers,
 )
-TRAIN = _stage(
-    "train", "checkpoint", processes=_ranks, needed=_trains, complete=function("rounds", "with_rounds")
-)
+TRAIN = _stage("train", "checkpoint", processes=_ranks, needed=_trains, complete=_with_rounds)
 EXPORT = _stage("export", "model", on_gpu=lambda recipe: recipe.export.quantization == "fp8", needed=_trains)
 EVALUATE = _stage(
     "evaluate",

@@ -6,7 +6,7 @@ token in the response; nothing was sampled, so there are no behaviour log-probs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_lopd.artifacts.files import sha256_file
@@ -19,6 +19,7 @@ from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import write_shard
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.families.architecture import read_architecture
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.shard_jobs import count_rollouts
 from megatron_lopd.pipeline.stage import Output, Plan
@@ -44,18 +45,21 @@ def plan(recipe: Recipe) -> Plan:
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     student = Path(inputs.base_student(recipe).model)
     name = shard_name(ROLLOUTS, 0)
-    write_shard(
-        directory / name, ROLLOUTS, _tokenized(_data(recipe), Chat(str(student)), plan.config["max_tokens"])
-    )
+    limits = {
+        "sft.micro_batch_tokens": inputs.sft_config(recipe).micro_batch_tokens,
+        "the student's max_position_embeddings": read_architecture(student).max_positions,
+    }
+    write_shard(directory / name, ROLLOUTS, _tokenized(_data(recipe), Chat(str(student)), limits))
     voice = copy_files(student, directory / "tokenizer", VOICE)
     return Output([name, *(f"tokenizer/{file}" for file in voice)], count_rollouts(directory))
 
 
-def _tokenized(data: Path, chat: Chat, max_tokens: int) -> Iterator[Rollout]:
-    for conversation in read_conversations(data):
-        prompt, response = chat.conversation(
-            conversation.messages, f"{data}: sample {conversation.id}", max_tokens
-        )
+def _tokenized(data: Path, chat: Chat, limits: Mapping[str, int]) -> Iterator[Rollout]:
+    """Raises DataError naming file:line, as Chat.conversation does."""
+    tightest = min(limits, key=lambda name: limits[name])
+    for where, conversation in read_conversations(data):
+        name = f"{where}: sample {conversation.id}"
+        prompt, response = chat.conversation(conversation.messages, name, limits[tightest], tightest)
         yield Rollout(f"{conversation.id}/0", prompt, response, "stop", None)
 
 

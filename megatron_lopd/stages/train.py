@@ -8,7 +8,6 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.artifacts.manifest import LineageStatus, verify_files
 from megatron_lopd.config import Recipe
-from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import RefreshDue
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
@@ -31,7 +30,8 @@ from megatron_lopd.pipeline.students import (
     training_settings,
 )
 from megatron_lopd.training.consensus import on_rank_zero
-from megatron_lopd.training.loop import Segment
+from megatron_lopd.training.job import Segment
+from megatron_lopd.training.sources import CachedData
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -69,7 +69,7 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
         recipe,
         plan,
         _start(recipe),
-        TrainingData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
+        CachedData(directory_of(recipe, "rollout"), directory_of(recipe, "score")),
         directory,
         segment_at=partial(_segment_at, recipe, plan) if rounds_of(recipe) else None,
     )
@@ -104,7 +104,7 @@ def _segment_at(recipe: Recipe, plan: Plan, step: int) -> Segment:
         return inputs.status_of(proofs, plan.lineage, *(manifest.lineage for manifest in manifests.values()))
 
     lineage = on_rank_zero(prove)
-    return Segment(data_of(recipe, each), part_of(recipe, each), lineage)
+    return Segment(data_of(recipe, each), lineage, part_of(recipe, each))
 
 
 def _start(recipe: Recipe) -> Path:

@@ -37,23 +37,20 @@ import megatron_lopd.cli
 from megatron_lopd.stages import train
 from megatron_lopd.commands import run
 from megatron_lopd.config import ParallelConfig, TrainConfig
-from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.training.loop import TrainingJob, run_training
+from megatron_lopd.training.job import ModelSetup, Segment, TrainingJob
+from megatron_lopd.training.loop import run_training
+from megatron_lopd.training.sources import CachedData
 
 root = Path(sys.argv[1])
 run_training(
     TrainingJob(
         name="train",
         identity="a job",
-        lineage="proved",
+        work_dir=root / "run",
+        model=ModelSetup(root / "model", ParallelConfig(), "fp32", seed=0),
         config=TrainConfig(steps=1, global_batch_size=4, micro_batch_tokens=64),
         objective="sampled_reverse_kl",
-        parallel=ParallelConfig(),
-        precision="fp32",
-        seed=0,
-        model_dir=root / "model",
-        data=TrainingData(root / "data", root / "data"),
-        work_dir=root / "run",
+        segment=Segment(CachedData(root / "data", root / "data"), "proved"),
     )
 )
 """
