@@ -149,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
 def _key_help(command: str) -> str:
     sections = ("run_dir", "seed", "allow_teacher_mismatch", *_SECTIONS.get(command, ()))
     lines = []
-    for name, kind, text in describe_keys():
+    for each in describe_keys(Recipe):
+        name, kind, text = each.name, f"{each.kind}, {each.default}", each.help
         if command == "run" or any(name == section or name.startswith(f"{section}.") for section in sections):
             lines.append(f"  {name}\n      {text} ({kind})")
     return "\n".join(lines)

@@ -7,15 +7,25 @@ a whole global batch into the step's metrics. R = response tokens; a tensor is f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-import torch
-from torch import Tensor
+from megatron_lopd.config import (
+    NotNegative,
+    Options,
+    Positive,
+    Recipe,
+    TrainConfig,
+    TrainingConfig,
+    WeightsConfig,
+    key,
+    require,
+)
+from megatron_lopd.errors import DataError
+from megatron_lopd.registry import OBJECTIVES
 
-from megatron_lopd.config import TrainConfig, TrainingConfig, WeightsConfig
-from megatron_lopd.errors import ConfigError, DataError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KeptLogProbs = Literal["teacher", "behaviour", "top_k"]
 
@@ -40,10 +50,9 @@ class TopKLogProbs:
 class TokenLogProbs:
     """`log pi(a_t | s_t)` of each response token under three models, [R] each, nats.
 
-    `current` is the student being trained (differentiable), `teacher` is pi_T and `behaviour` is pi_ref, the
-    student that sampled, at temperature 1 with nothing cut off; the last two are constants, None where not
-    kept. `top_k` has the tokens beside a_t, None where the objective has no need of them. `sampled` is the
-    distribution that a_t was drawn from, None where that is `behaviour`.
+    `current` is the student being trained (differentiable), `teacher` is pi_T and `behaviour` is
+    pi_ref, the sampler's own distribution; the last two are constants, None where not kept. `top_k` has the
+    tokens beside a_t, None where the objective has no need of them.
     """
 
     current: Tensor
@@ -83,6 +92,8 @@ class Objective(Protocol):
 
         Apart from `token_loss`, so that `metrics` are of the unweighted loss. Raises DataError as it does.
         """
+        import torch
+
         return torch.ones_like(places.position, dtype=torch.float32)
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
@@ -130,9 +141,15 @@ class Distillation(Objective):
     """
 
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    options: Options = field(default_factory=Options)
 
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ("teacher", "behaviour")
     metric_names: ClassVar[tuple[str, ...]] = ("reverse_kl", *ADVANTAGE_METRICS, *DRIFT_METRICS)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Objective:
+        """The objective with what a recipe says of it."""
+        return cls(config.weights, config.options)
 
     def token_weights(self, places: TokenPlaces) -> Tensor:
         weight = super().token_weights(places)
@@ -154,6 +171,38 @@ class Distillation(Objective):
 
 
 @dataclass(frozen=True)
+class SampledReverseKlOptions(Options):
+    importance: Literal["none", "clipped"] = key(
+        "clipped: weigh each token by how much likelier it is to the student than to its sampler, at most "
+        "importance_clip",
+        "none",
+    )
+    importance_clip: Positive = key(
+        "largest importance weight: a token twice as likely as when it was sampled counts in full", 2.0
+    )
+    extrapolation: Positive = key(
+        "factor on the teacher's reward over the sampling student; 1 is plain OPD, above 1 goes beyond the "
+        "teacher (ExOPD)",
+        1.0,
+    )
+
+    def check(self, recipe: Recipe) -> None:
+        sampling = recipe.rollout.sampling
+        require(
+            self.importance == "none" or sampling.temperature > 0,
+            "train.sampled_reverse_kl.importance=clipped needs tokens that were drawn at random, and "
+            "rollout.sampling.temperature=0 draws none: set it to none, or the temperature above 0",
+        )
+        plain = sampling.temperature in (0, 1) and sampling.top_p == 1 and sampling.top_k == 0
+        require(
+            self.extrapolation == 1 or plain,
+            f"train.sampled_reverse_kl.extrapolation={self.extrapolation:g} needs pi_ref's own log-probs, "
+            "and the rollouts keep those of another temperature, top-p or top-k: set rollout.sampling to "
+            "temperature=1, top_p=1, top_k=0, or the extrapolation to 1",
+        )
+
+
+@dataclass(frozen=True)
 class SampledReverseKl(Distillation):
     """`-A_t log pi_theta(a_t | s_t)` with `A_t = log pi_T - stopgrad(log pi_theta)`.
 
@@ -161,25 +210,28 @@ class SampledReverseKl(Distillation):
     log-probs that are differentiated, so it is always the current student's. With p the softmax of
     the logits, the gradient with respect to logit v is `A_t (p_v - 1[v = a_t])`.
 
-    train.weights.extrapolation = l: `A_t = l (log pi_T - log pi_ref) - (log pi_theta - log pi_ref)`, which 1
-    leaves as it is; ExOPD (arXiv 2602.12125), with pi_ref, the student that sampled, for its reference.
-    `importance_clip` = c (train.importance=clipped): the token's loss times
-    `stopgrad(min(c, pi_theta(a_t|s_t) / q(a_t|s_t)))`, q the distribution that a_t was drawn from (pi_ref, or
-    what temperature, top-p and top-k make of it), so that a token counts as often as pi_theta would draw it
-    after the same prefix; c bounds its variance (truncated importance
+    `extrapolation` = l: `A_t = l (log pi_T - log pi_ref) - (log pi_theta - log pi_ref)`, which 1 leaves
+    as it is; ExOPD (arXiv 2602.12125), with pi_ref, the student that sampled, for its reference.
+    `importance_clip` = c (importance=clipped): the token's loss times
+    `stopgrad(min(c, pi_theta(a_t|s_t) / pi_ref(a_t|s_t)))`, which makes a token that pi_ref drew count as
+    often as pi_theta would draw it after the same prefix; c bounds its variance (truncated importance
     sampling, E. Ionides, 2008). Metrics are of the plain advantage either way.
     """
 
-    importance_clip: float | None = None
+    options: SampledReverseKlOptions = field(default_factory=SampledReverseKlOptions)
+
+    name: ClassVar[str] = "sampled_reverse_kl"
+    caption: ClassVar[str] = "reverse KL by the sampled token alone, the published loss (Lightning OPD)"
+    Options = SampledReverseKlOptions
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
-        advantage, beyond = advantages(tokens), self.weights.extrapolation - 1
+        advantage, beyond = advantages(tokens), self.options.extrapolation - 1
         if beyond:
             advantage = advantage + beyond * (_teacher(tokens) - _behaviour(tokens))
-        if self.importance_clip is not None:
+        if self.options.importance == "clipped":
             drawn = _behaviour(tokens) if tokens.sampled is None else tokens.sampled
             log_ratio = tokens.current.detach() - drawn
-            advantage = advantage * log_ratio.clamp(max=math.log(self.importance_clip)).exp()
+            advantage = advantage * log_ratio.clamp(max=math.log(self.options.importance_clip)).exp()
         return -advantage * tokens.current
 
 
@@ -191,10 +243,30 @@ class FixedNegative(Distillation):
     `1[v = a_t] - p_v`. The kept log-probs serve its metrics alone.
     """
 
+    name: ClassVar[str] = "fixed_negative"
+    caption: ClassVar[str] = "control: every sampled token less likely, whatever the teacher says"
+
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         return tokens.current
 
 
+@dataclass(frozen=True)
+class TopKReverseKlOptions(Options):
+    entropy: NotNegative | None = key(
+        "teacher entropy above which a token gets the forward KL added, nats; empty: none", None
+    )
+
+    def check(self, recipe: Recipe) -> None:
+        most = math.log(recipe.score.top_k + 2)  # the k, the sampled token, and the rest as one event
+        require(
+            self.entropy is None or self.entropy < most,
+            f"train.topk_reverse_kl.entropy={self.entropy} is never exceeded: score.top_k="
+            f"{recipe.score.top_k} kept tokens show an entropy of at most {most:.3g} nats: lower it, or "
+            "raise score.top_k",
+        )
+
+
+@dataclass(frozen=True)
 class TopKReverseKl(Distillation):
     """`sum_{v in K} p_v (log p_v - log p_T,v) + p_tail (log p_tail - log p_T,tail)` after each prefix.
 
@@ -205,7 +277,17 @@ class TopKReverseKl(Distillation):
     to logit v is `p_v (c_v - D)`.
     """
 
+    options: TopKReverseKlOptions = field(default_factory=TopKReverseKlOptions)
+
+    name: ClassVar[str] = "topk_reverse_kl"
+    caption: ClassVar[str] = "reverse KL over the teacher's top k tokens, the sampled one and the rest"
+    Options = TopKReverseKlOptions
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ("teacher", "behaviour", "top_k")
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Objective:
+        kind = cls if config.options.entropy is None else EntropyAwareKl
+        return kind(config.weights, config.options)
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         student, teacher = _over_events(tokens)
@@ -216,20 +298,23 @@ class TopKReverseKl(Distillation):
         return super().metrics(tokens, loss) | {"reverse_kl": loss.double().mean().item()}
 
 
+@dataclass(frozen=True)
 class EntropyAwareKl(Distillation):
     """TopKReverseKl plus, where the teacher's entropy is above a threshold, TopKForwardKl.
 
-    EA-OPD (arXiv 2603.07079), by train.weights.entropy, nats: where the teacher is undecided, the reverse
-    KL alone settles on one of its choices. Its entropy is taken over K and the tail as one event, which is
-    at most that over the vocabulary: a token that is given the second term here would be there, too.
+    EA-OPD (arXiv 2603.07079), by train.topk_reverse_kl.entropy, nats: where the teacher is undecided, the
+    reverse KL alone settles on one of its choices. Its entropy is taken over K and the tail as one event,
+    which is at most that over the vocabulary: a token that is given the second term here would be there, too.
     """
+
+    options: TopKReverseKlOptions = field(default_factory=TopKReverseKlOptions)
 
     needs: ClassVar[tuple[KeptLogProbs, ...]] = TopKReverseKl.needs
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         student, teacher = _over_events(tokens)
-        assert self.weights.entropy is not None  # get_objective makes no other
-        undecided = _entropy(teacher) > self.weights.entropy
+        assert self.options.entropy is not None  # TopKReverseKl makes no other
+        undecided = _entropy(teacher) > self.options.entropy
         return _divergence(student, teacher) + undecided * _divergence(teacher, student)
 
 
@@ -241,6 +326,8 @@ class TopKForwardKl(Distillation):
     `p_v (1 - p_T,tail / p_tail)` outside it. Metrics are of a_t, but forward_kl, the loss's mean.
     """
 
+    name: ClassVar[str] = "topk_forward_kl"
+    caption: ClassVar[str] = "forward KL over the teacher's top k tokens, the sampled one and the rest"
     needs: ClassVar[tuple[KeptLogProbs, ...]] = TopKReverseKl.needs
     metric_names: ClassVar[tuple[str, ...]] = ("forward_kl", *Distillation.metric_names)
 
@@ -268,6 +355,8 @@ def _over_events(tokens: TokenLogProbs) -> tuple[_Events, _Events]:
             "the top-k objectives need the teacher's top-k scores and the data has none: "
             "run the score stage again with score.top_k above 0 (64, say)"
         )
+    import torch
+
     counted = torch.nn.functional.pad(top_k.counted, (0, 2), value=True)
 
     def events(of_top_k: Tensor, of_token: Tensor, of_tail: Tensor) -> _Events:
@@ -336,6 +425,8 @@ def drift(tokens: TokenLogProbs) -> dict[str, float]:
     After a refresh (train.refresh_every) pi_ref is the student that sampled this round.
     """
     log_ratio = tokens.current.detach().double() - _behaviour(tokens).double()
+    import torch
+
     k3 = torch.expm1(log_ratio) - log_ratio
     # In logs, because a ratio may overflow long before the fraction does.
     log_fraction = 2 * torch.logsumexp(log_ratio, 0) - torch.logsumexp(2 * log_ratio, 0)
@@ -349,6 +440,8 @@ def drift(tokens: TokenLogProbs) -> dict[str, float]:
 def _quantiles(values: Tensor, probabilities: tuple[float, ...]) -> list[float]:
     """Linear-interpolated quantiles. torch.quantile refuses more than 2^24 values, a sort does not."""
     ordered = values.sort().values
+    import torch
+
     positions = torch.tensor(probabilities, dtype=torch.float64, device=values.device) * (len(ordered) - 1)
     below = positions.floor().long()
     above = positions.ceil().long()
@@ -356,30 +449,15 @@ def _quantiles(values: Tensor, probabilities: tuple[float, ...]) -> list[float]:
     return result
 
 
-def _topk_reverse_kl(weights: WeightsConfig) -> Objective:
-    return TopKReverseKl(weights) if weights.entropy is None else EntropyAwareKl(weights)
-
-
-# By the name in train.objective, made from its weights.
-OBJECTIVES: dict[str, Callable[[WeightsConfig], Objective]] = {
-    "sft": lambda weights: Sft(),
-    "sampled_reverse_kl": SampledReverseKl,
-    "topk_reverse_kl": _topk_reverse_kl,
-    "topk_forward_kl": TopKForwardKl,
-    "fixed_negative": FixedNegative,
-}
+OBJECTIVES.add(SampledReverseKl, TopKReverseKl, TopKForwardKl, FixedNegative)
 
 
 def get_objective(name: str, config: TrainingConfig | None = None) -> Objective:
-    """The objective of that name, with `config`'s importance and weights where it is a TrainConfig.
+    """The objective of that name, with what `config` says of it where it is a TrainConfig.
 
     Raises ConfigError naming the known ones otherwise.
     """
-    if name not in OBJECTIVES:
-        raise ConfigError(f"objective {name!r} is unknown: choose one of {', '.join(sorted(OBJECTIVES))}")
-    if not isinstance(config, TrainConfig):
-        return OBJECTIVES[name](WeightsConfig())
-    objective = OBJECTIVES[name](config.weights)
-    if config.importance == "clipped" and isinstance(objective, SampledReverseKl):
-        return replace(objective, importance_clip=config.importance_clip)
-    return objective
+    if name == "sft":
+        return Sft()
+    kind: type[Distillation] = OBJECTIVES[name]
+    return kind.of(config) if isinstance(config, TrainConfig) else kind()

@@ -85,6 +85,8 @@ def train(
     from megatron_lopd.training.loop import run_training
     from megatron_lopd.training.sources import CachedData
 
+    if objective != "sft":
+        config |= {"objective": objective}
     settings = {"steps": 6, "global_batch_size": 16, "micro_batch_tokens": 64, "checkpoint_every": 2} | config
     training = TrainConfig(optimizer=optimizer or OptimizerConfig(lr=1e-3, schedule="cosine"), **settings)
     job = TrainingJob(

@@ -90,7 +90,9 @@ class Cell:
         conditions = [
             Condition("sft", 0),
             Condition("sampled_reverse_kl", 0, sampled),
-            Condition("sampled_reverse_kl+clipped", 0, (*sampled, "train.importance=clipped")),
+            Condition(
+                "sampled_reverse_kl+clipped", 0, (*sampled, "train.sampled_reverse_kl.importance=clipped")
+            ),
             Condition("topk_reverse_kl", 4, top_k),
             Condition("topk_forward_kl", 4, ("train.objective=topk_forward_kl",)),
             Condition("refresh", 4, (*top_k, refresh)),

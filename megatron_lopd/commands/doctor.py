@@ -145,7 +145,8 @@ def _engine(engine: EngineConfig, section: str) -> str:
     """What would run a stage's model. ConfigError when it is not installed."""
     require_library(engine, section)
     versions = ", ".join(f"{name} {version}" for name, version in library_versions(engine).items())
-    place = f" of {engine.python}" if engine.python else ""
+    python = getattr(engine.options, "python", "")
+    place = f" of {python}" if python else ""
     shared = f", {engine.workers} workers on each machine" if engine.workers > 1 else ""
     return f"{versions or engine.name}{place}, {engine.dtype}{shared}"
 

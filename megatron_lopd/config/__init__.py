@@ -1,41 +1,63 @@
 """The recipe: frozen dataclasses and their strict YAML form. Imports no torch."""
 
 from megatron_lopd.config.cluster import Cluster
-from megatron_lopd.config.engine import EngineConfig
-from megatron_lopd.config.engine_agreement import AgreementConfig
-from megatron_lopd.config.fp8 import Fp8Config
-from megatron_lopd.config.guard import GuardConfig
+from megatron_lopd.config.describe import KeyText, describe_keys
+from megatron_lopd.config.engine import AgreementConfig, EngineConfig, Fp8Config
+from megatron_lopd.config.keys import (
+    Count,
+    CountOrZero,
+    Decay,
+    Fraction,
+    NotNegative,
+    Options,
+    Positive,
+    Share,
+    key,
+    require,
+)
 from megatron_lopd.config.layout import ParallelConfig, Recompute
 from megatron_lopd.config.prompt_sources import PromptSource, PromptSources
 from megatron_lopd.config.recipe import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
-    OptimizerConfig,
     Recipe,
     RolloutConfig,
     Sampling,
     ScoreConfig,
-    SftConfig,
     StudentConfig,
     TeacherConfig,
+)
+from megatron_lopd.config.recipe_file import load_cluster, load_recipe
+from megatron_lopd.config.training import (
+    GuardConfig,
+    OptimizerConfig,
+    SftConfig,
     TrainConfig,
     TrainingConfig,
+    WeightsConfig,
 )
-from megatron_lopd.config.recipe_file import deciding, describe_keys, load_cluster, load_recipe, to_plain
-from megatron_lopd.config.weights import WeightsConfig
+from megatron_lopd.config.tree import deciding, to_plain
 
 __all__ = [
     "AgreementConfig",
     "Cluster",
+    "Count",
+    "CountOrZero",
+    "Decay",
     "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",
     "Fp8Config",
+    "Fraction",
     "GenerateConfig",
     "GuardConfig",
+    "KeyText",
+    "NotNegative",
     "OptimizerConfig",
+    "Options",
     "ParallelConfig",
+    "Positive",
     "PromptSource",
     "PromptSources",
     "Recipe",
@@ -44,6 +66,7 @@ __all__ = [
     "Sampling",
     "ScoreConfig",
     "SftConfig",
+    "Share",
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
@@ -51,7 +74,9 @@ __all__ = [
     "WeightsConfig",
     "deciding",
     "describe_keys",
+    "key",
     "load_cluster",
     "load_recipe",
+    "require",
     "to_plain",
 ]

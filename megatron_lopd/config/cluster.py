@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lopd.config.keys import key, require
+from megatron_lopd.config.keys import Count, CountOrZero, key, require
+from megatron_lopd.registry import LAUNCHERS
 
 
 @dataclass(frozen=True)
 class StageResources:
-    nodes: int = key("nodes: workers of a stage that samples, scores or evaluates; else one job's nodes", 1)
-    minutes: int = key("time limit of one attempt, minutes", 240)
+    nodes: Count = key("nodes: workers of a stage that samples, scores or evaluates; else one job's nodes", 1)
+    minutes: Count = key("time limit of one attempt, minutes", 240)
     partition: str | None = key("partition of this stage; empty: the cluster's", None)
-
-    def __post_init__(self) -> None:
-        require(self.nodes >= 1, f"stages: nodes={self.nodes} must be at least 1")
-        require(self.minutes >= 1, f"stages: minutes={self.minutes} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -51,27 +48,29 @@ class ContainerConfig:
 class Cluster:
     """A SLURM cluster: whom to ask for nodes, what a node has, and how a job finds its Python."""
 
+    launcher: str = key("what queues the jobs", "slurm", door=LAUNCHERS)
+    allow_user_code: bool = key("import a launcher of yours, which launcher names as module:name", False)
     partition: str | None = key("partition; empty: the cluster's default", None)
     account: str | None = key("account to charge", None)
     qos: str | None = key("quality of service", None)
-    gpus_per_node: int = key(
+    gpus_per_node: CountOrZero = key(
         "GPUs of a node, a rank of training each; 0: parallel.processes ranks, on CPUs", 8
     )
-    cpus_per_node: int = key("CPUs asked for on each node", 1)
+    cpus_per_node: Count = key("CPUs asked for on each node", 1)
     memory: str | None = key("memory asked for on each node, as --mem takes it (0: all of it)", None)
     stages: Stages = key("nodes and time of each stage", factory=Stages)
     container: ContainerConfig | None = key("a container (pyxis); empty: the node's own files", None)
     setup: tuple[str, ...] = key("shell lines before lopd in every task, such as activating a venv", ())
     env: tuple[str, ...] = key("environment of every task, NAME=value each", ())
     sbatch: tuple[str, ...] = key("further options of sbatch, such as --exclusive", ())
-    signal_seconds: int = key("seconds before the time limit at which a stage is asked to save and stop", 120)
-    max_requeues: int = key("times a job may be queued again after a stop, a crash or a lost node", 20)
+    signal_seconds: Count = key(
+        "seconds before the time limit at which a stage is asked to save and stop", 120
+    )
+    max_requeues: CountOrZero = key(
+        "times a job may be queued again after a stop, a crash or a lost node", 20
+    )
 
     def __post_init__(self) -> None:
-        require(self.gpus_per_node >= 0, f"gpus_per_node={self.gpus_per_node} must be at least 0")
-        require(self.cpus_per_node >= 1, f"cpus_per_node={self.cpus_per_node} must be at least 1")
-        require(self.signal_seconds >= 1, f"signal_seconds={self.signal_seconds} must be at least 1")
-        require(self.max_requeues >= 0, f"max_requeues={self.max_requeues} must be at least 0")
         for text in self.env:
             name, equals, _ = text.partition("=")
             require(bool(equals) and name.isidentifier(), f"env: {text!r}: write it as NAME=value")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_lopd.config.keys import key, require
+from megatron_lopd.config.keys import Count, key, require
 
 Recompute = Literal["none", "core_attn", "mlp", "moe_act", "moe", "selective", "full"]
 
@@ -15,12 +15,12 @@ Recompute = Literal["none", "core_attn", "mlp", "moe_act", "moe", "selective", "
 class ParallelConfig:
     """How a model is split. Ranks are tensor x context x pipeline x data; experts divide them anew."""
 
-    tensor: int = key("tensor parallel size (ranks)", 1)
-    pipeline: int = key("pipeline parallel size (ranks)", 1)
-    virtual_pipeline: int = key("model chunks on each pipeline rank, interleaved (count)", 1)
-    context: int = key("context parallel size: ranks that share a sequence", 1)
-    expert: int = key("expert parallel size: ranks that share the experts of a layer", 1)
-    expert_tensor: int | None = key("tensor parallel size within experts (ranks); empty: as tensor", None)
+    tensor: Count = key("tensor parallel size (ranks)", 1)
+    pipeline: Count = key("pipeline parallel size (ranks)", 1)
+    virtual_pipeline: Count = key("model chunks on each pipeline rank, interleaved (count)", 1)
+    context: Count = key("context parallel size: ranks that share a sequence", 1)
+    expert: Count = key("expert parallel size: ranks that share the experts of a layer", 1)
+    expert_tensor: Count | None = key("tensor parallel size within experts (ranks); empty: as tensor", None)
     sequence: bool = key("sequence parallelism, when tensor > 1", True)
     recompute: Recompute = key(
         "activations made again in the backward pass, by Megatron-Core's name of a layer's part: none; "
@@ -28,14 +28,9 @@ class ParallelConfig:
         "experts whole; selective: mlp, or moe_act where it can be, else moe; full: whole layers",
         "none",
     )
-    processes: int = key("processes `lopd run` starts for sft and train on this machine (ranks)", 1)
+    processes: Count = key("processes `lopd run` starts for sft and train on this machine (ranks)", 1)
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "processes"):
-            require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1")
-        require(
-            self.expert_tensor is None or self.expert_tensor >= 1, "parallel.expert_tensor must be at least 1"
-        )
         require(
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} interleaves pipeline stages, and "

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_lopd.config.keys import key, require
+from megatron_lopd.config.keys import Count, key, require
+from megatron_lopd.registry import PROMPT_READERS
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where prompts come from: a JSONL file, or a built-in task that makes them."""
+    """Where prompts come from: a file, or a built-in task that makes them."""
 
-    path: str | None = key("JSONL file: {prompt | problem | question | messages, answer?, id?} a line", None)
-    task: str | None = key("built-in task that makes the prompts: arithmetic", None)
-    count: int | None = key("prompts to take (tasks need it; files: the first so many)", None)
+    path: str | None = key("file of rows {prompt | problem | question | messages, answer?, id?}", None)
+    format: str | None = key("what reads the file; empty: by its suffix", None, door=PROMPT_READERS)
+    task: Literal["arithmetic"] | None = key("built-in task that makes the prompts", None)
+    count: Count | None = key("prompts to take (tasks need it; files: the first so many)", None)
     prompt_field: str | None = key(
         "the file's field with the prompt, text or a list of messages; empty: the one of prompt, problem, "
         "question, messages that is there",
@@ -35,11 +38,10 @@ class PromptSource:
     def __post_init__(self) -> None:
         require(
             (self.path is None) != (self.task is None),
-            "prompts: give either path (a JSONL file) or task (a built-in task), and not both",
+            "prompts: give either path (a file) or task (a built-in task), and not both",
         )
         require(self.task is None or self.count is not None, f"prompts: task {self.task} needs count")
-        require(self.count is None or self.count > 0, f"prompts.count must be at least 1, not {self.count}")
-        for name in ("prompt_field", "answer_field", "suffix"):
+        for name in ("format", "prompt_field", "answer_field", "suffix"):
             value = getattr(self, name)
             require(value != "", f"prompts.{name} is empty text: leave it out")
             require(

@@ -31,17 +31,18 @@ def library_versions(config: EngineConfig) -> dict[str, str]:
     """
     if config.name != "vllm":
         return {}
-    version = vllm_version(config.python) or "absent"
-    return {"vllm": version, "vllm output layer": head_precision(config, config.python)}
+    version = vllm_version(config.options.python) or "absent"
+    return {"vllm": version, "vllm output layer": head_precision(config, config.options.python)}
 
 
 def require_library(config: EngineConfig, section: str) -> None:
     """Raise NotInstalled unless the engine's library is where `config` says. `section` is its key."""
-    if config.name == "vllm" and vllm_version(config.python) is None:
-        where = config.python or "this Python"
+    if config.name == "vllm" and vllm_version(config.options.python) is None:
+        where = config.options.python or "this Python"
         raise NotInstalled(
-            f"{section}.engine.name=vllm: {where} has no vllm: install it there, set {section}.engine.python "
-            f"to the Python of an environment that has it, or {section}.engine.name=transformers"
+            f"{section}.engine.name=vllm: {where} has no vllm: install it there, set "
+            f"{section}.engine.vllm.python to the Python of an environment that has it, or "
+            f"{section}.engine.name=transformers"
         )
 
 
@@ -66,12 +67,12 @@ def head_precision(config: EngineConfig, python: str) -> str:
 
 def score_advice(config: EngineConfig) -> list[str]:
     """A line for scores that will be coarser than they look; none otherwise."""
-    if config.name != "vllm" or head_precision(config, config.python) == "fp32":
+    if config.name != "vllm" or head_precision(config, config.options.python) == "fp32":
         return []
     return [
-        f"vllm {vllm_version(config.python)} multiplies by the output layer in bf16: log-probs are off by up "
-        "to 0.06 nats and the top k has ties: set score.engine.name=megatron, or have them compared "
-        "(score.agreement)"
+        f"vllm {vllm_version(config.options.python)} multiplies by the output layer in bf16: log-probs are "
+        "off by up to 0.06 nats and the top k has ties: set score.engine.name=megatron, or have them "
+        "compared (score.agreement)"
     ]
 
 
@@ -88,7 +89,7 @@ def _vllm(python: str) -> tuple[str, bool] | None:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise NotInstalled(
-            f"engine.python: {python} does not run: {error}: give a Python interpreter"
+            f"engine.vllm.python: {python} does not run: {error}: give a Python interpreter"
         ) from None
     found: tuple[str, bool] | None = json.loads(answer.stdout)
     return found

@@ -48,7 +48,7 @@ class EngineProcess:
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    config.python or sys.executable,
+                    config.options.python or sys.executable,
                     "-m",
                     "megatron_lopd.engines.process",
                     str(theirs.fileno()),

@@ -156,13 +156,13 @@ class Sizing:
                 "several GPUs: itself it takes one GPU, and all of batch_size at once"
             )
         memory, sizes, element = self.cluster.gpu.memory_bytes, self._sizes(config), _element(config)
-        share = config.memory_share if config.name == "vllm" else ENGINE_SHARE
+        share = config.options.memory_share if config.name == "vllm" else ENGINE_SHARE
         found = engine_memory(shape, element, config.batch_size, length, memory, sizes, share)
         if found is None:
             weights = shape.parameters * element / 1e9
             gpus = f"{sizes[-1]} x {self.cluster.gpu.name} ({memory / 1e9:.0f} GB each)"
             remedies = [
-                *([f"raise {name}.engine.tensor"] if config.name == "vllm" else []),
+                *([f"raise {name}.engine.vllm.tensor"] if config.name == "vllm" else []),
                 *([f"set {name}.engine.dtype=bf16"] if config.dtype == "fp32" else []),
                 "lower max_new_tokens",
             ]
@@ -175,7 +175,11 @@ class Sizing:
     def _sizes(self, config: EngineConfig) -> list[int]:
         """How many GPUs may hold one copy: what the recipe says of vLLM, or any that a node has."""
         node = self.cluster.node_size
-        return [min(config.tensor, node)] if config.name == "vllm" else [n for n in (1, 2, 4, 8) if n <= node]
+        return (
+            [min(config.options.devices, node)]
+            if config.name == "vllm"
+            else [n for n in (1, 2, 4, 8) if n <= node]
+        )
 
     def _trained(self, name: str, config: TrainingConfig, data: TokenWork) -> StageEstimate:
         arch = self.student.arch

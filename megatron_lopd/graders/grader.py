@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.errors import DataError
 from megatron_lopd.graders.math_process import MathProcess
 from megatron_lopd.prompts import arithmetic
 from megatron_lopd.prompts.prompt import Prompt
+from megatron_lopd.registry import GRADERS
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class Grader(Protocol):
 
     def grade(self, prompt: Prompt, response: str) -> Verdict:
         """Of a response that came to its end, decoded, without its end token."""
+
+
+@dataclass(frozen=True)
+class GraderKind:
+    """A grader by name. `open` starts it."""
+
+    name: str
+    caption: str
+    open: Callable[[], Grader]
 
 
 class ArithmeticGrader(AbstractContextManager["ArithmeticGrader"]):
@@ -87,17 +97,23 @@ class MathGrader(AbstractContextManager["MathGrader"]):
         return Verdict(found.right, found.answer)
 
 
-_DIALECTS = {"arithmetic": ("equals",), "arithmetic_dialects": tuple(arithmetic.DIALECTS)}
+KINDS = (
+    GraderKind(
+        "math", "mathematical answers by what they mean (math-verify, the last \\boxed{} first)", MathGrader
+    ),
+    GraderKind("arithmetic", "the built-in task's answers, exactly", lambda: ArithmeticGrader(("equals",))),
+    GraderKind(
+        "arithmetic_dialects",
+        "the built-in task's answers, in either way to write them",
+        lambda: ArithmeticGrader(tuple(arithmetic.DIALECTS)),
+    ),
+)
 
 
 def open_grader(name: str) -> Grader:
     """The grader of that name. ConfigError when there is none."""
-    if name == "math":
-        return MathGrader()
-    if name not in _DIALECTS:
-        known = ", ".join(("math", *_DIALECTS))
-        raise ConfigError(f"evaluate.grader: unknown grader {name!r}: use one of {known}")
-    return ArithmeticGrader(_DIALECTS[name])
+    kind: GraderKind = GRADERS[name]
+    return kind.open()
 
 
 def _question(prompt: Prompt) -> str:

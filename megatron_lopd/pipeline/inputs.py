@@ -81,11 +81,10 @@ def check_top_k(recipe: Recipe) -> None:
 
 
 def scoring_of(recipe: Recipe) -> ScoreConfig:
-    """The score section; what its engines leave empty of `parallel` is the recipe's."""
+    """The score section; what its engines leave empty of their layout is the recipe's."""
 
     def split(engine: EngineConfig) -> EngineConfig:
-        is_split = engine.name == "megatron" and engine.parallel is None
-        return replace(engine, parallel=recipe.parallel) if is_split else engine
+        return replace(engine, options=engine.options.over(recipe.parallel))
 
     agreement = recipe.score.agreement
     return replace(

@@ -160,10 +160,10 @@ def require_engines(recipe: Recipe) -> None:
             "anew: restore it, or leave train.refresh_every empty to train from the cached scores alone"
         )
     inputs.check_model(teacher)
-    split = inputs.scoring_of(recipe).engine.parallel
+    split = inputs.scoring_of(recipe).engine.options.layout
     if split is not None and split.ranks_multiple > 1:
         raise ConfigError(
-            f"train.refresh_every scores in one process, and score.engine.parallel makes it "
+            f"train.refresh_every scores in one process, and its layout makes it "
             f"{split.ranks_multiple} ({split.product}): set its sizes to 1, or score.engine.name to another"
         )
     for section, engine in (("rollout", recipe.rollout.engine), ("score", recipe.score.engine)):

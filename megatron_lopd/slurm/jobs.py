@@ -79,11 +79,11 @@ def _job(name: str, command: str, recipe: Recipe, cluster: Cluster) -> Job:
 
 def _check_engine(command: str, engine: EngineConfig, cluster: Cluster) -> None:
     """Raise ConfigError when a node's workers ask for more GPUs than it has."""
-    wanted = engine.tensor * engine.workers
+    wanted = engine.options.devices * engine.workers
     if 0 < cluster.gpus_per_node < wanted:
         raise ConfigError(
-            f"{command}.engine: tensor={engine.tensor} x workers={engine.workers} takes {wanted} GPUs, and "
-            f"gpus_per_node is {cluster.gpus_per_node}: lower one of them"
+            f"{command}.engine: {engine.options.devices} of {engine.name} x workers={engine.workers} takes "
+            f"{wanted} GPUs, and gpus_per_node is {cluster.gpus_per_node}: lower one of them"
         )
 
 
@@ -95,7 +95,7 @@ def _layout(command: str, recipe: Recipe) -> ParallelConfig | None:
         return None
     scoring = scoring_of(recipe)
     second = scoring.agreement.engine if scoring.agreement is not None else None
-    return scoring.engine.parallel or (second.parallel if second is not None else None)
+    return scoring.engine.options.layout or (second.options.layout if second is not None else None)
 
 
 def _ranks(command: str, nodes: int, parallel: ParallelConfig, cluster: Cluster) -> int:

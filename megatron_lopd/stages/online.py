@@ -49,10 +49,10 @@ def check(recipe: Recipe) -> list[str]:
         raise ConfigError(
             "score.engine.name=megatron: each rank of online has a teacher of its own: set another engine"
         )
-    if recipe.score.engine.tensor > 1 and recipe.parallel.processes > 1:
+    if recipe.score.engine.options.devices > 1 and recipe.parallel.processes > 1:
         raise ConfigError(
-            f"score.engine.tensor={recipe.score.engine.tensor}: each rank of online has its teacher on its "
-            "own GPU: drop that key, or set parallel.processes=1"
+            f"score.engine.vllm.tensor={recipe.score.engine.options.devices}: each rank of online has its "
+            "teacher on its own GPU: drop that key, or set parallel.processes=1"
         )
     prompts, teacher = inputs.prompts_of(recipe, "opd")[0], inputs.teacher_directory(recipe)
     inputs.check_model(teacher)

@@ -83,7 +83,7 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
 
 def _has_ranks(scoring: ScoreConfig) -> bool:
     """Whether an engine is made of ranks that rank 0 leads; of any other, the other ranks have no part."""
-    return any(engine.name == "megatron" for engine in _engines(scoring))
+    return any(engine.options.layout is not None for engine in _engines(scoring))
 
 
 def _engines(scoring: ScoreConfig) -> list[EngineConfig]:
@@ -93,5 +93,6 @@ def _engines(scoring: ScoreConfig) -> list[EngineConfig]:
 def processes(recipe: Recipe) -> int:
     """As many as the larger of its engines wants."""
     return max(
-        each.parallel.processes if each.parallel else 1 for each in _engines(inputs.scoring_of(recipe))
+        each.options.layout.processes if each.options.layout else 1
+        for each in _engines(inputs.scoring_of(recipe))
     )

@@ -39,7 +39,7 @@ def plan(recipe: Recipe) -> Plan:
     declared = inputs.sft_config(recipe).teacher
     if declared is not None:
         parents["teacher"] = inputs.parent_of_model(Path(declared))
-    return Plan({"max_tokens": inputs.sft_config(recipe).micro_batch_tokens}, parents, "declared")
+    return Plan({}, parents, "declared")
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:

@@ -23,6 +23,7 @@ from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Sample, Score
 from megatron_lopd.engines import open_engine
+from megatron_lopd.engines.kinds import VllmOptions
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.engines.protocol import Engine, Prompted
 from megatron_lopd.engines.requests import give_back_memory
@@ -119,10 +120,12 @@ def beside_trainer(config: EngineConfig) -> EngineConfig:
 
     The other half is for what the trainer takes later: the sampler, the optimizer's moments, activations.
     """
-    if config.memory_fraction is not None or not torch.cuda.is_available():
+    if not isinstance(config.options, VllmOptions) or not torch.cuda.is_available():
+        return config
+    if config.options.memory_fraction is not None:
         return config
     free, total = torch.cuda.mem_get_info()
-    return replace(config, memory_fraction=free / total / 2)
+    return replace(config, options=replace(config.options, memory_fraction=free / total / 2))
 
 
 class LiveBatches:

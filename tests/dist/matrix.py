@@ -12,6 +12,7 @@ from steps import Trained, train_steps
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig, TrainConfig, WeightsConfig
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
+from megatron_lopd.objectives import SampledReverseKlOptions, TopKReverseKlOptions
 from tests.model_zoo import make_model_dir
 from tests.training_zoo import VOCABULARY
 
@@ -93,11 +94,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "topk_forward_kl, horizon": ("topk_forward_kl", {"weights": WeightsConfig(horizon=6)}),
     "sampled_reverse_kl, clipped, extrapolation": (
         "sampled_reverse_kl",
-        {"importance": "clipped", "importance_clip": 0.2, "weights": WeightsConfig(extrapolation=1.25)},
+        {"options": SampledReverseKlOptions("clipped", 0.2, extrapolation=1.25)},
     ),
     "topk_reverse_kl, entropy, position": (
         "topk_reverse_kl",
-        {"weights": WeightsConfig(entropy=0.85, position=2.0)},
+        {"weights": WeightsConfig(position=2.0), "options": TopKReverseKlOptions(entropy=0.85)},
     ),
     "fixed_negative": ("fixed_negative", {}),
 }

@@ -61,11 +61,13 @@ def _poisoned(root: Path, options: dict[str, Any]) -> Any:
     done = _count_steps()
 
     class Poisoned(objectives.SampledReverseKl):
+        name = "poisoned"
+
         def token_loss(self, tokens: objectives.TokenLogProbs) -> torch.Tensor:
             loss = super().token_loss(tokens)
             return loss * float("nan") if os.environ["RANK"] == "1" and len(done) == 1 else loss
 
-    objectives.OBJECTIVES["poisoned"] = Poisoned
+    objectives.OBJECTIVES.add(Poisoned)
     return train(root, **options)
 
 
@@ -76,12 +78,15 @@ def _stopped(root: Path, options: dict[str, Any]) -> str:
     done = _count_steps()
 
     class Stopping(objectives.SampledReverseKl):
+        name = "stopping"
+
         def token_loss(self, tokens: objectives.TokenLogProbs) -> torch.Tensor:
             if os.environ["RANK"] == "1" and len(done) == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return super().token_loss(tokens)
 
-    objectives.OBJECTIVES["sampled_reverse_kl"] = Stopping
+    objectives.OBJECTIVES.add(Stopping)
+    options = options | {"objective": "stopping"}
     try:
         train(root, **options)
     except StopRequested as stop:

@@ -22,6 +22,7 @@ from megatron_lopd.config import EngineConfig, ParallelConfig, Sampling
 from megatron_lopd.data.dataset import open_scores
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.engines import open_engine
+from megatron_lopd.engines.megatron import MegatronOptions
 from megatron_lopd.errors import DataError, EngineError
 from tests.model_zoo import make_model_dir, unsampled
 from tests.pipeline import write_recipe
@@ -85,14 +86,14 @@ def expected(models: Path) -> dict[str, list[Score]]:
 
 
 def megatron(parallel: ParallelConfig | None = None, tokens: int = 96) -> EngineConfig:
-    return EngineConfig("megatron", micro_batch_tokens=tokens, parallel=parallel)
+    return EngineConfig("megatron", options=MegatronOptions(tokens, parallel))
 
 
 def score_in_ranks(
     config: EngineConfig, model_dir: str, batches: Sequence[Sequence[Rollout]]
 ) -> list[list[Score]] | None:
     """In each rank: rank 0 scores, twice over, the others serve."""
-    from megatron_lopd.engines.megatron import leading, serve
+    from megatron_lopd.engines.megatron_engine import leading, serve
 
     if os.environ["RANK"] != "0":
         serve()
@@ -130,8 +131,8 @@ def test_packing_does_not_show(models: Path, expected: dict[str, list[Score]], t
 BAD_REQUESTS = {
     "longer than a micro-batch": (
         unsampled("long", np.zeros(60, np.int32), np.ones(37, np.int32)),
-        "sample long has 97 tokens, which this layout pads to 97, above engine.micro_batch_tokens=96: "
-        "raise it to at least 97",
+        "sample long has 97 tokens, which this layout pads to 97, above "
+        "engine.megatron.micro_batch_tokens=96: raise it to at least 97",
     ),
     "longer than the model": (
         unsampled("longer", np.zeros(500, np.int32), np.ones(37, np.int32)),
@@ -164,7 +165,7 @@ def test_what_cannot_be_scored_is_named_before_anything_is_run(
         def exhausted(*arguments: object, **options: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr("megatron_lopd.engines.megatron.response_top_k", exhausted)
+        monkeypatch.setattr("megatron_lopd.engines.megatron_engine.response_top_k", exhausted)
         with pytest.raises(EngineError, match=r"out of memory .*micro_batch_tokens=96\): lower it"):
             list(engine.score(requests(3)))
         assert "\n" not in str(raised.value)
@@ -196,7 +197,7 @@ def test_a_model_that_one_rank_cannot_read_is_an_error_of_rank_0(models: Path, t
 
 
 def error_then_score(config: EngineConfig, torn: str, whole: str) -> str | None:
-    from megatron_lopd.engines.megatron import leading, serve
+    from megatron_lopd.engines.megatron_engine import leading, serve
 
     if os.environ["RANK"] != "0":
         serve()
@@ -213,14 +214,17 @@ def error_then_score(config: EngineConfig, torn: str, whole: str) -> str | None:
     ("overrides", "message"),
     [
         (["generate.engine.name=megatron"], "generate.engine.name=megatron cannot sample, only score"),
-        (["score.engine.parallel={tensor: 2, processes: 2}"], "engine.parallel is of engine.name=megatron"),
+        (
+            ["score.engine.megatron.parallel={tensor: 2, processes: 2}"],
+            "score.engine.megatron has options of another engine than score.engine.name=transformers",
+        ),
         (["score.engine={name: megatron, fp8: {recipe: tensorwise}}"], "set engine.dtype=bf16"),
         (["score.engine={name: megatron, dtype: bf16, fp8: {recipe: delayed}}"], "tensorwise or blockwise"),
         (
-            ["score.engine={name: megatron, parallel: {tensor: 3, processes: 3}}"],
+            ["score.engine={name: megatron, megatron: {parallel: {tensor: 3, processes: 3}}}"],
             "parallel.tensor=3 does not divide the model's num_attention_heads=4",
         ),
-        (["score.agreement={samples: 0}"], "drop the section for none"),
+        (["score.agreement={samples: 0}"], "score.agreement.samples must be at least 1"),
     ],
 )
 def test_a_recipe_it_cannot_follow(
@@ -249,7 +253,7 @@ def test_a_run_scored_by_two_ranks_after_both_engines_agreed(
     two_ranks = [
         *settings,
         "score.engine.name=megatron",
-        "score.engine.parallel={pipeline: 2, processes: 2}",
+        "score.engine.megatron.parallel={pipeline: 2, processes: 2}",
         "score.agreement.samples=7",
     ]
     # Refused by both ranks, in one line, before a score is kept; and then let through.

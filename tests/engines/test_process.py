@@ -17,10 +17,10 @@ import torch
 
 from megatron_lopd import engines
 from megatron_lopd.config import EngineConfig
-from megatron_lopd.engines import library, open_engine, process
+from megatron_lopd.engines import kind_of, open_engine, process, vllm
 from megatron_lopd.engines.process import EngineProcess
+from megatron_lopd.engines.vllm import VllmOptions
 from megatron_lopd.errors import EngineDied, EngineError
-from megatron_lopd.training import live
 from tests.model_zoo import make_model_dir, unsampled
 
 PROMPT = np.array([1, 2, 3], dtype=np.int32)
@@ -35,7 +35,7 @@ WORKS = "#!/bin/bash\nsleep 300 &\nwait\n"
 def interpreter(path: Path, script: str) -> EngineConfig:
     path.write_text(script)
     path.chmod(0o755)
-    return EngineConfig(name="vllm", python=str(path))
+    return EngineConfig(name="vllm", options=VllmOptions(str(path)))
 
 
 def group(leader: int) -> list[psutil.Process]:
@@ -102,7 +102,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
         setattr(sys.modules["vllm"], name, lambda **options: options)
     sys.modules["vllm"].LLM = FakeLLM  # type: ignore[attr-defined]
     sys.modules[names[-1]].EngineDeadError = EngineDeadError  # type: ignore[attr-defined]
-    from megatron_lopd.engines.vllm import VllmEngine
+    from megatron_lopd.engines.vllm_engine import VllmEngine
 
     model = str(make_model_dir(tmp_path / "model"))
     return lambda **options: VllmEngine(EngineConfig(name="vllm", **options), model)
@@ -128,7 +128,7 @@ def test_a_crash_is_tried_again_and_full_memory_and_bad_input_are_not(
     failure: BaseException,
     kind: type[EngineError],
 ) -> None:
-    monkeypatch.setattr(library, "_vllm", lambda python: ("0.0", True))
+    monkeypatch.setattr(vllm, "_vllm", lambda python: ("0.0", True))
     monkeypatch.setattr(FakeLLM, "failure", failure)
     with pytest.raises(EngineError) as caught:
         list(fake_vllm().score([unsampled("a", PROMPT, PROMPT)]))
@@ -154,26 +154,28 @@ def test_the_output_layer_is_asked_for_in_fp32_where_vllm_can_and_is_named(
     overrides: dict[str, str] | None,
     precision: str,
 ) -> None:
-    monkeypatch.setattr(library, "_vllm", lambda python: ("0.20.1", has_fp32_head))
+    monkeypatch.setattr(vllm, "_vllm", lambda python: ("0.20.1", has_fp32_head))
     fake_vllm(dtype=dtype)
     assert FakeLLM.given["hf_overrides"] == overrides
     assert FakeLLM.given["gpu_memory_utilization"] == 0.85
     config = EngineConfig(name="vllm", dtype=dtype)
-    assert library.library_versions(config) == {"vllm": "0.20.1", "vllm output layer": precision}
-    advice = library.score_advice(config)
+    kind = kind_of(config)
+    assert kind.versions(config) == {"vllm": "0.20.1", "vllm output layer": precision}
+    advice = kind.score_advice(config)
     assert len(advice) == (precision == "bf16")
     assert all("score.engine.name=megatron" in line and "score.agreement" in line for line in advice)
 
 
 def test_a_teacher_beside_a_trainer_takes_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a fake GPU of 80 GB, of which the trainer has 50."""
+    beside = kind_of(EngineConfig(name="vllm")).beside_trainer
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 10**9, 80 * 10**9))
-    assert live.beside_trainer(EngineConfig(name="vllm")).memory_share == pytest.approx(15 / 80)
-    told = EngineConfig(name="vllm", memory_fraction=0.3)
-    assert live.beside_trainer(told) is told
+    assert beside(EngineConfig(name="vllm")).options.memory_share == pytest.approx(15 / 80)
+    told = EngineConfig(name="vllm", options=VllmOptions(memory_fraction=0.3))
+    assert beside(told) is told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert live.beside_trainer(EngineConfig(name="vllm")).memory_share == 0.85
+    assert beside(EngineConfig(name="vllm")).options.memory_share == 0.85
 
 
 @pytest.mark.parametrize("name", ["transformers", "megatron"])

@@ -25,6 +25,7 @@ from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import write_shard
 from megatron_lopd.engines import open_engine
+from megatron_lopd.engines.megatron import MegatronOptions
 from megatron_lopd.errors import NumericsError
 from megatron_lopd.pipeline import engine_gate as agreement
 from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE, check_agreement
@@ -66,7 +67,7 @@ def test_split_it_has_the_same_weights_and_scores(
     smollm2: Path, smollm2_asked: list[Rollout], smollm2_scores: list[Score], layout: str
 ) -> None:
     parallel = LAYOUTS[layout]
-    config = EngineConfig("megatron", micro_batch_tokens=256, parallel=parallel)
+    config = EngineConfig("megatron", options=MegatronOptions(256, parallel))
     ranks = run_ranks(parallel.processes, split_in_ranks, config, str(smollm2), smollm2_asked, timeout=240)
     weights, scores = ranks[0]
     assert weights == digests(smollm2)
@@ -78,7 +79,7 @@ def split_in_ranks(
 ) -> tuple[dict[str, str], list[Score]]:
     """The weights as every rank's parts make them up, and the scores; of rank 0."""
     from megatron_lopd.convert.gather import WeightGatherer
-    from megatron_lopd.engines.megatron import _opened, leading, serve
+    from megatron_lopd.engines.megatron_engine import _opened, leading, serve
 
     with _opened(config, smollm2) as model:
         # For an optimizer, which this would be the largest part of: the gatherer looks at its chunks alone.

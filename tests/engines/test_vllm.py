@@ -20,16 +20,16 @@ from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Rollout, Score
-from megatron_lopd.engines import Prompted, open_engine
-from megatron_lopd.engines.library import library_versions
+from megatron_lopd.engines import Prompted, kind_of, open_engine
 from megatron_lopd.engines.process import EngineProcess
+from megatron_lopd.engines.vllm import VllmOptions
 from megatron_lopd.errors import EngineDied, EngineError
 from tests.model_zoo import make_model_dir, unsampled
 from tests.pipeline import SMALL, write_recipe
 from tests.smollm2 import TOP_K, assert_agree
 from tests.vllm_python import VLLM_PYTHON
 
-CONFIG = EngineConfig(name="vllm", python=str(VLLM_PYTHON), batch_size=8)
+CONFIG = EngineConfig(name="vllm", options=VllmOptions(str(VLLM_PYTHON)), batch_size=8)
 VOCABULARY = 131
 HEAD = 32  # the smallest that vLLM's attention on a CPU knows
 END = frozenset({3, 7, 19, 40, 77, 101})  # so many that some responses end early
@@ -162,7 +162,7 @@ def test_a_bf16_model_has_its_output_layer_in_fp32(tmp_path: Path) -> None:
     prompt = np.array([1, 2, 3], dtype=np.int32)
     asked = [unsampled(f"s{at}", prompt, rng.integers(1, VOCABULARY, 40, dtype=np.int32)) for at in range(4)]
     config = replace(CONFIG, dtype="bf16")
-    assert library_versions(config)["vllm output layer"] == "fp32"
+    assert kind_of(config).versions(config)["vllm output layer"] == "fp32"
     with closing(open_engine(config, str(tmp_path))) as opened:
         scores = list(opened.score(asked, TOP_K))
     expected = open_engine(EngineConfig(dtype="bf16"), str(tmp_path)).score(asked, TOP_K)
@@ -179,7 +179,9 @@ def test_a_killed_worker_is_an_engine_that_died_and_none_is_left(
     """Two workers of vLLM's own, each with a part of the model."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it wants a NUMA node for each
     prompt = np.array([1, 2, 3], dtype=np.int32)
-    with closing(open_engine(replace(CONFIG, tensor=2), model_dir)) as opened:
+    with closing(
+        open_engine(replace(CONFIG, options=VllmOptions(str(VLLM_PYTHON), tensor=2)), model_dir)
+    ) as opened:
         assert isinstance(opened, EngineProcess)
         children = psutil.Process(opened.pid).children(recursive=True)
         workers = [child for child in children if "Worker" in child.name()]
@@ -232,7 +234,7 @@ def test_a_whole_stage_names_its_engine_and_an_interpreter_without_vllm_is_refus
     assert main(["generate", "recipe.yaml", "generate.engine.name=vllm"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "generate.engine.name=vllm: this Python has no vllm" in line
-    asked = ["generate.engine.name=vllm", f"generate.engine.python={VLLM_PYTHON}"]
+    asked = ["generate.engine.name=vllm", f"generate.engine.vllm.python={VLLM_PYTHON}"]
     assert main(["generate", "recipe.yaml", *asked]) == 0
     manifest = load_manifest(tmp_path / "run" / "generate")
     assert manifest.versions["vllm"].startswith("0.")
@@ -245,7 +247,7 @@ def test_killed_it_says_so_and_leaves_nothing_behind(engine: EngineProcess) -> N
     children = psutil.Process(engine.pid).children(recursive=True)
     os.kill(engine.pid, signal.SIGKILL)
     prompt = np.array([1, 2, 3], dtype=np.int32)
-    with pytest.raises(EngineDied, match=rf"vLLM's process \(pid {engine.pid}\) was killed by SIGKILL"):
+    with pytest.raises(EngineDied, match=rf"vllm's process \(pid {engine.pid}\) was killed by SIGKILL"):
         list(engine.score([unsampled("a", prompt, prompt)]))
     psutil.wait_procs(children, timeout=10)
     assert not [child for child in children if child.is_running() and child.status() != "zombie"]

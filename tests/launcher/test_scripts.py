@@ -29,6 +29,7 @@ RECIPE: dict[str, Any] = {
     "prompts": {name: {"path": f"/shared/{name}.jsonl"} for name in ("sft", "opd", "eval")},
     "sft": {"steps": 20},
     "train": {"steps": 30},
+    "evaluate": {"grader": "math"},
 }
 REFRESHED = RECIPE | {"train": {"steps": 30, "refresh_every": 10}}
 
@@ -77,7 +78,7 @@ def test_stages_not_needed_are_left_out(tmp_path: Path) -> None:
         ({"partitoin": "x"}, "unknown key partitoin: did you mean partition"),
         ({"stages": {"sft": {"node": 2}}}, "unknown key stages.sft.node: did you mean stages.sft.nodes"),
         ({"stages": {"export": {"nodes": 2}}}, "stages.export.nodes=2: export is one task"),
-        ({"setup": "module load x"}, "setup: expected a list"),
+        ({"setup": "module load x"}, "setup: expected list of str, got 'module load x'"),
         ({"env": ["A B"]}, "write it as NAME=value"),
         ({"sbatch": ["exclusive"]}, "is no option"),
         ({"gpus_per_node": 3}, "makes 3 ranks, not a multiple of 2"),
@@ -89,7 +90,7 @@ def test_what_a_cluster_file_gets_wrong(changes: dict[str, Any], message: str, t
 
 
 def test_workers_that_a_node_has_no_gpus_for(tmp_path: Path) -> None:
-    greedy = {"rollout": {"engine": {"name": "vllm", "tensor": 4, "workers": 4}}}
+    greedy = {"rollout": {"engine": {"name": "vllm", "vllm": {"tensor": 4}, "workers": 4}}}
     with pytest.raises(ConfigError, match=r"rollout\.engine: .* takes 16 GPUs, and gpus_per_node is 8"):
         plan(tmp_path, RECIPE | greedy, BARE)
 
@@ -98,9 +99,9 @@ def test_what_only_the_nodes_have_is_left_to_them(tmp_path: Path, monkeypatch: p
     """A container's interpreter is not on the login node; a wrong setting is wrong anywhere."""
     write_recipe(tmp_path)
     monkeypatch.chdir(tmp_path)
-    inside = ["rollout.engine.name=vllm", "rollout.engine.python=/inside/python"]
+    inside = ["rollout.engine.name=vllm", "rollout.engine.vllm.python=/inside/python"]
     (note,) = checked(inside)
-    assert note.startswith("rollout: not checked here, the nodes will: engine.python: /inside/python")
+    assert note.startswith("rollout: not checked here, the nodes will: engine.vllm.python: /inside/python")
     with pytest.raises(ConfigError, match="max_new_tokens"):
         checked([*inside, "rollout.sampling.max_new_tokens=640"])
 

@@ -50,17 +50,19 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         ("run_dirr: x", None, "unknown key run_dirr: did you mean run_dir?"),
         (GOOD, "train.optimzer.lr=1", "unknown key train.optimzer: did you mean train.optimizer?"),
         (GOOD, "lr=1", "unknown key lr: did you mean sft.optimizer.lr?"),
-        (GOOD, "train.lr=1", "unknown key train.lr: did you mean sft.optimizer.lr?"),
+        (GOOD, "train.lr=1", "unknown key train.lr: did you mean train.optimizer.lr?"),
         (GOOD, "seed=abc", "seed: expected int, got 'abc'"),
-        (GOOD, "seed=-1", "seed must be between 0 and 2^63 - 1, not -1"),
+        (GOOD, "seed=-1", "seed must be at least 0 and at most 9223372036854775807, not -1"),
         (GOOD, "sft.optimizer.warmup_steps=5", "sft.optimizer.warmup_steps=5 must be below sft.steps=5"),
         (GOOD, "train.optimizer.lr=inf", "train.optimizer.lr: expected float, got 'inf'"),
-        (GOOD, "train.optimizer.beta1=2", "optimizer.beta1 must be in [0, 1)"),
-        (GOOD, "train.preflight_samples=-1", "train.preflight_samples must be at least 0"),
+        (GOOD, "train.optimizer.lr=.inf", "train.optimizer.lr: expected a finite float, got inf"),
+        (GOOD, "train.optimizer.lr='1e-3'", "train.optimizer.lr: expected float, got '1e-3'"),
+        (GOOD, "train.optimizer.beta1=2", "train.optimizer.beta1 must be at least 0 and below 1, not 2"),
+        (GOOD, "train.preflight_samples=-1", "train.preflight_samples must be at least 0, not -1"),
         (GOOD, "seed=true", "seed: expected int, got True"),
         (GOOD, "seed=", "seed: expected int, got nothing"),
         (GOOD, "train.optimizer.lr=fast", "train.optimizer.lr: expected float, got 'fast'"),
-        (GOOD, "train.optimizer.lr=-1", "optimizer.lr must be above 0"),
+        (GOOD, "train.optimizer.lr=-1", "train.optimizer.lr must be above 0, not -1"),
         (
             GOOD,
             "sft.optimizer.schedule=cosin",
@@ -75,7 +77,7 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         ),
         (GOOD, "parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline to at"),
         (GOOD, "score.top_k=0", "needs the teacher's top k: set score.top_k"),
-        (GOOD, "prompts.opd.path=x.jsonl", "give either path (a JSONL file) or task"),
+        (GOOD, "prompts.opd.path=x.jsonl", "give either path (a file) or task"),
         (
             GOOD,
             "prompts.opd.suffix=Go.",
@@ -87,6 +89,22 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
             GOOD,
             "prompts.eval={aime: {pth: x}}",
             "unknown key prompts.eval.aime.pth: did you mean prompts.eval.aime",
+        ),
+        (
+            GOOD,
+            "prompts.eval={aime: {path: x}, amc: x.jsonl}",
+            "prompts.eval.amc: expected keys and values, not 'x.jsonl'",
+        ),
+        (GOOD, "prompts.eval={pth: x.jsonl}", "unknown key prompts.eval.pth: did you mean prompts.eval.path"),
+        (
+            GOOD,
+            "prompts.eval.path=x.jsonl",
+            "missing key evaluate.grader: what checks the answers of prompts",
+        ),
+        (
+            GOOD,
+            "prompts.eval={a: {task: arithmetic, count: 1}, b: {path: x}}",
+            "missing key evaluate.grader",
         ),
         (GOOD, "prompts.eval=x.jsonl", "prompts.eval: expected keys and values, not 'x.jsonl'"),
         (GOOD, "seed", "write it as dotted.key=value"),
@@ -126,10 +144,11 @@ def test_operational_keys_do_not_decide(tmp_path: Path) -> None:
 
 
 def test_every_key_is_described_once() -> None:
-    names = [name for name, _, _ in describe_keys()]
+    keys = list(describe_keys(Recipe))
+    names = [key.name for key in keys]
     assert len(names) == len(set(names)) > 50
     assert {item.name for item in dataclasses.fields(Recipe)} == {name.split(".")[0] for name in names}
-    assert all(text for _, _, text in describe_keys())
+    assert all(key.help for key in keys)
 
 
 def test_config_imports_no_torch() -> None:
@@ -138,7 +157,7 @@ def test_config_imports_no_torch() -> None:
 
 
 def test_one_evaluation_set_or_several_by_name(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD)
+    path = write(tmp_path, GOOD + "evaluate: {grader: math}\n")
     one = load_recipe(path, ["prompts.eval.path=a.jsonl", "prompts.eval.count=3"])
     assert one.prompts.eval is not None
     assert {name: source.path for name, source in one.prompts.eval.items()} == {"eval": "a.jsonl"}
@@ -151,3 +170,9 @@ def test_one_evaluation_set_or_several_by_name(tmp_path: Path) -> None:
         ("math500", "b.jsonl"),
     ]
     assert load_recipe(path, ["prompts.eval=null"]).prompts.eval is None
+
+
+def test_a_built_in_tasks_own_grader_need_not_be_named(tmp_path: Path) -> None:
+    path, sets = write(tmp_path, GOOD), "prompts.eval={task: arithmetic, count: 2}"
+    assert load_recipe(path, [sets]).evaluate.grader == "arithmetic"
+    assert load_recipe(path, [sets, "evaluate.grader=math"]).evaluate.grader == "math"

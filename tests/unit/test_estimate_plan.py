@@ -133,7 +133,7 @@ def test_what_the_plan_suggests_fits(capsys: pytest.CaptureFixture[str]) -> None
         (
             "h100:1",
             [],
-            "do not fit 1 x h100 (80 GB each): raise generate.engine.tensor, lower max_new_tokens",
+            "do not fit 1 x h100 (80 GB each): raise generate.engine.vllm.tensor, lower max_new_tokens",
         ),
         ("h100:1", ["generate.engine.dtype=fp32"], "generate: the model's 131 GB of fp32 weights"),
         ("a100-80g:8", ["fp8.recipe=tensorwise"], "a100-80g has no FP8"),

@@ -52,7 +52,7 @@ def test_engines_take_the_gpus_of_a_node(path: Path) -> None:
     recipe = load_recipe(str(path), [])
     for section in (recipe.generate, recipe.rollout, recipe.score, recipe.evaluate):
         assert section.engine.name == "vllm"
-        assert section.engine.tensor * section.engine.workers == GPUS_A_NODE
+        assert section.engine.options.devices * section.engine.workers == GPUS_A_NODE
 
 
 @pytest.mark.parametrize("path", QWEN3, ids=lambda path: path.parent.name)

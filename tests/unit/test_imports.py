@@ -23,8 +23,8 @@ NOT_FOR_TRAINING = {
     "pandas": "no part of the package",
     "megatron_lopd.stages.report": "another stage",
     "megatron_lopd.stages.evaluate": "another stage",
-    "megatron_lopd.engines.hf": "another stage",
-    "megatron_lopd.engines.vllm": "another stage",
+    "megatron_lopd.engines.transformers_engine": "another stage",
+    "megatron_lopd.engines.vllm_engine": "another stage",
     "torch._inductor.codegen": "torch's compiler: its optimizers import only the front",
 }
 NOT_FOR_ASKING = {*NOT_FOR_TRAINING, "torch", "megatron.core", "numpy", "pyarrow", "tensorboard"}
@@ -48,7 +48,9 @@ run_training(
         identity="a job",
         work_dir=root / "run",
         model=ModelSetup(root / "model", ParallelConfig(), "fp32", seed=0),
-        config=TrainConfig(steps=1, global_batch_size=4, micro_batch_tokens=64),
+        config=TrainConfig(
+            steps=1, objective="sampled_reverse_kl", global_batch_size=4, micro_batch_tokens=64
+        ),
         objective="sampled_reverse_kl",
         segment=Segment(CachedData(root / "data", root / "data"), "proved"),
     )

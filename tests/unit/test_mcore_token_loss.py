@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lopd.config import ParallelConfig, TrainConfig, WeightsConfig
 from megatron_lopd.data.collate import MicroBatch
+from megatron_lopd.objectives import SampledReverseKlOptions, TopKReverseKlOptions
 from megatron_lopd.ops.row_chunks import rows_at_once
 from megatron_lopd.ops.softmax import ResponseLogProbs, VocabularySlice
 from megatron_lopd.ops.token_loss import SummedLoss, vocab_parallel_loss
@@ -130,10 +131,13 @@ OBJECTIVES = {
     "sft": None,
     "fixed_negative": {},
     "sampled_reverse_kl": {},
-    "sampled_reverse_kl clipped": {"importance": "clipped", "importance_clip": 0.9},
-    "sampled_reverse_kl weighted": {"weights": WeightsConfig(position=3.0, horizon=4, extrapolation=1.5)},
+    "sampled_reverse_kl clipped": {"options": SampledReverseKlOptions("clipped", 0.9)},
+    "sampled_reverse_kl weighted": {
+        "weights": WeightsConfig(position=3.0, horizon=4),
+        "options": SampledReverseKlOptions(extrapolation=1.5),
+    },
     "topk_reverse_kl": {},
-    "topk_reverse_kl with entropy": {"weights": WeightsConfig(entropy=1.0)},
+    "topk_reverse_kl with entropy": {"options": TopKReverseKlOptions(entropy=1.0)},
     "topk_forward_kl": {},
     "topk_forward_kl weighted": {"weights": WeightsConfig(position=2.0, horizon=5)},
 }

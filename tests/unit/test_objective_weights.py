@@ -88,7 +88,8 @@ def test_without_weights_nothing_is_multiplied_and_nothing_is_needed() -> None:
 TOPK = ["score.top_k=64", "train.objective=topk_reverse_kl"]
 FORWARD = ["score.top_k=64", "train.objective=topk_forward_kl"]
 SAMPLED = ["train.objective=sampled_reverse_kl"]
-CLIPPED = [*SAMPLED, "train.importance=clipped"]
+EXTRAPOLATION = "train.sampled_reverse_kl.extrapolation"
+CLIPPED = [*SAMPLED, "train.sampled_reverse_kl.importance=clipped"]
 
 
 @pytest.mark.parametrize(
@@ -98,32 +99,44 @@ CLIPPED = [*SAMPLED, "train.importance=clipped"]
             ["train.objective=topk_forward_kl", "score.top_k=0"],
             "train.objective=topk_forward_kl needs the teacher's top k: set score.top_k (to 64, say) and run",
         ),
-        ([*CLIPPED, *TOPK], "train.importance=clipped weighs the sampled token's loss"),
         (
-            [*CLIPPED, "train.objective=fixed_negative"],
-            "set train.importance=none, or train.objective=sampled",
+            [*CLIPPED, *TOPK],
+            "train.sampled_reverse_kl has options of another objective than train.objective=topk_reverse_kl: "
+            "drop it, or set train.objective=sampled_reverse_kl",
         ),
-        ([*CLIPPED, "train.importance_clip=0"], "train.importance_clip=0 must be above 0"),
+        ([*CLIPPED, "train.objective=fixed_negative"], "than train.objective=fixed_negative: drop it"),
         (
-            [*CLIPPED, "rollout.sampling.temperature=0"],
-            "set train.importance=none, or the temperature above 0",
+            [*CLIPPED, "train.sampled_reverse_kl.importance_clip=0"],
+            "train.sampled_reverse_kl.importance_clip must be above 0, not 0",
         ),
-        ([*TOPK, "train.weights.extrapolation=1.2"], "train.weights.extrapolation=1.2 needs pi_ref's"),
+        ([*CLIPPED, "rollout.sampling.temperature=0"], "set it to none, or the temperature above 0"),
+        # Where keys of former versions are now.
+        ([*SAMPLED, "train.importance=none"], "did you mean train.sampled_reverse_kl.importance?"),
+        (["train.weights.extrapolation=1"], "did you mean train.sampled_reverse_kl.extrapolation?"),
+        (["train.weights.entropy=1"], "did you mean train.topk_reverse_kl.entropy?"),
+        (["score.engine.python=/x"], "did you mean score.engine.vllm.python?"),
+        (["score.agreement.engine.tensor=2"], "did you mean score.agreement.engine.vllm.tensor?"),
+        (["rollout.engine.micro_batch_tokens=9"], "did you mean rollout.engine.megatron.micro_batch_tokens?"),
         (
-            [*SAMPLED, "train.weights.extrapolation=1.2", "rollout.sampling.temperature=0.7"],
-            "set rollout.sampling to temperature=1, top_p=1, top_k=0, or train.weights.extrapolation=1",
+            [*SAMPLED, f"{EXTRAPOLATION}=1.2", "rollout.sampling.temperature=0.7"],
+            "set rollout.sampling to temperature=1, top_p=1, top_k=0, or the extrapolation to 1",
         ),
         (
-            [*SAMPLED, "train.weights.extrapolation=1.2", "rollout.sampling.top_p=0.9"],
+            [*SAMPLED, f"{EXTRAPOLATION}=1.2", "rollout.sampling.top_p=0.9"],
             "set rollout.sampling to temper",
         ),
-        (["train.weights.extrapolation=0"], "train.weights.extrapolation=0 must be above 0"),
-        ([*SAMPLED, "train.weights.entropy=1"], "leave it empty with train.objective=sampled_reverse_kl"),
-        ([*FORWARD, "train.weights.entropy=1"], "or set train.objective=topk_reverse_kl"),
-        ([*TOPK, "train.weights.entropy=-1"], "train.weights.entropy=-1.0 must be at least 0 nats"),
-        ([*TOPK, "train.weights.entropy=4.2"], "of at most 4.19 nats: lower it, or raise score.top_k"),
-        (["train.weights.position=0.5"], "train.weights.position=0.5 must be at least 1"),
-        (["train.weights.horizon=0"], "train.weights.horizon=0 must be at least 1"),
+        ([*SAMPLED, f"{EXTRAPOLATION}=0"], f"{EXTRAPOLATION} must be above 0, not 0"),
+        ([*FORWARD, "train.topk_reverse_kl.entropy=1"], "or set train.objective=topk_reverse_kl"),
+        (
+            [*TOPK, "train.topk_reverse_kl.entropy=-1"],
+            "train.topk_reverse_kl.entropy must be at least 0, not",
+        ),
+        (
+            [*TOPK, "train.topk_reverse_kl.entropy=4.2"],
+            "of at most 4.19 nats: lower it, or raise score.top_k",
+        ),
+        (["train.weights.position=0.5"], "train.weights.position must be at least 1, not 0.5"),
+        (["train.weights.horizon=0"], "train.weights.horizon must be at least 1, not 0"),
         (["train.weights.postion=2"], "did you mean train.weights.position?"),
     ],
 )
@@ -140,11 +153,11 @@ def test_every_option_decides_a_run(tmp_path: Path) -> None:
     for overrides in (
         [],
         CLIPPED,
-        [*CLIPPED, "train.importance_clip=3"],
+        [*CLIPPED, "train.sampled_reverse_kl.importance_clip=3"],
         ["train.weights.position=1.5", "train.weights.horizon=4"],
-        [*SAMPLED, "train.weights.extrapolation=1.25"],
+        [*SAMPLED, f"{EXTRAPOLATION}=1.25"],
         ["train.objective=fixed_negative"],
-        [*TOPK, "train.weights.entropy=1"],
+        [*TOPK, "train.topk_reverse_kl.entropy=1"],
         FORWARD,
     ):
         train = deciding(load_recipe(path, overrides).train)

@@ -15,12 +15,14 @@ from megatron_lopd.objectives import (
     FixedNegative,
     Objective,
     SampledReverseKl,
+    SampledReverseKlOptions,
     Sft,
     TokenLogProbs,
     TokenPlaces,
     TopKForwardKl,
     TopKLogProbs,
     TopKReverseKl,
+    TopKReverseKlOptions,
     _quantiles,
     drift,
     get_objective,
@@ -29,6 +31,10 @@ from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
 
 # fp64 with a few additions each: 1e-12 leaves three digits above rounding.
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def entropy_aware(threshold: float) -> EntropyAwareKl:
+    return EntropyAwareKl(options=TopKReverseKlOptions(threshold))
 
 
 def logits_and_tokens(
@@ -225,7 +231,7 @@ def test_forward_kl_is_added_where_the_teachers_entropy_is_high(case: Case, thre
         kl(p, q) + (kl(q, p) if entropy > threshold else 0)
         for (p, q), entropy in zip(pairs, entropies, strict=True)
     ]
-    check(EntropyAwareKl(WeightsConfig(entropy=threshold)), case, torch.stack(expected))
+    check(entropy_aware(threshold), case, torch.stack(expected))
     whole = -(case.teacher.exp() * case.teacher).sum(-1)
     assert (torch.tensor(entropies, dtype=torch.float64) <= whole + 1e-10).all(), "a lower bound"
 
@@ -240,9 +246,7 @@ def test_sampled_loss_with_importance_and_extrapolation(case: Case, clip: float,
     config = TrainConfig(
         steps=1,
         objective="sampled_reverse_kl",
-        importance="clipped",
-        importance_clip=clip,
-        weights=WeightsConfig(extrapolation=factor),
+        options=SampledReverseKlOptions("clipped", clip, extrapolation=factor),
     )
     loss = get_objective("sampled_reverse_kl", config).token_loss(TokenLogProbs(current, teacher, behaviour))
     (gradient,) = torch.autograd.grad(loss.sum(), case.logits, retain_graph=True)
@@ -263,7 +267,8 @@ def test_options_left_alone_are_the_plain_objective_to_the_bit() -> None:
     current = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].float()
     given_tokens = TokenLogProbs(current, current.detach() * 0.7, current.detach() * 1.3)
     plain = -(given_tokens.teacher - current.detach()) * current
-    loss = get_objective("sampled_reverse_kl", TrainConfig(steps=1)).token_loss(given_tokens)
+    config = TrainConfig(steps=1, objective="sampled_reverse_kl")
+    loss = get_objective("sampled_reverse_kl", config).token_loss(given_tokens)
     assert torch.equal(loss, plain)
 
 
@@ -307,7 +312,7 @@ def test_a_teacher_tail_too_small_for_fp32_adds_nothing(tail: float) -> None:
     expected = kl(teacher, student[:, :2].detach())
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, torch.tensor([[-0.25, -0.75, 0.0]]), rtol=1e-6, atol=1e-30)
-    undecided = EntropyAwareKl(WeightsConfig(entropy=0.0)).token_loss(tokens)
+    undecided = entropy_aware(0.0).token_loss(tokens)
     assert undecided.isfinite().all() or tail == -1e30  # where the reverse KL is 1e30 by itself
 
 
@@ -342,7 +347,7 @@ def test_every_distillation_objective_has_the_same_metrics() -> None:
     others = {
         FixedNegative(): {},
         TopKForwardKl(): {"forward_kl": 0.375},
-        EntropyAwareKl(WeightsConfig(entropy=1.0)): {},
+        entropy_aware(1.0): {},
     }
     for objective, own in others.items():
         assert objective.metrics(tokens, loss) == sampled | own
@@ -396,12 +401,16 @@ def test_missing_log_probs_and_unknown_names_are_refused() -> None:
         SampledReverseKl().token_loss(TokenLogProbs(current, None, current))
     with pytest.raises(DataError, match="no behaviour log-probs"):
         SampledReverseKl().metrics(TokenLogProbs(current, current, None), current)
-    for objective in (TopKReverseKl(), TopKForwardKl(), EntropyAwareKl(WeightsConfig(entropy=1.0))):
+    for objective in (TopKReverseKl(), TopKForwardKl(), entropy_aware(1.0)):
         with pytest.raises(DataError, match=r"score\.top_k above 0"):
             objective.token_loss(TokenLogProbs(current, current, current))
     with pytest.raises(DataError, match="no behaviour log-probs"):
-        SampledReverseKl(importance_clip=2.0).token_loss(TokenLogProbs(current, current, None))
+        SampledReverseKl(options=SampledReverseKlOptions("clipped")).token_loss(
+            TokenLogProbs(current, current, None)
+        )
     with pytest.raises(DataError, match=r"train\.weights\.position needs"):
         SampledReverseKl(WeightsConfig(position=2.0)).token_weights(TokenPlaces(torch.arange(2), None))
-    with pytest.raises(ConfigError, match="fixed_negative, sampled_reverse_kl, sft, topk_forward_kl"):
+    with pytest.raises(
+        ConfigError, match="sampled_reverse_kl, topk_reverse_kl, topk_forward_kl, fixed_negative"
+    ):
         get_objective("reverse_kl")

@@ -16,6 +16,7 @@ from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Sample, Score, TopK
+from megatron_lopd.objectives import SampledReverseKlOptions
 from tests.interpreter import run_interpreted
 from tests.training_zoo import VOCABULARY, hf_log_probs, make_root
 
@@ -91,9 +92,8 @@ def test_weights_reach_the_loss_and_the_gradient_and_not_the_metrics(tmp_path: P
     config = TrainConfig(
         steps=1,
         objective="sampled_reverse_kl",
-        importance="clipped",
-        importance_clip=0.9,
-        weights=WeightsConfig(position=3.0, horizon=4, extrapolation=1.5),
+        weights=WeightsConfig(position=3.0, horizon=4),
+        options=SampledReverseKlOptions("clipped", 0.9, extrapolation=1.5),
     )
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
     each, reverse_kl = [], []
