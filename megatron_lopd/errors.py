@@ -48,6 +48,10 @@ class EngineDied(EngineError):  # noqa: N818 - what happened, as StopRequested
     """An engine's process was killed from outside; another start may well go through."""
 
 
+class OutOfMemory(LopdError):  # noqa: N818 - what happened, as StopRequested
+    """Training does not fit a GPU or this machine; another start of the same would end alike."""
+
+
 class NumericsError(LopdError):
     """A guard stopped the run: numbers that must agree do not, or are not finite."""
 
@@ -73,3 +77,12 @@ class StopRequested(LopdError):  # noqa: N818 - a wish, not an error
 
 class RefreshDue(StopRequested):
     """Training has used up its rollouts; its checkpoint is saved, and `lopd refresh` makes the next ones."""
+
+
+# What torch's allocators, cuBLAS and vLLM's own say of a GPU or a machine that is full.
+_FULL = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of the machine, whichever library says so."""
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _FULL)

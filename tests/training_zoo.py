@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_lopd.config import Fp8Config, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES
 from megatron_lopd.data.shards import write_shard
@@ -82,25 +81,24 @@ def train(
     **config: Any,
 ) -> tuple[Any, list[dict[str, Any]], str]:
     """Run the job here: (Progress, the steps of metrics.jsonl, `tensor_digest` of the last checkpoint)."""
-    from megatron_lopd.training.loop import TrainingJob, run_training
+    from megatron_lopd.training.job import ModelSetup, Segment, TrainingJob
+    from megatron_lopd.training.loop import run_training
+    from megatron_lopd.training.sources import CachedData
 
     if objective != "sft":
         config |= {"objective": objective}
     settings = {"steps": 6, "global_batch_size": 16, "micro_batch_tokens": 64, "checkpoint_every": 2} | config
+    training = TrainConfig(optimizer=optimizer or OptimizerConfig(lr=1e-3, schedule="cosine"), **settings)
     job = TrainingJob(
         name="test",
         identity=identity,
-        lineage="proved",
-        config=TrainConfig(optimizer=optimizer or OptimizerConfig(lr=1e-3, schedule="cosine"), **settings),
-        objective=objective,
-        parallel=parallel or ParallelConfig(),
-        precision="fp32",
-        fp8=fp8,
-        seed=0,
-        model_dir=root / "model",
-        data=TrainingData(root / "data", root / "data"),
         work_dir=root / work,
+        model=ModelSetup(root / "model", parallel or ParallelConfig(), "fp32", seed=0, fp8=fp8),
+        config=training,
+        objective=objective,
+        segment=Segment(CachedData(root / "data", root / "data"), "proved"),
         preflight=preflight,
+        guard=training.guard,
     )
     progress = run_training(job)
     last = root / work / "checkpoints" / f"step_{progress.step:08d}"

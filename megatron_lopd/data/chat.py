@@ -77,7 +77,9 @@ class Chat:
         """
         return self._prompt(self._render(messages, name, open_turn=True), name, max_tokens)
 
-    def conversation(self, messages: Sequence[Message], name: str, max_tokens: int) -> tuple[Tokens, Tokens]:
+    def conversation(
+        self, messages: Sequence[Message], name: str, max_tokens: int, limit: str = "the limit"
+    ) -> tuple[Tokens, Tokens]:
         """(prompt, response) ids of a conversation that ends with the assistant's message, to train on.
 
         int32 [P] and [T], P + T <= max_tokens. The prompt is just what `prompt` gives for the messages
@@ -85,7 +87,7 @@ class Chat:
         token: they are tokenized apart. What the template puts after it (a line break, say) is dropped.
 
         Raises DataError when the rendered prompt is not the beginning of the rendered conversation, when the
-        answer has no end token or text after it, or when there are more than `max_tokens`.
+        answer has no end token or text after it, or when there are more than `max_tokens`, which is `limit`.
         """
         opening = self._render(messages[:-1], name, open_turn=True)
         whole = self._render(messages, name, open_turn=False)
@@ -108,8 +110,8 @@ class Chat:
             raise DataError(f"{name}: the answer goes on after its end token: {left!r}")
         if len(prompt) + len(response) > max_tokens:
             raise DataError(
-                f"{name}: prompt and answer have {len(prompt) + len(response)} tokens, above the limit of "
-                f"{max_tokens}: raise the limit or drop the sample"
+                f"{name}: prompt and answer have {len(prompt) + len(response)} tokens, above {limit} of "
+                f"{max_tokens}: shorten or drop the sample, or raise that"
             )
         return prompt, response
 

@@ -91,6 +91,16 @@ class TrainingData:
                 f"{padded}, above micro_batch_tokens={token_budget}: raise it to at least {needed}"
             )
 
+    def require_positions(self, positions: int) -> None:
+        """Raise DataError naming the longest sample when it has more tokens than the model `positions`."""
+        longest = int(self.lengths.argmax())
+        if self.lengths[longest] > positions:
+            raise DataError(
+                f"{self._rollouts.path(longest)}: sample {self.sample_ids[longest]} has "
+                f"{self.lengths[longest]} tokens, and the model to train has {positions} positions: drop the "
+                "sample, or shorten it (sampling.max_new_tokens, where it was sampled)"
+            )
+
     def require_vocabulary(self, size: int) -> None:
         """Raise DataError naming file and sample when a token or top-k id is `size` or above.
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_lopd.data.records import Rollout
-from megatron_lopd.errors import EngineError
+from megatron_lopd.errors import EngineError, is_out_of_memory
 
 # Bytes of scores held while they wait for their turn: requests are run in any order within such a window.
 SCORED_BYTES = 1 << 28
@@ -88,8 +88,7 @@ def memory_advice(model_dir: str, device: torch.device, setting: str, advice: st
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_memory and "can't allocate memory" not in str(error):  # what torch's CPU allocator says
+        if not is_out_of_memory(error):
             raise
         raise EngineError(f"{model_dir}: out of memory on {device} ({setting}): {advice}") from error
 

@@ -17,7 +17,7 @@ from megatron_lopd.data.records import FinishReason, Rollout, Score, TopK
 from megatron_lopd.engines.library import head_precision
 from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.engines.requests import check_finite, check_scoring, check_tokens
-from megatron_lopd.errors import EngineDied, EngineError
+from megatron_lopd.errors import EngineDied, EngineError, is_out_of_memory
 
 # The engine core in this process: it ends with it, and its errors are raised here.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -36,9 +36,6 @@ HELD_LOG_PROBS = 1 << 22
 LEAST_TEMPERATURE = 1e-2
 
 LONGEST_REASON = 400  # characters of vLLM's own words in an error
-
-# What torch's allocators and vLLM's own say of a GPU or a host that is full, in a worker's words too.
-FULL = ("out of memory", "can't allocate memory")
 
 # The least mass that 1 minus a sum of fp32 probabilities can tell from nothing.
 RESOLUTION = 2.0**-24
@@ -68,9 +65,9 @@ class VllmEngine:
                 skip_tokenizer_init=True,
                 trust_remote_code=config.trust_remote_code,
                 dtype={"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
-                tensor_parallel_size=config.options.tensor,
+                tensor_parallel_size=config.tensor,
                 hf_overrides=_overrides(config),
-                gpu_memory_utilization=config.options.memory_share,
+                gpu_memory_utilization=config.memory_share,
                 max_num_seqs=config.batch_size,
                 max_num_batched_tokens=max(BATCHED_TOKENS, config.batch_size),
                 max_model_len=None if self._positions is None else self._positions + 1,
@@ -213,8 +210,8 @@ class VllmEngine:
             outputs: list[Any] = self._llm.generate(asked, list(parameters), use_tqdm=False)
         except (ValueError, MemoryError, RuntimeError, TimeoutError, base) as error:
             text = f"{self._model_dir}: vLLM failed: {_in_a_line(error)}"
-            if isinstance(error, MemoryError) or any(each in str(error).lower() for each in FULL):
-                advice = "lower engine.batch_size or engine.vllm.memory_fraction"
+            if is_out_of_memory(error):
+                advice = "lower engine.batch_size or engine.memory_fraction"
                 raise EngineError(f"{text}: memory ran out: {advice}") from error
             crashes = RuntimeError, TimeoutError, EngineDeadError  # a worker's end, or of a kernel in it
             raise (EngineDied if isinstance(error, crashes) else EngineError)(text) from error

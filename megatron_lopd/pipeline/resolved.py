@@ -152,11 +152,10 @@ class ResolvedRun:
 
     @cached_property
     def scoring(self) -> ScoreConfig:
-        """The score section; what its engines leave empty of `parallel` is the recipe's."""
+        """The score section; what its engines leave empty of their layout is the recipe's."""
 
         def split(engine: EngineConfig) -> EngineConfig:
-            is_split = engine.name == "megatron" and engine.parallel is None
-            return replace(engine, parallel=self.recipe.parallel) if is_split else engine
+            return replace(engine, options=engine.options.over(self.recipe.parallel))
 
         score = self.recipe.score
         return replace(

@@ -33,7 +33,7 @@ from megatron_lopd.training.checkpoints import checkpoint_name
 
 if TYPE_CHECKING:
     from megatron_lopd.data.batch_plan import PlanPart
-    from megatron_lopd.data.dataset import TrainingData
+    from megatron_lopd.training.sources import CachedData
 
 PARTS = ("student", "rollout", "score")
 RECORD = "refreshes.json"  # in train's directory: the artifacts it has trained from
@@ -127,13 +127,14 @@ def part_of(run: ResolvedRun, each: Round) -> PlanPart:
     return PlanPart(plan, each.first_step, each.end_step, visited_only=each.number > 0)
 
 
-def data_of(run: ResolvedRun, each: Round) -> TrainingData:
+def data_of(run: ResolvedRun, each: Round) -> CachedData:
     """The samples of a round. DataError when they are not just those that its steps visit."""
-    from megatron_lopd.data.dataset import TrainingData, open_shards
+    from megatron_lopd.data.dataset import open_shards
     from megatron_lopd.data.schemas import ROLLOUTS
+    from megatron_lopd.training.sources import CachedData
 
     rollout_dir = run.directory_of(each.stage("rollout"))
-    data = TrainingData(rollout_dir, run.directory_of(each.stage("score")))
+    data = CachedData(rollout_dir, run.directory_of(each.stage("score")))
     if each.number:
         whole = open_shards(ROLLOUTS, run.directory_of("rollout")).sample_ids
         visited = part_of(run, each).visited

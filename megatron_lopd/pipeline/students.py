@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
@@ -14,7 +14,6 @@ from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
 from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig
 from megatron_lopd.convert.offline import megatron_to_hf
-from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.families.architecture import check_layout
 from megatron_lopd.mcore import compat
@@ -24,9 +23,10 @@ from megatron_lopd.mcore.recompute import check_recompute
 from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, identity_of
 from megatron_lopd.training.checkpoints import checkpoint_name
-from megatron_lopd.training.live import LiveData
-from megatron_lopd.training.loop import Segment, TrainingJob, run_training
+from megatron_lopd.training.job import ModelSetup, Segment, TrainingJob
+from megatron_lopd.training.loop import run_training
 from megatron_lopd.training.preflight import TOLERANCES, Preflight
+from megatron_lopd.training.sources import DataSource
 
 
 def check_trainable(model: Model, recipe: Recipe) -> None:
@@ -66,11 +66,18 @@ def _preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
     return Preflight(config.preflight_samples, tolerance, recipe.rollout.sampling)
 
 
+def model_setup(
+    recipe: Recipe, directory: Path, init: Literal["pretrained", "random"] = "pretrained"
+) -> ModelSetup:
+    """How the recipe has a model trained."""
+    return ModelSetup(directory, recipe.parallel, recipe.precision, recipe.seed, recipe.fp8, init)
+
+
 def opd_job(
     run: ResolvedRun,
     plan: Plan,
     model_dir: Path,
-    data: TrainingData | LiveData,
+    data: DataSource,
     work_dir: Path,
     segment_at: Callable[[int], Segment] | None = None,
 ) -> TrainingJob:
@@ -79,18 +86,14 @@ def opd_job(
     return TrainingJob(
         name=work_dir.name,
         identity=identity_of(plan),
-        lineage=plan.lineage,
+        work_dir=work_dir,
+        model=model_setup(recipe, model_dir),
         config=config,
         objective=config.objective,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        fp8=recipe.fp8,
-        seed=recipe.seed,
-        model_dir=model_dir,
-        data=data,
-        work_dir=work_dir,
-        preflight=_preflight_of(recipe, config),
+        segment=Segment(data, plan.lineage),
         segment_at=segment_at,
+        preflight=_preflight_of(recipe, config),
+        guard=config.guard,
     )
 
 

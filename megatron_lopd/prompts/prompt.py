@@ -105,8 +105,10 @@ def read_prompts(
     return prompts
 
 
-def read_conversations(path: Path) -> list[Prompt]:
+def read_conversations(path: Path) -> list[tuple[str, Prompt]]:
     """Conversations to fine-tune on, from lines of {messages, id?}, each ending with the assistant's answer.
+
+    Each with where it is, "file:line".
 
     Raises DataError as `read_prompts` does, and for a last message that is not the assistant's.
     """
@@ -114,7 +116,7 @@ def read_conversations(path: Path) -> list[Prompt]:
     for where, _, conversation in _read(path, None, "messages"):
         if len(conversation.messages) < 2 or conversation.messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: messages must be a question and, last, the assistant's answer to it")
-        conversations.append(conversation)
+        conversations.append((where, conversation))
     return conversations
 
 

@@ -27,7 +27,7 @@ class ScoreStage(SharedStage):
 
     def processes(self, run: ResolvedRun) -> int:
         """As many as the larger of its engines wants."""
-        return max(each.parallel.processes if each.parallel else 1 for each in _engines(run))
+        return max(each.options.layout.processes if each.options.layout else 1 for each in _engines(run))
 
     def check(self, run: ResolvedRun) -> list[str]:
         from megatron_lopd.engines.library import require_library, score_advice

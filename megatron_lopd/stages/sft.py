@@ -14,7 +14,7 @@ from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 
 if TYPE_CHECKING:
-    from megatron_lopd.training.loop import TrainingJob
+    from megatron_lopd.training.job import TrainingJob
 
 
 class SftStage(Stage):
@@ -92,24 +92,19 @@ class SftStage(Stage):
 
 
 def _job(run: ResolvedRun, plan: Plan) -> TrainingJob:
-    from megatron_lopd.data.dataset import TrainingData
-    from megatron_lopd.training.loop import TrainingJob
+    from megatron_lopd.pipeline.students import model_setup
+    from megatron_lopd.training.job import Segment, TrainingJob
+    from megatron_lopd.training.sources import CachedData
 
     recipe = run.recipe
     return TrainingJob(
         name="sft",
         identity=identity_of(plan),
-        lineage=plan.lineage,
+        work_dir=run.directory_of("sft"),
+        model=model_setup(recipe, run.student.directory, run.student_config.init),
         config=run.sft,
         objective="sft",
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        fp8=recipe.fp8,
-        seed=recipe.seed,
-        model_dir=run.student.directory,
-        init=run.student_config.init,
-        data=TrainingData(run.directory_of(_data_stage(run.sft))),
-        work_dir=run.directory_of("sft"),
+        segment=Segment(CachedData(run.directory_of(_data_stage(run.sft))), plan.lineage),
     )
 
 

@@ -6,7 +6,7 @@ token in the response; nothing was sampled, so there are no behaviour log-probs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,20 +60,25 @@ class TokenizeStage(Stage):
 
         directory, student = run.directory_of(self.name), run.student.directory
         name = shard_name(ROLLOUTS, 0)
-        records = _tokenized(_data(run), Chat(str(student)), run.sft.micro_batch_tokens)
+        limits = {
+            "sft.micro_batch_tokens": run.sft.micro_batch_tokens,
+            "the student's max_position_embeddings": run.student.architecture.max_positions,
+        }
+        records = _tokenized(_data(run), Chat(str(student)), limits)
         write_shard(directory / name, ROLLOUTS, records)
         voice = copy_files(student, directory / "tokenizer", VOICE)
         return Output([name, *(f"tokenizer/{file}" for file in voice)], count_rollouts(directory))
 
 
-def _tokenized(data: Path, chat: Chat, max_tokens: int) -> Iterator[Rollout]:
+def _tokenized(data: Path, chat: Chat, limits: Mapping[str, int]) -> Iterator[Rollout]:
+    """Raises DataError naming file:line, as Chat.conversation does."""
     from megatron_lopd.data.records import Rollout
     from megatron_lopd.prompts.prompt import read_conversations
 
-    for conversation in read_conversations(data):
-        prompt, response = chat.conversation(
-            conversation.messages, f"{data}: sample {conversation.id}", max_tokens
-        )
+    tightest = min(limits, key=lambda name: limits[name])
+    for where, conversation in read_conversations(data):
+        name = f"{where}: sample {conversation.id}"
+        prompt, response = chat.conversation(conversation.messages, name, limits[tightest], tightest)
         yield Rollout(f"{conversation.id}/0", prompt, response, "stop", None)
 
 

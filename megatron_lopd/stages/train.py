@@ -24,7 +24,7 @@ from megatron_lopd.pipeline.rounds import (
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 
 if TYPE_CHECKING:
-    from megatron_lopd.training.loop import Segment
+    from megatron_lopd.training.job import Segment
 
 
 class TrainStage(Stage):
@@ -83,14 +83,14 @@ class TrainStage(Stage):
 
 def _train(run: ResolvedRun, plan: Plan) -> tuple[Path, dict[str, int]]:
     """Train through every round; the last checkpoint, and what was consumed. Every rank calls."""
-    from megatron_lopd.data.dataset import TrainingData
     from megatron_lopd.pipeline.students import opd_job, train_to_checkpoint
+    from megatron_lopd.training.sources import CachedData
 
     job = opd_job(
         run,
         plan,
         run.start.directory,
-        TrainingData(run.directory_of("rollout"), run.directory_of("score")),
+        CachedData(run.directory_of("rollout"), run.directory_of("score")),
         run.directory_of("train"),
         segment_at=partial(_segment_at, run, plan) if rounds_of(run) else None,
     )
@@ -106,7 +106,7 @@ def _segment_at(run: ResolvedRun, plan: Plan, step: int) -> Segment:
     Raises LineageError and DataError as `prove_round` does.
     """
     from megatron_lopd.training.consensus import on_rank_zero
-    from megatron_lopd.training.loop import Segment
+    from megatron_lopd.training.job import Segment
 
     rounds = rounds_of(run)
     each = next((each for each in rounds if step < each.end_step), rounds[-1])
@@ -127,4 +127,4 @@ def _segment_at(run: ResolvedRun, plan: Plan, step: int) -> Segment:
         return proofs.status_of(found, plan.lineage, *(manifest.lineage for manifest in manifests.values()))
 
     lineage = on_rank_zero(prove)
-    return Segment(data_of(run, each), part_of(run, each), lineage)
+    return Segment(data_of(run, each), lineage, part_of(run, each))

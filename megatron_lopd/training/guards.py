@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_lopd.config import GuardConfig, TrainConfig, TrainingConfig
+from megatron_lopd.config import GuardConfig, TrainingConfig
 from megatron_lopd.errors import DriftError, NumericsError
 
 # A step's values of the metrics that limits stand on, by name.
@@ -36,11 +36,11 @@ def recent_drift(
     return [dict(each) for each in before[max(0, len(before) - window + 1) :]] + [own]
 
 
-def checkpoints_kept(config: TrainingConfig) -> int:
+def checkpoints_kept(config: TrainingConfig, guard: GuardConfig | None) -> int:
     """How many of the newest checkpoints to keep: one from before the guard's window is to be among them."""
-    if not isinstance(config, TrainConfig) or not config.guard.is_on:
+    if guard is None or not guard.is_on:
         return config.keep_checkpoints
-    within_window = -(-config.guard.window // config.checkpoint_every)
+    within_window = -(-guard.window // config.checkpoint_every)
     return max(config.keep_checkpoints, within_window + 1)
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
 from megatron_lopd.convert.gather import WeightGatherer
-from megatron_lopd.data.batch_plan import BatchPlan
+from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Sample, Score
@@ -28,11 +28,12 @@ from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.engines.protocol import Engine, Prompted
 from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import DataError, EngineDied, EngineError
-from megatron_lopd.families.architecture import Architecture
-from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
-from megatron_lopd.mcore.optimizer import Optimization
-from megatron_lopd.mcore.process_groups import Ranks
-from megatron_lopd.training.batches import ready
+from megatron_lopd.mcore.loader import ListedSamples
+from megatron_lopd.training.preflight import LIVE_CAUSES, check_rollouts
+from megatron_lopd.training.sources import ready
+
+if TYPE_CHECKING:
+    from megatron_lopd.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class LiveData:
     engine: EngineConfig
     teacher_dir: Path
     score: ScoreConfig
+    is_alone: ClassVar[bool] = False
+
+    def prepare(self, trainer: Trainer, part: PlanPart, steps_done: int) -> None:
+        """Nothing: there are no samples yet. See LiveBatches.check."""
+
+    def batches(self, trainer: Trainer, part: PlanPart, first_step: int) -> LiveBatches:
+        """Any step of `part`, when it is asked for."""
+        return LiveBatches(self, trainer, part.plan)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -74,6 +83,16 @@ class LiveData:
                 f"sample {longest.sample_id} can have {tokens} tokens, which this layout pads to {needed}, "
                 f"above micro_batch_tokens={token_budget}: raise it to at least {needed}, or lower "
                 "sampling.max_new_tokens"
+            )
+
+    def require_positions(self, positions: int) -> None:
+        """Raise DataError when prompt and response together can have more tokens than `positions`."""
+        longest = max(self.questions, key=lambda question: len(question.prompt_tokens))
+        tokens = len(longest.prompt_tokens) + self.sampling.max_new_tokens
+        if tokens > positions:
+            raise DataError(
+                f"sample {longest.sample_id} can have {tokens} tokens, and the student has {positions} "
+                "positions: lower sampling.max_new_tokens"
             )
 
     def require_vocabulary(self, size: int) -> None:
@@ -117,20 +136,11 @@ class LiveBatches:
     killed: no collective is left half done, and nothing of the trainer has changed.
     """
 
-    def __init__(
-        self,
-        data: LiveData,
-        loader: BatchLoader,
-        plan: BatchPlan,
-        optimization: Optimization,
-        arch: Architecture,
-        ranks: Ranks,
-        device: torch.device,
-    ) -> None:
-        self._data, self._loader, self._plan = data, loader, plan
-        self._ranks, self._device = ranks, device
-        self._gatherer = WeightGatherer(optimization, arch)
-        self._vocabulary = arch.vocab_size
+    def __init__(self, data: LiveData, trainer: Trainer, plan: BatchPlan) -> None:
+        self._data, self._trainer, self._plan = data, trainer, plan
+        self._ranks = trainer.ranks
+        self._gatherer = WeightGatherer(trainer.optimization, trainer.architecture)
+        self._vocabulary = trainer.architecture.vocab_size
         self._open = ExitStack()
         self._student: Engine
         self._teacher: EngineProcess
@@ -158,8 +168,14 @@ class LiveBatches:
             "rollout_s": max(share.rollout_s for share in shares),
             "teacher_s": max(share.teacher_s for share in shares),
         }
-        loader = replace(self._loader, data=self._samples)
-        return ready(loader.micro_batches(range(count)), self._device)
+        micro_batches = self._trainer.loader(self._samples).micro_batches(range(count))
+        return ready(micro_batches, self._trainer.device)
+
+    def check(self, step: int, micro_batches: list[MicroBatch]) -> None:
+        """Before the first step of all: FP8's scales, and whether sampler and trainer agree."""
+        if step == 0:
+            self._trainer.find_scales(self._trainer.loader(self._samples), micro_batches)
+            check_rollouts(self._trainer, micro_batches, LIVE_CAUSES)
 
     def lengths(self, step: int) -> NDArray[np.int64]:
         return self._samples.lengths

@@ -5,29 +5,33 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_lopd.artifacts.manifest import LineageStatus
-from megatron_lopd.config import Fp8Config, ParallelConfig, TrainConfig, TrainingConfig
+from megatron_lopd.config import TrainingConfig
 from megatron_lopd.convert.load_model import load_hf_weights
 from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
-from megatron_lopd.data.collate import MicroBatch
-from megatron_lopd.data.dataset import TrainingData
-from megatron_lopd.errors import EngineDied, EngineError, NumericsError, StopRequested
+from megatron_lopd.errors import (
+    DataError,
+    EngineDied,
+    EngineError,
+    NumericsError,
+    OutOfMemory,
+    StopRequested,
+    is_out_of_memory,
+)
 from megatron_lopd.estimate.memory import Training, logit_rows
 from megatron_lopd.families.architecture import Architecture, read_architecture
 from megatron_lopd.families.flops import peak_flops, step_flops
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.capabilities import capabilities, notices
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
-from megatron_lopd.mcore.loader import BatchLoader, ListedSamples
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization, guarded_step, zero_gradients
 from megatron_lopd.mcore.precision import check_precision, packed_padding
@@ -36,58 +40,16 @@ from megatron_lopd.mcore.recompute import check_recompute
 from megatron_lopd.objectives import get_objective
 from megatron_lopd.ops.kernel_trial import agree
 from megatron_lopd.runtime.signals import StopSignals
-from megatron_lopd.training.batches import Batches, CachedBatches
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
 from megatron_lopd.training.consensus import any_rank
-from megatron_lopd.training.fp8_scales import find_scales
 from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
-from megatron_lopd.training.live import LiveBatches, LiveData
+from megatron_lopd.training.job import TrainingJob
 from megatron_lopd.training.metrics import Counts, summarize
-from megatron_lopd.training.preflight import LIVE_CAUSES, Preflight, PreflightCheck
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint, newest_checkpoint
+from megatron_lopd.training.sources import Batches
 from megatron_lopd.training.step import run_micro_batches
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Steps that are trained from data of their own, and how far that data's lineage is proved."""
-
-    data: TrainingData
-    part: PlanPart
-    lineage: LineageStatus
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """Everything a run depends on.
-
-    `name` labels its progress. `identity` is a digest of all that decides its numbers (model, data,
-    recipe): a checkpoint that carries another is refused. `model_dir` is the Hugging Face directory to
-    start from, its weights left unread when `init` is "random". LiveData is sampled and scored as the run
-    goes, by the student as it then is. `work_dir` gets checkpoints/, metrics.jsonl and tensorboard/.
-    `preflight` None checks nothing; of LiveData it checks the first step's.
-
-    `segment_at(steps done)`, where given, says in every rank alike what to train from next; it may refuse.
-    `data` then has the first segment's, and `part` which steps an attempt is to do (None: all).
-    """
-
-    name: str
-    identity: str
-    lineage: LineageStatus
-    config: TrainingConfig
-    objective: str
-    parallel: ParallelConfig
-    precision: Literal["fp32", "bf16"]
-    seed: int
-    model_dir: Path
-    data: TrainingData | LiveData
-    work_dir: Path
-    init: Literal["pretrained", "random"] = "pretrained"
-    preflight: Preflight | None = None
-    fp8: Fp8Config | None = None
-    segment_at: Callable[[int], Segment] | None = None
-    part: PlanPart | None = None
+from megatron_lopd.training.trainer import Trainer
 
 
 def run_training(job: TrainingJob) -> Progress:
@@ -100,44 +62,79 @@ def run_training(job: TrainingJob) -> Progress:
     Raises ConfigError and DataError for input that cannot be trained on and CheckpointError for another
     job's checkpoints, before anything is allocated; CheckpointError for a full disk, NumericsError when a
     guard stops the run, and with the checkpoint saved EngineError from a live sampler or teacher, and
-    StopRequested after SIGTERM or SIGUSR1 or when a live teacher's process was killed.
+    StopRequested after SIGTERM or SIGUSR1 or when a live teacher's process was killed. OutOfMemory and, for a
+    file that cannot be read or written, DataError are of one rank alone: they end it, and the launcher the
+    others.
     """
+    with _in_a_line(job):
+        return _run_training(job)
+
+
+def _run_training(job: TrainingJob) -> Progress:
     require_usable()
     require_one_kind(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))))
     compat.prepare()
-    architecture = read_architecture(job.model_dir)
+    setup = job.model
+    architecture = read_architecture(setup.directory)
     _check_data(job, architecture)
-    check_precision(architecture, job.parallel, job.fp8)
-    grouped = compat.takes_transformer_engine(job.precision)
-    check_recompute(architecture, job.parallel, job.fp8, grouped=grouped)
+    check_precision(architecture, setup.parallel, setup.fp8)
+    grouped = compat.takes_transformer_engine(setup.precision)
+    check_recompute(architecture, setup.parallel, setup.fp8, grouped=grouped)
     with (
         StopSignals() as stop,
-        model_parallel(job.parallel, job.seed) as ranks,
+        model_parallel(setup.parallel, setup.seed) as ranks,
         Reporter(job.name, job.work_dir, ranks.rank) as reporter,
     ):
-        for line in notices(job.precision):
+        for line in notices(setup.precision):
             reporter.note(line)
-        kept = checkpoints_kept(job.config)
-        checkpoints = Checkpoints(job.work_dir / "checkpoints", job.identity, architecture, job.lineage, kept)
+        kept = checkpoints_kept(job.config, job.guard)
+        directory, lineage = job.work_dir / "checkpoints", job.segment.lineage
+        checkpoints = Checkpoints(directory, job.identity, architecture, lineage, kept)
         newest = newest_checkpoint(checkpoints, reporter.note)
         if job.segment_at is not None:
-            segment = job.segment_at(0 if newest is None else newest.progress.step)
-            job = replace(job, data=segment.data, part=segment.part, lineage=segment.lineage)
-            checkpoints = replace(checkpoints, lineage=segment.lineage)
+            job = replace(job, segment=job.segment_at(0 if newest is None else newest.progress.step))
+            checkpoints = replace(checkpoints, lineage=job.segment.lineage)
             _check_data(job, architecture)
         agree(compat.device())
-        drawn = job.init == "random" and newest is None
-        model = build_model(architecture, job.parallel, job.precision, job.seed if drawn else None, job.fp8)
-        if job.init == "pretrained" and newest is None:
+        drawn = setup.init == "random" and newest is None
+        seed = setup.seed if drawn else None
+        model = build_model(architecture, setup.parallel, setup.precision, seed, setup.fp8)
+        if setup.init == "pretrained" and newest is None:
             for chunk in model:
-                load_hf_weights(chunk, architecture, job.model_dir)
+                load_hf_weights(chunk, architecture, setup.directory)
         run = _Run(job, model, ranks, reporter, stop, checkpoints)
         return run.to_the_end(newest)
 
 
+@contextmanager
+def _in_a_line(job: TrainingJob) -> Iterator[None]:
+    """What a machine lacks, memory or disk, as an error of this project: another start would end alike."""
+    try:
+        yield
+    except ConnectionError:  # another rank's end, for which a start may well go through
+        raise
+    except OSError as error:
+        where = error.filename or job.work_dir
+        raise DataError(
+            f"{job.name}: {where}: {error.strerror or error}: check the disk and its permissions"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        rank, section = os.environ.get("RANK", "0"), job.config.section
+        raise OutOfMemory(
+            f"{job.name}: memory ran out on rank {rank}, whose device is {compat.device()} "
+            f"({str(error).splitlines()[0]}): lower {section}.micro_batch_tokens="
+            f"{job.config.micro_batch_tokens}, set parallel.recompute=full, or split the model over more "
+            "ranks (parallel.tensor, parallel.pipeline)"
+        ) from error
+
+
 def _check_data(job: TrainingJob, architecture: Architecture) -> None:
-    job.data.require_within(job.config.micro_batch_tokens, packed_padding(job.parallel, job.fp8))
-    job.data.require_vocabulary(architecture.vocab_size)
+    data, padding = job.segment.data, packed_padding(job.model.parallel, job.model.fp8)
+    data.require_within(job.config.micro_batch_tokens, padding)
+    data.require_positions(architecture.max_positions)
+    data.require_vocabulary(architecture.vocab_size)
 
 
 class _Run:
@@ -152,61 +149,49 @@ class _Run:
         stop: StopSignals,
         checkpoints: Checkpoints,
     ) -> None:
-        config = job.config
-        self.job, self.ranks, self.reporter, self.stop = job, ranks, reporter, stop
+        config, segment, seed = job.config, job.segment, job.model.seed
+        self.job, self.reporter, self.stop = job, reporter, stop
         self.device: torch.device = compat.device()
-        self.objective = get_objective(job.objective, config)
-        whole = job.part.plan if job.part else BatchPlan(len(job.data), config.global_batch_size, job.seed)
+        whole = BatchPlan(len(segment.data), config.global_batch_size, seed)
+        whole = segment.part.plan if segment.part else whole
         self.total_steps = _total_steps(config, whole)
-        self.part = job.part or PlanPart(whole, 0, self.total_steps, visited_only=False)
-        samples = ListedSamples() if isinstance(job.data, LiveData) else job.data
-        self.loader = BatchLoader.of(samples, config, job.parallel, ranks, job.fp8)
+        self.part = segment.part or PlanPart(whole, 0, self.total_steps, visited_only=False)
         self.optimization: Optimization = build_optimization(
-            model, config.optimizer, job.precision, self.total_steps
+            model, config.optimizer, job.model.precision, self.total_steps
+        )
+        self.trainer = Trainer(
+            job,
+            self.optimization,
+            get_objective(job.objective, config),
+            model[0].arch,
+            ranks,
+            self.device,
+            reporter.note,
         )
         self.saver = Saver(checkpoints, self.optimization, ranks, self.device)
         self.checkpoints = checkpoints
         self.saved_steps: list[int] = []
-        self.guard = config.guard if isinstance(config, TrainConfig) else None
-        self.architecture = model[0].arch
         self.peak_flops = peak_flops(capabilities().gpu)
-        self.rows = _rows_at_once(job, self.architecture, ranks, self.device)
+        self.rows = _rows_at_once(self.trainer)
 
     def to_the_end(self, newest: Checkpoint | None) -> Progress:
         """Go on from `newest`, or from the start when there is none."""
         progress = Progress()
         if newest is not None:
-            progress = load_checkpoint(newest, self.optimization, self.ranks)
+            progress = load_checkpoint(newest, self.optimization, self.trainer.ranks)
             self.saved_steps = [step for step in self.checkpoints.steps() if step <= progress.step]
             if progress.step == self.part.first_step:  # what was drifted from has been replaced
                 progress = replace(progress, recent_drift=())
             self.reporter.note(f"resumed after step {progress.step} of {self.total_steps}")
-        live = isinstance(self.job.data, LiveData)
-        if newest is None and not live:  # a checkpoint brings its own scales
-            self._find_scales(self.loader.micro_batches(self.part.samples(0).tolist()))
-        data, at_start = self.job.data, progress.step == self.part.first_step
-        if self.job.preflight is not None and at_start and not isinstance(data, LiveData):
-            self._preflight_check(self.job.preflight).check_cached(data)
+        data = self.job.segment.data
+        data.prepare(self.trainer, self.part, progress.step)
         self.reporter.begin(progress.step, self.total_steps)
         try:
-            with self._batches(progress.step) as batches:
+            with data.batches(self.trainer, self.part, progress.step) as batches:
                 return self._train(progress, batches)
         except NumericsError:  # raised by every rank alike: the checkpoint on its way is worth its while
             self.saver.finish()
             raise
-
-    def _batches(self, first_step: int) -> Batches:
-        if isinstance(self.job.data, LiveData):
-            return LiveBatches(
-                self.job.data,
-                self.loader,
-                self.part.plan,
-                self.optimization,
-                self.architecture,
-                self.ranks,
-                self.device,
-            )
-        return CachedBatches(self.loader, self.part, self.device, first_step)
 
     def _train(self, progress: Progress, batches: Batches) -> Progress:
         while progress.step < self.part.end_step:
@@ -233,24 +218,6 @@ class _Run:
             )
         return progress
 
-    def _find_scales(self, micro_batches: list[MicroBatch]) -> None:
-        """Under FP8's delayed scaling, from as few of the first step's micro-batches as the layout takes."""
-        fp8 = self.job.fp8
-        if fp8 is not None and fp8.recipe == "delayed":
-            few = micro_batches[: self.loader.count_multiple]
-            budget = self.job.config.micro_batch_tokens
-            find_scales(self.optimization, self.objective, few, budget, self.device)
-
-    def _check_sampler(self, micro_batches: list[MicroBatch]) -> None:
-        """Raise NumericsError unless trainer and live sampler give the first step the same log-probs."""
-        if self.job.preflight is not None:
-            self._preflight_check(self.job.preflight).check(micro_batches, LIVE_CAUSES)
-
-    def _preflight_check(self, preflight: Preflight) -> PreflightCheck:
-        return PreflightCheck(
-            preflight, self.optimization.chunks, self.loader, self.ranks, self.device, self.reporter.note
-        )
-
     def _save_after_engine(self, error: EngineError, progress: Progress) -> None:
         """Save what was done. Raises StopRequested when the same command may well go through."""
         if progress.step and progress.step not in self.saved_steps:
@@ -266,16 +233,14 @@ class _Run:
 
     def _step(self, before: Progress, batches: Batches) -> Progress:
         began = time.perf_counter()
-        config = self.job.config
+        config, guard, trainer = self.job.config, self.job.guard, self.trainer
         micro_batches = batches.get(before.step)
         data_wait = max(0.0, time.perf_counter() - began - sum(batches.seconds.values()))
-        if before.step == 0 and isinstance(self.job.data, LiveData):
-            self._find_scales(micro_batches)
-            self._check_sampler(micro_batches)
+        batches.check(before.step, micro_batches)
         zero_gradients(self.optimization)
         parts = run_micro_batches(
             self.optimization.chunks,
-            self.objective,
+            trainer.objective,
             micro_batches,
             config.micro_batch_tokens,
             self.device,
@@ -284,10 +249,10 @@ class _Run:
         learning_rate = self.optimization.learning_rate
         grad_norm, applied = guarded_step(self.optimization)
         counts = Counts.of(micro_batches, self.device)
-        measured = summarize(parts, counts, self.objective, self.ranks, self.device)
+        measured = summarize(parts, counts, trainer.objective, trainer.ranks, self.device)
 
         seconds = time.perf_counter() - began
-        capacity = len(micro_batches) * self.ranks.dp_size * config.micro_batch_tokens
+        capacity = len(micro_batches) * trainer.ranks.dp_size * config.micro_batch_tokens
         progress = Progress(
             step=before.step + 1,
             samples=before.samples + counts.samples,
@@ -295,7 +260,7 @@ class _Run:
             response_tokens=before.response_tokens + counts.response_tokens,
             skipped_steps=before.skipped_steps + (not applied),
             loss=measured["loss"] if math.isfinite(measured["loss"]) else None,
-            recent_drift=recent_drift(before.recent_drift, measured, self.guard.window) if self.guard else (),
+            recent_drift=recent_drift(before.recent_drift, measured, guard.window) if guard else (),
         )
         self.reporter.step(
             {
@@ -316,16 +281,16 @@ class _Run:
             }
         )
         check_skipped(progress.skipped_steps, config.max_skipped_steps, progress.step, grad_norm)
-        if self.guard is not None:
-            check_drift(progress.recent_drift, self.guard, progress.step, self._last_good(progress.step))
+        if guard is not None:
+            last_good = self._last_good(progress.step - guard.window)
+            check_drift(progress.recent_drift, guard, progress.step, last_good)
         return progress
 
     def _last_good(self, step: int) -> Path:
-        """What the guard would go back to from `step`; `to_the_end` sees to it that it is committed."""
-        assert self.guard is not None
-        before = [saved for saved in self.saved_steps if saved <= step - self.guard.window]
+        """What was saved last up to `step`; `to_the_end` sees to it that it is committed."""
+        before = [saved for saved in self.saved_steps if saved <= step]
         if not before:
-            return self.job.model_dir
+            return self.job.model.directory
         return self.job.work_dir / "checkpoints" / checkpoint_name(max(before))
 
     def _utilisation(
@@ -334,24 +299,23 @@ class _Run:
         """`mfu`, model FLOPs by the bf16 peak of all ranks' GPUs; nothing where that is not known."""
         if self.peak_flops is None:
             return {}
-        flops = step_flops(self.architecture, lengths.tolist(), response_tokens)
-        return {"mfu": flops / (seconds * self.ranks.world_size * self.peak_flops)}
+        flops = step_flops(self.trainer.architecture, lengths.tolist(), response_tokens)
+        return {"mfu": flops / (seconds * self.trainer.ranks.world_size * self.peak_flops)}
 
 
-def _rows_at_once(
-    job: TrainingJob, architecture: Architecture, ranks: Ranks, device: torch.device
-) -> int | None:
+def _rows_at_once(trainer: Trainer) -> int | None:
     """Rows of logits that the log-prob operation may hold, by what training is planned to leave of the card.
 
     Never by what happens to be free, so that the same recipe on the same card sums in the same order. None,
     the operation's own choice, on a CPU and beside a live sampler, which takes what there is.
     """
-    if device.type != "cuda" or isinstance(job.data, LiveData):
+    job, setup, device = trainer.job, trainer.job.model, trainer.device
+    if device.type != "cuda" or not job.segment.data.is_alone:
         return None
-    training = Training(job.config.micro_batch_tokens, job.precision, job.fp8 is not None)
+    training = Training(job.config.micro_batch_tokens, setup.precision, setup.fp8 is not None)
     memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
     torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MIN)  # ranks must meet as often
-    return logit_rows(architecture, job.parallel, ranks.world_size, training, int(memory))
+    return logit_rows(trainer.architecture, setup.parallel, trainer.ranks.world_size, training, int(memory))
 
 
 def _total_steps(config: TrainingConfig, plan: BatchPlan) -> int:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_lopd.config import Sampling
 from megatron_lopd.data.collate import MicroBatch
-from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import DataError, NumericsError
-from megatron_lopd.mcore.loader import BatchLoader
-from megatron_lopd.mcore.process_groups import Ranks
 from megatron_lopd.objectives import KeptLogProbs, Objective, TokenLogProbs
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.step import run_micro_batches
+
+if TYPE_CHECKING:
+    from megatron_lopd.training.trainer import Trainer
 
 # Mean |trainer - kept|, nats, that rounding may explain. Two fp32 programs differ by 1e-6 to 1e-4 (seen in
 # tests and with SmolLM2). A bf16 factor keeps 8 bits: against fp32, 0.0085 seen in a tiny random model, and
@@ -86,66 +85,45 @@ class Agreement(Objective):
         return {"p99": spread.p99, "max": spread.max}
 
 
-@dataclass(frozen=True)
-class PreflightCheck:
-    """The trainer, ready to be held to `preflight`; every rank calls alike. `note` tells the outcome."""
+def check_rollouts(trainer: Trainer, micro_batches: Sequence[MicroBatch], causes: str) -> None:
+    """Forward this rank's `micro_batches`: the trainer's log-probs against the sampling model's own.
 
-    preflight: Preflight
-    chunks: Sequence[torch.nn.Module]
-    loader: BatchLoader
-    ranks: Ranks
-    device: torch.device
-    note: Callable[[str], None]
-
-    def check_cached(self, data: TrainingData) -> None:
-        """`check` samples spread evenly over the data; leave it out where they keep nothing to compare."""
-        if not data.keeps_behaviour(self.preflight.sampling):
-            self.note(
-                "preflight left out: an earlier release kept of these rollouts what temperature, top-p and "
-                "top-k made of the model's log-probs, and not its own: drift is measured against that, too"
-            )
-            return
-        size = len(data)
-        count = min(self.preflight.samples, size)
-        positions = [int(position) for position in np.linspace(0, size - 1, count)]
-        self.check(self.loader.micro_batches(positions), CACHED_CAUSES)
-
-    def check(self, micro_batches: Sequence[MicroBatch], causes: str) -> None:
-        """Forward this rank's `micro_batches`: the trainer's log-probs against the sampling model's own.
-
-        Raises NumericsError, which names the likely `causes`, when they disagree.
-        """
-        tolerance = self.preflight.tolerance
-        count = Counts.of(micro_batches, self.device).samples
-        measured = self._measure(micro_batches)
-        difference = measured["loss"]
-        spread = f"99% of tokens within {measured['p99']:.2g}, the largest {measured['max']:.2g}"
-        if not difference <= tolerance:  # so that NaN fails
-            raise NumericsError(
-                f"preflight: over {count} rollouts the trainer's log-probs differ from the kept behaviour "
-                f"log-probs by {difference:.4g} nats on average ({spread}), above the tolerance of "
-                f"{tolerance:g}: likely causes are {causes}"
-            )
-        self.note(
-            f"preflight: {count} rollouts agree with the trainer within {difference:.2g} nats on average "
-            f"({spread}; tolerance {tolerance:g})"
+    Every rank calls alike; nothing is checked of a job without a preflight. Raises NumericsError, which names
+    the likely `causes`, when they disagree.
+    """
+    preflight = trainer.job.preflight
+    if preflight is None:
+        return
+    count = Counts.of(micro_batches, trainer.device).samples
+    measured = _measure(trainer, micro_batches)
+    difference = measured["loss"]
+    spread = f"99% of tokens within {measured['p99']:.2g}, the largest {measured['max']:.2g}"
+    if not difference <= preflight.tolerance:  # so that NaN fails
+        raise NumericsError(
+            f"preflight: over {count} rollouts the trainer's log-probs differ from the kept behaviour "
+            f"log-probs by {difference:.4g} nats on average ({spread}), above the tolerance of "
+            f"{preflight.tolerance:g}: likely causes are {causes}"
         )
+    trainer.note(
+        f"preflight: {count} rollouts agree with the trainer within {difference:.2g} nats on average "
+        f"({spread}; tolerance {preflight.tolerance:g})"
+    )
 
-    def _measure(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """loss, p99 and max of the differences, alike on every rank."""
-        agreement = Agreement()
 
-        for chunk in self.chunks:
-            chunk.eval()  # recomputed layers would stack up FP8 scales for a backward that never comes
-        with torch.no_grad():
-            parts = run_micro_batches(
-                self.chunks,
-                agreement,
-                micro_batches,
-                self.loader.config.micro_batch_tokens,
-                self.device,
-                forward_only=True,
-            )
-        for chunk in self.chunks:
-            chunk.train()
-        return summarize(parts, Counts.of(micro_batches, self.device), agreement, self.ranks, self.device)
+def _measure(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+    """loss, p99 and max of the differences, alike on every rank."""
+    agreement, chunks, device = Agreement(), trainer.optimization.chunks, trainer.device
+    for chunk in chunks:
+        chunk.eval()  # recomputed layers would stack up FP8 scales for a backward that never comes
+    with torch.no_grad():
+        parts = run_micro_batches(
+            chunks,
+            agreement,
+            micro_batches,
+            trainer.job.config.micro_batch_tokens,
+            device,
+            forward_only=True,
+        )
+    for chunk in chunks:
+        chunk.train()
+    return summarize(parts, Counts.of(micro_batches, device), agreement, trainer.ranks, device)

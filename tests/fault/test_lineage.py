@@ -213,6 +213,11 @@ def test_sft_text_from_a_file_has_a_declared_teacher(root: Path, capsys: pytest.
     (root / "sft.jsonl").write_text("\n".join(map(json.dumps, conversations)))
     arguments = ["run", "recipe.yaml", "run_dir=run2", "sft.data=sft.jsonl"]
     refused(capsys, arguments, 2, "sft.jsonl", "sft.teacher=PATH")
+    answer = {"role": "assistant", "content": "1 " * 30}
+    long = {"messages": [conversations[0]["messages"][0], answer]}
+    (root / "long.jsonl").write_text("\n".join(map(json.dumps, [*conversations, long])))
+    too_long = ["tokenize", "recipe.yaml", "run_dir=run3", "sft.data=long.jsonl", "sft.teacher=teacher"]
+    refused(capsys, too_long, 1, "long.jsonl:21: sample", "above the student's max_position_embeddings of 64")
     assert main([*arguments, "sft.teacher=teacher"]) == 0
     assert load_manifest(root / "run2/tokenize").counts["samples"] == 20
     for stage in ("tokenize", "sft", "rollout", "score", "train", "export", "report"):

@@ -57,6 +57,9 @@ def test_scores_are_joined_by_id_and_not_by_position(tmp_path: Path) -> None:
     data.require_within(12, Padding(4, 12))
     with pytest.raises(DataError, match=r"sample d has 7 tokens, .* pads to 12, above .*=11: .* at least 12"):
         data.require_within(11, Padding(4, 12))
+    data.require_positions(7)
+    with pytest.raises(DataError, match=r"rollouts-00001\.arrow: sample d has 7 tokens, .* 6 positions"):
+        data.require_positions(6)
 
 
 def test_without_scores(tmp_path: Path) -> None:

@@ -128,5 +128,6 @@ def test_other_bad_input(tmp_path: Path) -> None:
 
 def test_conversations(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    (conversation,) = read_conversations(write(tmp_path / "c.jsonl", {"messages": messages}))
+    ((where, conversation),) = read_conversations(write(tmp_path / "c.jsonl", {"messages": messages}))
+    assert where == f"{tmp_path / 'c.jsonl'}:1"
     assert conversation.messages == tuple(messages)

@@ -90,13 +90,13 @@ WORK = ("looked", "plain")
 def _train_as_if_delayed(root: Path, work: str, parallel: ParallelConfig) -> Any:
     """(micro-batches of each pass, and whether with gradients; weights). "plain" looks for no scales."""
     from megatron_lopd.mcore import model
-    from megatron_lopd.training import fp8_scales, loop
+    from megatron_lopd.training import fp8_scales, loop, trainer
 
     for module in (model, loop):
         module.check_precision = lambda *unused: None  # type: ignore[attr-defined]
     model.fp8_options = lambda fp8: {}
     if work == "plain":
-        loop.find_scales = lambda *unused: None
+        trainer.find_scales = lambda *unused: None
     calls: list[tuple[int, bool]] = []
     run = loop.run_micro_batches
 
