@@ -72,7 +72,9 @@ def rollout_work(job: SamplingJob, directory: Path) -> Work:
 
     def part(number: int, requests: Sequence[Prompted]) -> Part:
         def write(engine: Engine, path: Path, count: Count[Rollout]) -> None:
-            write_shard(path, ROLLOUTS, count(engine.generate(requests, job.sampling, job.prompts.end_tokens)))
+            write_shard(
+                path, ROLLOUTS, count(engine.generate(requests, job.sampling, job.prompts.end_tokens))
+            )
 
         return Part(directory / shard_name(ROLLOUTS, number), len(requests), write)
 

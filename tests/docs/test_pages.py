@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-import yaml
-
-from megatron_lopd.cli import parse
-from megatron_lopd.config import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
