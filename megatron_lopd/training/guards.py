@@ -75,13 +75,14 @@ def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_goo
         bound: float | None = getattr(guard, limit.key)
         if bound is None or limit.metric not in recent[-1]:
             continue
-        value = statistics.median(each[limit.metric] for each in recent)
+        metric, key = limit.metric, f"train.guard.{limit.key}"
+        value = statistics.median(each[metric] for each in recent)
         if limit.is_passed(value, bound):
             raise DriftError(
-                f"step {step}: the student has drifted from the one that made the rollouts: {limit.metric} is "
-                f"{value:.3g} over {guard.window} steps, past train.guard.{limit.key}={bound:g}: the last good "
+                f"step {step}: the student has drifted from the one that made the rollouts: {metric} is "
+                f"{value:.3g} over {guard.window} steps, past {key}={bound:g}: the last good "
                 f"weights are {last_good}; set train.objective=topk_reverse_kl (with score.top_k), "
                 "train.refresh_every, train.optimizer.warmup_steps or a lower train.optimizer.lr, or, to go "
-                f"on all the same, another train.guard.{limit.key}",
+                f"on all the same, another {key}",
                 last_good,
             )
