@@ -13,7 +13,7 @@ from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.engines.library import library_versions, require_library
 from megatron_lopd.evaluation.grading import answering, check_sets, grade_answers, share_right
-from megatron_lopd.graders.grader import Grader, open_grader
+from megatron_lopd.graders import Grader, open_grader
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.shard_jobs import count_rollouts
 from megatron_lopd.pipeline.stage import Output, Plan, directory_of, parent_manifest

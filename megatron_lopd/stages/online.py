@@ -12,7 +12,7 @@ from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.evaluation.grading import check_sets, grade_model
-from megatron_lopd.graders.grader import open_grader
+from megatron_lopd.graders import open_grader
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.pipeline import inputs
