@@ -15,6 +15,7 @@ class PromptSource:
     """Where prompts come from: a JSONL file, or a built-in task that makes them."""
 
     path: str | None = key("JSONL file: {prompt | problem | question | messages, answer?, id?} a line", None)
+    format: str | None = key("what reads the file; empty: by its suffix", None)
     task: str | None = key("built-in task that makes the prompts: arithmetic", None)
     count: int | None = key("prompts to take (tasks need it; files: the first so many)", None)
     prompt_field: str | None = key(
@@ -26,6 +27,7 @@ class PromptSource:
         "the file's field with the right answer; empty: the one of answer, expected_answer that is there",
         None,
     )
+    extra_fields: tuple[str, ...] = key("further fields of the file that the grader needs", ())
     suffix: str | None = key(
         "text put after each prompt of the file, on a line of its own, such as: Please reason step by step, "
         "and put your final answer within \\boxed{}.",

@@ -22,7 +22,7 @@ from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.shard_jobs import count_rollouts
 from megatron_lopd.pipeline.stage import Output, Plan
-from megatron_lopd.prompts.prompt import read_conversations
+from megatron_lopd.prompts.rows import read_conversations
 
 
 def check(recipe: Recipe) -> list[str]:
