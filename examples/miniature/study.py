@@ -294,7 +294,7 @@ class CellRunner:
 
     def grade(self, model: Path, directory: Path) -> dict[str, Any]:
         from megatron_lopd.evaluation.grading import grade_model
-        from megatron_lopd.graders.grader import open_grader
+        from megatron_lopd.graders import open_grader
         from megatron_lopd.pipeline.resolved import ONLY_SET, ResolvedRun
 
         recipe = self.recipe(self.base)

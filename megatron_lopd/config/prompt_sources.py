@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_lopd.config.keys import Count, key, require
-from megatron_lopd.registry import PROMPT_READERS
+from megatron_lopd.registry import PROMPT_READERS, TASKS
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -18,7 +17,7 @@ class PromptSource:
 
     path: str | None = key("file of rows {prompt | problem | question | messages, answer?, id?}", None)
     format: str | None = key("what reads the file; empty: by its suffix", None, door=PROMPT_READERS)
-    task: Literal["arithmetic"] | None = key("built-in task that makes the prompts", None)
+    task: str | None = key("built-in task that makes the prompts", None, door=TASKS)
     count: Count | None = key("prompts to take (tasks need it; files: the first so many)", None)
     prompt_field: str | None = key(
         "the file's field with the prompt, text or a list of messages; empty: the one of prompt, problem, "
@@ -29,6 +28,7 @@ class PromptSource:
         "the file's field with the right answer; empty: the one of answer, expected_answer that is there",
         None,
     )
+    extra_fields: tuple[str, ...] = key("further fields of the file that the grader needs", ())
     suffix: str | None = key(
         "text put after each prompt of the file, on a line of its own, such as: Please reason step by step, "
         "and put your final answer within \\boxed{}.",

@@ -98,10 +98,10 @@ class MegatronEngine:
     def _check_fits(self, rollout: Rollout) -> None:
         tokens = len(rollout.prompt_tokens) + len(rollout.response_tokens)
         needed = self._padding.least_budget(tokens)
-        if needed > self._config.micro_batch_tokens:
+        if needed > self._config.options.micro_batch_tokens:
             raise EngineError(
                 f"sample {rollout.sample_id} has {tokens} tokens, which this layout pads to {needed}, above "
-                f"engine.micro_batch_tokens={self._config.micro_batch_tokens}: raise it to at least {needed}"
+                f"engine.micro_batch_tokens={self._config.options.micro_batch_tokens}: raise it to at least {needed}"
             )
 
     def _unable(self, what: str) -> EngineError:
@@ -194,7 +194,7 @@ class _Model:
     def score(self, rollouts: Sequence[Rollout], top_k: int) -> _TokenScores | None:
         """All response tokens of `rollouts`, on rank 0; every rank calls, and the others get None."""
         samples = [Sample(each, None) for each in rollouts]
-        packing = _Packing(self._config.micro_batch_tokens)
+        packing = _Packing(self._config.options.micro_batch_tokens)
         loader = BatchLoader.of(
             ListedSamples(samples), packing, _parallel(self._config), self._ranks, self._config.fp8
         )
@@ -245,7 +245,7 @@ def _score_micro_batch(
 
 
 def _parallel(config: EngineConfig) -> ParallelConfig:
-    return config.parallel or ParallelConfig()
+    return config.options.parallel or ParallelConfig()
 
 
 @dataclass(frozen=True)

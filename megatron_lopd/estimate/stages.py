@@ -22,6 +22,7 @@ from megatron_lopd.estimate.hours import (
 )
 from megatron_lopd.estimate.memory import ENGINE_SHARE, EngineMemory, engine_memory
 from megatron_lopd.families.memory_shapes import Shape, read_shape
+from megatron_lopd.prompts.reader import reader_of
 
 # Where no file of prompts is here to be looked at.
 PROMPT_TOKENS = 150
@@ -224,14 +225,13 @@ class Sizing:
                 )
             self.assume(f"prompts.{split}: taken to be of {PROMPT_TOKENS} tokens")
             return source.count, PROMPT_TOKENS
-        lines = [line for line in Path(str(source.path)).read_bytes().splitlines() if line.strip()]
-        if not lines:
-            raise ConfigError(
-                f"prompts.{split}.path: {source.path} is empty: put one JSON object on each line"
-            )
-        prompt = max(1, sum(map(len, lines)) // len(lines) // BYTES_A_TOKEN)
+        path = Path(str(source.path))
+        rows = sum(1 for _ in reader_of(path, source.format).rows(path))
+        if not rows:
+            raise ConfigError(f"prompts.{split}.path: {path} is empty: put prompts into it")
+        prompt = max(1, path.stat().st_size // rows // BYTES_A_TOKEN)
         self.assume(f"prompts.{split}: {prompt} tokens on average, {BYTES_A_TOKEN} bytes of the file each")
-        return source.count or len(lines), prompt
+        return source.count or rows, prompt
 
     def _response(self, sampling: Sampling) -> int:
         return max(1, round(sampling.max_new_tokens * self.fill))

@@ -14,7 +14,7 @@ from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
-from megatron_lopd.graders.grader import Grader, Verdict, open_grader
+from megatron_lopd.graders import Grader, Verdict, open_grader
 from megatron_lopd.pipeline.encoded import encode, longest_prompt
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.shard_jobs import SamplingJob, rollout_work

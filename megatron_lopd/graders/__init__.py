@@ -1,6 +1,19 @@
-"""What says whether an answer is right, by name."""
+"""What says whether a response is right."""
 
-from megatron_lopd.graders.grader import KINDS
+from __future__ import annotations
+
+from megatron_lopd.graders.arithmetic_grader import ArithmeticGrader, DialectsGrader
+from megatron_lopd.graders.grader import Grader, Verdict
+from megatron_lopd.graders.math_grader import MathGrader
+from megatron_lopd.graders.sandbox import Sandbox
 from megatron_lopd.registry import GRADERS
 
-GRADERS.add(*KINDS)
+__all__ = ["Grader", "Sandbox", "Verdict", "open_grader"]
+
+GRADERS.add(MathGrader, ArithmeticGrader, DialectsGrader)
+
+
+def open_grader(name: str) -> Grader:
+    """The grader of that name. ConfigError when there is none."""
+    grader: type[Grader] = GRADERS[name]
+    return grader()

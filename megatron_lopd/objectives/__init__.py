@@ -53,12 +53,4 @@ def get_objective(name: str, config: TrainingConfig | None = None) -> Objective:
     kind: type[Objective] = Sft if name == Sft.name else OBJECTIVES[name]
     if not isinstance(config, TrainConfig):
         return kind()
-    return kind(_options(kind, config), config.weights)
-
-
-def _options(kind: type[Objective], config: TrainConfig) -> Options:
-    """Until the keys stand under their objective's name: config.options is what is wanted."""
-    if kind is SampledReverseKl:
-        extrapolation = config.weights.extrapolation
-        return SampledReverseKlOptions(config.importance, config.importance_clip, extrapolation)
-    return TopKReverseKlOptions(config.weights.entropy) if kind is TopKReverseKl else kind.Options()
+    return kind(config.options, config.weights)

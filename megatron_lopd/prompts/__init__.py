@@ -1,16 +1,13 @@
-"""Prompts: where they come from, and what reads a file of them, by format."""
+"""Prompts: what they are, what reads a file of them by its format, and the tasks that make them."""
 
-from __future__ import annotations
+from megatron_lopd.prompts.arithmetic import Arithmetic
+from megatron_lopd.prompts.json_lines import JsonLinesReader
+from megatron_lopd.prompts.prompt import Prompt
+from megatron_lopd.prompts.reader import Reader
+from megatron_lopd.prompts.task import Task
+from megatron_lopd.registry import PROMPT_READERS, TASKS
 
-from dataclasses import dataclass
+__all__ = ["Prompt", "Reader", "Task"]
 
-from megatron_lopd.registry import PROMPT_READERS
-
-
-@dataclass(frozen=True)
-class ReaderKind:
-    name: str
-    caption: str
-
-
-PROMPT_READERS.add(ReaderKind("jsonl", "a JSON object a line"))
+PROMPT_READERS.add(JsonLinesReader)
+TASKS.add(Arithmetic)

@@ -21,8 +21,11 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.prompts.prompt import Prompt
+from megatron_lopd.prompts.task import Task
 
 SPLITS = ("sft", "opd", "eval")
 OPERANDS = 6
@@ -54,6 +57,17 @@ class Problem:
     prompt: str
     solution: str
     answer: str
+
+
+class Arithmetic(Task):
+    """The toy task. A prompt's id and answer are its problem's."""
+
+    name: ClassVar[str] = "arithmetic"
+    caption: ClassVar[str] = "chains of one-digit arithmetic modulo 10"
+
+    def prompts(self, count: int, seed: int, split: str) -> Iterator[Prompt]:
+        for each in problems(count, seed, split):
+            yield Prompt(each.id, ({"role": "user", "content": each.prompt},), each.answer)
 
 
 def problems(count: int, seed: int, split: str) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
 
 if TYPE_CHECKING:
-    from megatron_lopd.graders.grader import Grader
+    from megatron_lopd.graders import Grader
     from megatron_lopd.pipeline.workers import Work
 
 RESULTS = "results.json"
@@ -62,7 +62,7 @@ class EvaluateStage(SharedStage):
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.engines.library import library_versions
         from megatron_lopd.evaluation.grading import grade_answers
-        from megatron_lopd.graders.grader import open_grader
+        from megatron_lopd.graders import open_grader
         from megatron_lopd.pipeline.shard_jobs import count_rollouts
 
         settings, directory = run.recipe.evaluate, run.directory_of(self.name)

@@ -144,7 +144,7 @@ def _train(run: ResolvedRun, plan: Plan) -> tuple[Path, dict[str, int]]:
 def _graded(run: ResolvedRun, model: Path, directory: Path) -> list[str]:
     """Grade the student as `evaluate` grades the others, where the recipe has prompts for it: the files."""
     from megatron_lopd.evaluation.grading import grade_model
-    from megatron_lopd.graders.grader import open_grader
+    from megatron_lopd.graders import open_grader
 
     settings, seed = run.recipe.evaluate, run.recipe.seed
     if run.recipe.prompts.eval is None:

@@ -73,7 +73,7 @@ class TokenizeStage(Stage):
 def _tokenized(data: Path, chat: Chat, limits: Mapping[str, int]) -> Iterator[Rollout]:
     """Raises DataError naming file:line, as Chat.conversation does."""
     from megatron_lopd.data.records import Rollout
-    from megatron_lopd.prompts.prompt import read_conversations
+    from megatron_lopd.prompts.rows import read_conversations
 
     tightest = min(limits, key=lambda name: limits[name])
     for where, conversation in read_conversations(data):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lopd.config import GuardConfig, TrainingConfig
@@ -11,11 +13,25 @@ from megatron_lopd.errors import DriftError, NumericsError
 
 # A step's values of the metrics that limits stand on, by name.
 Drift = Mapping[str, float]
-_AT_LEAST = {
-    "kept_mass": "min_kept_mass",
-    "effective_sample_size": "min_effective_sample_size",
-}
-_AT_MOST = {"drift_kl": "max_drift_kl"}
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """What `train.guard.<key>` says of a metric: the least that it may be, or the most."""
+
+    metric: str
+    key: str
+    is_least: bool
+
+    def is_passed(self, value: float, limit: float) -> bool:
+        return value < limit if self.is_least else value > limit
+
+
+_LIMITS = (
+    _Limit("kept_mass", "min_kept_mass", is_least=True),
+    _Limit("effective_sample_size", "min_effective_sample_size", is_least=True),
+    _Limit("drift_kl", "max_drift_kl", is_least=False),
+)
 
 
 def check_skipped(skipped_steps: int, max_skipped_steps: int, step: int, grad_norm: float) -> None:
@@ -32,15 +48,16 @@ def recent_drift(
     before: Sequence[Drift], measured: Mapping[str, float], window: int
 ) -> list[dict[str, float]]:
     """The last `window` steps' values of the guarded metrics, `measured` (this step's) the last of them."""
-    own = {name: measured[name] for name in (*_AT_LEAST, *_AT_MOST) if name in measured}
-    return [dict(each) for each in before[max(0, len(before) - window + 1) :]] + [own]
+    own = {limit.metric: measured[limit.metric] for limit in _LIMITS if limit.metric in measured}
+    earlier = before[-(window - 1) :] if window > 1 else []
+    return [*(dict(each) for each in earlier), own]
 
 
 def checkpoints_kept(config: TrainingConfig, guard: GuardConfig | None) -> int:
     """How many of the newest checkpoints to keep: one from before the guard's window is to be among them."""
     if guard is None or not guard.is_on:
         return config.keep_checkpoints
-    within_window = -(-guard.window // config.checkpoint_every)
+    within_window = math.ceil(guard.window / config.checkpoint_every)
     return max(config.keep_checkpoints, within_window + 1)
 
 
@@ -54,18 +71,18 @@ def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_goo
     """
     if len(recent) < guard.window:
         return
-    for name in (*_AT_LEAST, *_AT_MOST):
-        key = _AT_LEAST.get(name) or _AT_MOST[name]
-        limit: float | None = getattr(guard, key)
-        if limit is None or name not in recent[-1]:
+    for limit in _LIMITS:
+        bound: float | None = getattr(guard, limit.key)
+        if bound is None or limit.metric not in recent[-1]:
             continue
-        value = statistics.median(each[name] for each in recent)
-        if value < limit if name in _AT_LEAST else value > limit:
+        metric, key = limit.metric, f"train.guard.{limit.key}"
+        value = statistics.median(each[metric] for each in recent)
+        if limit.is_passed(value, bound):
             raise DriftError(
-                f"step {step}: the student has drifted from the one that made the rollouts: {name} is "
-                f"{value:.3g} over {guard.window} steps, past train.guard.{key}={limit:g}: the last good "
+                f"step {step}: the student has drifted from the one that made the rollouts: {metric} is "
+                f"{value:.3g} over {guard.window} steps, past {key}={bound:g}: the last good "
                 f"weights are {last_good}; set train.objective=topk_reverse_kl (with score.top_k), "
                 "train.refresh_every, train.optimizer.warmup_steps or a lower train.optimizer.lr, or, to go "
-                f"on all the same, another train.guard.{key}",
+                f"on all the same, another {key}",
                 last_good,
             )

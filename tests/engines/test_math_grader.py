@@ -9,7 +9,7 @@ from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.evaluation.grading import grade_model, graded
-from megatron_lopd.graders.grader import open_grader
+from megatron_lopd.graders import open_grader
 from megatron_lopd.prompts.arithmetic import problems
 from megatron_lopd.prompts.prompt import Prompt
 

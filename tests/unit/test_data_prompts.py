@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
-from megatron_lopd.errors import DataError
-from megatron_lopd.prompts.prompt import read_conversations, read_jsonl, read_prompts
+from megatron_lopd.config import PromptSource
+from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.prompts.json_lines import JsonLinesReader
+from megatron_lopd.prompts.prompt import Prompt
+from megatron_lopd.prompts.rows import read_conversations, read_prompts
+from megatron_lopd.prompts.sources import load_prompts, prompts_parent
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -70,9 +74,34 @@ def test_a_suffix_is_a_line_after_the_prompt_and_leaves_its_id(tmp_path: Path) -
         assert suffixed.messages[-1]["content"] == f"{plain.messages[-1]['content']}\nBox it."
 
 
+def test_extra_fields_are_kept_for_the_grader_and_decide(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1?", "tests": ["a", 1], "other": 1})
+    plain, extra = (read_prompts(path, extra_fields=fields) for fields in ((), ("tests",)))
+    assert plain == [Prompt(extra[0].id, extra[0].messages)]
+    assert extra[0].extra == {"tests": ["a", 1]}
+    # What lineage knows the quickstart's prompts by: a run of an earlier release must find them unchanged.
+    source = PromptSource(task="arithmetic", count=3)
+    digest = prompts_parent(source, load_prompts(source, "opd", 0)).digests
+    assert digest == {"sha256": "ea844994114487505a5bdfed725fa4ff669060118d5c34ebe4e5354bed749e34"}
+    source = PromptSource(path=str(path))
+    assert prompts_parent(source, plain) != prompts_parent(source, extra)
+    with pytest.raises(DataError, match=r"p\.jsonl:1: must have gold, which extra_fields names"):
+        read_prompts(path, extra_fields=["gold"])
+
+
+def test_a_suffix_that_nothing_reads_names_those_that_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", {"prompt": "a"})
+    with pytest.raises(
+        ConfigError, match=r"prompts\.opd: .*p\.csv: nothing is known to read \.csv: use \.jsonl"
+    ):
+        load_prompts(PromptSource(path=str(path)), "opd", 0)
+    assert len(load_prompts(PromptSource(path=str(path), format="jsonl"), "opd", 0)) == 1
+    assert len(read_prompts(path.rename(tmp_path / "P.JSON"))) == 1
+
+
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", "\n", {"a": 1}, "  \n", {"b": 2})
-    assert list(read_jsonl(path)) == [(2, {"a": 1}), (4, {"b": 2})]
+    assert list(JsonLinesReader().rows(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"b": 2})]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +115,11 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
         ([{"messages": []}], r"p\.jsonl:1: messages must be text, or a list"),
         ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: messages must be .* with a role and a content"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], r"p\.jsonl:1: the last message is the"),
-        ([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}], r"p\.jsonl:3: repeats line 1"),
-        ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], r"p\.jsonl:2: repeats line 1 \(id x\)"),
+        ([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}], r"p\.jsonl:3: repeats .*p\.jsonl:1 "),
+        (
+            [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}],
+            r"p\.jsonl:2: repeats .*p\.jsonl:1 \(id x\)",
+        ),
         ([{"prompt": "a", "answer": [1]}], r"p\.jsonl:1: answer must be text or a number, not list"),
         ([{"prompt": "a", "answer": True}], r"p\.jsonl:1: answer must be text or a number, not bool"),
         ([{"prompt": "a", "id": ""}], r"p\.jsonl:1: id must be"),

@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_lopd.config import TrainConfig, WeightsConfig
+from megatron_lopd.config import Sampling, TrainConfig, WeightsConfig
+from megatron_lopd.engines.draw import truncated_log_probs
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.objectives import (
     FixedNegative,
@@ -374,6 +375,48 @@ def test_kept_mass_is_the_mass_left_on_what_was_sampled() -> None:
     )
     values = drift(TokenLogProbs(moved.log()[drawn], None, reference.log()[drawn]))
     assert values["kept_mass"] == pytest.approx(0.75, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1, 0.9, 0), (1, 1, 20), (0.6, 0.95, 20), (0.6, 1, 0), (1.5, 1, 0), (1, 1, 0)],
+)
+def test_drift_is_from_the_model_that_sampled_and_not_from_its_sampler(
+    temperature: float, top_p: float, top_k: int
+) -> None:
+    """150,000 tokens by Zipf's law: unmoved is unmoved, and lost mass is seen as such."""
+    rank = torch.arange(1, 150_001, dtype=torch.float64)
+    reference = (-rank.log()).log_softmax(0)
+    sampler = truncated_log_probs(
+        reference[None], Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    )[0]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(sampler.exp(), 200_000, replacement=True, generator=generator)
+
+    def measured(student: torch.Tensor) -> dict[str, float]:
+        return drift(TokenLogProbs(student[drawn], None, reference[drawn], sampled=sampler[drawn]))
+
+    unmoved = {"drift_kl": 0, "effective_sample_size": 1, "kept_mass": 1}
+    assert measured(reference) == pytest.approx(unmoved, abs=1e-12)  # sums of 200,000 in fp64
+
+    # Every other token gives up four fifths of its probability, to tokens that pi_ref has not.
+    moved = reference + math.log(0.2) * (rank % 2 == 0)
+    found = measured(moved)
+    covered = [torch.minimum(pi.exp(), 10 * sampler.exp()).sum() for pi in (moved, reference)]
+    expected = (covered[0] / covered[1]).item()
+    assert expected < 0.93, "the guard's default would stop this one"
+    # A mean of 200,000 of at most 10, beside one that moves with it: the standard error is below 0.003.
+    assert found["kept_mass"] == pytest.approx(expected, abs=0.012)
+    assert found["drift_kl"] > 0.1
+    assert found["effective_sample_size"] < 0.95
+
+
+def test_importance_is_by_the_distribution_that_was_drawn_from() -> None:
+    current, reference, drawn = (torch.tensor([value]).log() for value in (0.3, 0.2, 0.25))
+    tokens = TokenLogProbs(current, torch.zeros(1), reference, sampled=drawn)
+    clipped = SampledReverseKl(SampledReverseKlOptions("clipped"))
+    plain = SampledReverseKl().token_loss(tokens)
+    torch.testing.assert_close(clipped.token_loss(tokens), plain * 0.3 / 0.25)  # not by 0.3 / 0.2
 
 
 def test_drift_survives_ratios_that_overflow() -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 
 from megatron_lopd.errors import ConfigError, DataError, EngineError
-from megatron_lopd.graders import math_process
-from megatron_lopd.graders.grader import MathGrader, Verdict, open_grader
+from megatron_lopd.graders import Sandbox, Verdict, open_grader
 from megatron_lopd.graders.math import answer_in, last_boxed
+from megatron_lopd.graders.math_grader import MathGrader
+from megatron_lopd.graders.sandbox import CPU_SECONDS, MEMORY_BYTES
 from megatron_lopd.prompts.prompt import Prompt
 
 
@@ -141,7 +139,7 @@ HANGS = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(9999999!)!}", r"\boxed{10^{10^{10}}
 def test_a_hang_is_ungraded_and_the_next_is_graded(grader: MathGrader, response: str) -> None:
     began = time.monotonic()
     assert verdict(grader, "5", response) == Verdict(False, None, ungraded=True)
-    assert time.monotonic() - began < 20 * math_process.CPU_SECONDS  # its limit is of processor time
+    assert time.monotonic() - began < 20 * CPU_SECONDS  # its limit is of processor time
     assert verdict(grader, "5", r"\boxed{5}").right
 
 
@@ -168,34 +166,43 @@ def test_hostile_text_is_wrong(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-# A comparison that takes as many bytes as it is asked to: sympy runs out of time long before memory.
-GREEDY_SERVER = """
-import sys
-from multiprocessing.connection import Connection
-from megatron_lopd.graders import math
-from megatron_lopd.graders import math_process
-math.compare = lambda gold, response: len(bytearray(int(response)))
-math_process.serve(Connection(int(sys.argv[1])))
+GREEDY = """
+import signal
+
+def fill(size):
+    return len(bytearray(size))
+
+def fail():
+    raise RuntimeError
+
+def die():
+    signal.raise_signal(signal.SIGKILL)
 """
 
 
-def test_memory_is_bounded() -> None:
-    pipe, theirs = Pipe()
-    command = [sys.executable, "-c", GREEDY_SERVER, str(theirs.fileno())]
-    with pipe, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as server:
-        theirs.close()
-        pipe.send(("compare", "5", str(math_process.MEMORY_BYTES)))
-        assert pipe.recv() is None
-        pipe.send(("compare", "5", "1000"))
-        assert pipe.recv() == 1000
-        pipe.close()
-        assert server.wait() == 0
+def test_a_sandbox_bounds_what_any_code_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    sandbox = Sandbox("greedy")
+    try:
+        assert sandbox.ask("fill", MEMORY_BYTES) is None
+        assert sandbox.ask("fill", 1000) == 1000
+        assert sandbox.ask("fail") is None
+        assert sandbox.ask("nothing of that name") is None
+        with pytest.raises(EngineError, match="the process of greedy was killed by SIGKILL: run the same"):
+            sandbox.ask("die")
+        assert sandbox.ask("fill", 10) == 10  # in a fresh process
+    finally:
+        sandbox.close()
+    absent = Sandbox("no_such_module")
+    with pytest.raises(EngineError, match="no_such_module ended with code 1: what it said is above"):
+        absent.ask("fill", 1)
 
 
 def test_a_grader_killed_from_outside_is_no_verdict() -> None:
     with MathGrader() as fresh:
         assert verdict(fresh, "5", r"\boxed{5}").right
-        process = fresh._process._process
+        process = fresh._sandbox._process
         assert process is not None
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="was killed by SIGKILL"):
@@ -219,5 +226,7 @@ def test_prompts_that_cannot_be_graded(grader: MathGrader, answer: str | None, m
 
 
 def test_an_unknown_grader_is_named() -> None:
-    with pytest.raises(ConfigError, match="unknown grader 'maths': use one of math, arithmetic"):
+    with pytest.raises(
+        ConfigError, match=r"unknown grader 'maths' \(did you mean math\?\): use one of math, ari"
+    ):
         open_grader("maths")
