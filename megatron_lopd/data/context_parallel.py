@@ -17,7 +17,7 @@ from megatron_lopd.data.collate import MicroBatch, RowsOf
 
 def fields_by_rows(kind: type[MicroBatch]) -> dict[str, RowsOf]:
     """What the leading axis of each field counts. Raises TypeError for a field that does not say it."""
-    rules = {each.name: each.metadata.get("rows_of") for each in fields(kind)}
+    rules: dict[str, Any] = {each.name: each.metadata.get("rows_of") for each in fields(kind)}
     for name, rule in rules.items():
         if rule not in get_args(RowsOf):
             raise TypeError(

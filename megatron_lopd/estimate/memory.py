@@ -31,10 +31,11 @@ from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.families.family import family_of
 from megatron_lopd.families.memory_shapes import Shape
 from megatron_lopd.mcore.recompute import recomputed_part
+from megatron_lopd.ops import CHUNK_BYTES
 
-# Bytes of logits that are made at once on a GPU: ops/row_chunks.py's CHUNK_BYTES["cuda"] (a test holds them
-# equal), and where there is room up to the second, beyond which chunks gain little.
-LOGIT_BYTES, MOST_LOGIT_BYTES = 1.25e9, 2.5e9
+# Bytes of logits that are made at once on a GPU, and where there is room up to the second, beyond which
+# chunks gain little.
+LOGIT_BYTES, MOST_LOGIT_BYTES = CHUNK_BYTES["cuda"], 2.5e9
 # CUDA's context, NCCL's and cuBLAS's buffers, and what the allocator loses between blocks. An assumption.
 RESERVED = 5e9
 # What of a GPU's memory an engine other than vLLM may use (vLLM's share is engine.memory_fraction). An

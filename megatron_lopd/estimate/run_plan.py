@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from megatron_lopd.estimate.stages import Sizing, StageEstimate
 from megatron_lopd.families.memory_shapes import Shape
 
 GB = 1e9
+# What published hours of Lightning OPD hold: they start from an SFT checkpoint.
+DISTILLATION = ("rollout", "score", "train")
 
 
 @dataclass(frozen=True)
@@ -309,13 +311,24 @@ def _engine_table(plan: RunPlan) -> Iterator[str]:
 
 def _stage_table(plan: RunPlan) -> Iterator[str]:
     """Work, hours and disk by stage."""
-    yield "work:"
-    yield f"  {'':10}{'samples':>10}{'tokens':>10}{'EFLOP':>10}{'GPU-hours':>11}{'hours':>8}{'disk GB':>10}"
+    count, gpu = plan.cluster.count, plan.cluster.gpu.name
+    yield f"work (GPU-hours: of one {gpu}; wall hours: with all {count} at work all the time):"
+    yield (
+        f"  {'':10}{'model':>9}{'samples':>10}{'tokens':>10}{'EFLOP':>10}{'GPU-hours':>11}{'wall hours':>12}"
+        f"{'disk GB':>10}"
+    )
     for stage in plan.stages:
         yield (
-            f"  {stage.name:10}{stage.work.samples:10.0f}{stage.work.samples * stage.work.length / GB:9.2f}G"
-            f"{stage.flops / 1e18:10.2f}{stage.gpu_hours:11.1f}{stage.gpu_hours / plan.cluster.count:8.2f}"
-            f"{stage.disk / GB:10.1f}"
+            f"  {stage.name:10}{stage.model:>9}{stage.work.samples:10.0f}"
+            f"{stage.work.samples * stage.work.length / GB:9.2f}G{stage.flops / 1e18:10.2f}"
+            f"{_hours_and_disk([stage], count)}"
         )
-    hours, disk = (sum(getattr(stage, name) for stage in plan.stages) for name in ("gpu_hours", "disk"))
-    yield f"  {'total':40}{hours:11.1f}{hours / plan.cluster.count:8.2f}{disk / GB:10.1f}"
+    yield f"  {'total':49}{_hours_and_disk(plan.stages, count)}"
+    distillation = [stage for stage in plan.stages if stage.name in DISTILLATION]
+    if distillation:
+        yield f"  {'of it ' + ', '.join(DISTILLATION):49}{_hours_and_disk(distillation, count)}"
+
+
+def _hours_and_disk(stages: Sequence[StageEstimate], gpus: int) -> str:
+    hours, disk = (sum(getattr(stage, name) for stage in stages) for name in ("gpu_hours", "disk"))
+    return f"{hours:11.1f}{hours / gpus:12.2f}{disk / GB:10.1f}"

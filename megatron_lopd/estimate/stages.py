@@ -126,9 +126,10 @@ class Sizing:
         yield self._trained("train", config, work)
 
     def _evaluate(self, sources: Mapping[str, PromptSource]) -> Iterator[StageEstimate]:
-        """Sampled and greedy, before and after OPD, of every set that can be counted."""
-        sampling = self.recipe.evaluate.sampling
-        models = 2 if self.recipe.train is not None else 1
+        """Sampled and greedy, before and after OPD, of every set that can be counted; the teacher too, where
+        the recipe asks for it."""
+        config = self.recipe.evaluate
+        students = 2 if self.recipe.train is not None else 1
         sets = []
         for name, source in sources.items():
             if source.count is None and not _is_here(source):
@@ -138,9 +139,15 @@ class Sizing:
         if sets:
             count = sum(each for each, _ in sets)
             prompt = round(sum(each * tokens for each, tokens in sets) / count)
-            samples = count * models * (sampling.samples_per_prompt + 1)
-            work = TokenWork(samples, prompt, self._response(sampling))
-            yield self._decode("evaluate", "student", work, self.recipe.evaluate.engine)
+            answers = config.sampling.samples_per_prompt + 1
+            for model, times in (("student", students), ("teacher", 1 if config.teacher else 0)):
+                if times:
+                    self.assume(
+                        f"evaluate: {times} {model} model{'s' * (times > 1)} x {count} prompts x {answers} "
+                        f"answers, {config.sampling.samples_per_prompt} sampled and 1 greedy"
+                    )
+                    work = TokenWork(count * times * answers, prompt, self._response(config.sampling))
+                    yield self._decode("evaluate", model, work, config.engine)
 
     def _decode(self, name: str, model: str, work: TokenWork, config: EngineConfig) -> StageEstimate:
         shape = self.teacher if model == "teacher" else self.student

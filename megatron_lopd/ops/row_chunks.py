@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from megatron_lopd.ops import CHUNK_BYTES
 from megatron_lopd.ops.kernel_trial import usable
 from megatron_lopd.ops.products import matmul_fp32
 from megatron_lopd.ops.softmax import LOG_ZERO, WIDTH_MULTIPLE, Softmax, Sums, VocabularySlice
 
-# Bytes of logits in memory at once, unless the caller knows better.
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 1_250_000_000}
 # Chunks are whole tiles of a GPU's matrix products.
 ROW_MULTIPLE = 256
 

@@ -41,12 +41,6 @@ def test_flops_are_what_torch_counts() -> None:
     assert predicted == counted
 
 
-def test_the_chunk_of_logits_is_the_operation_s_own() -> None:
-    from megatron_lopd.ops.row_chunks import CHUNK_BYTES
-
-    assert CHUNK_BYTES["cuda"] == LOGIT_BYTES
-
-
 def test_a_chunk_of_logits_takes_what_training_leaves_free() -> None:
     """Rows of Qwen3-8B's 151,936 logits, 608 kB each: 1.25 GB of them at least, 2.5 GB at most."""
     arch, alone = PUBLISHED["Qwen3-8B"], ParallelConfig()

@@ -1,20 +1,21 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from megatron_lopd.cli import main
-from megatron_lopd.config import load_recipe
+from megatron_lopd.config import ParallelConfig, Recompute, load_recipe
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.estimate.gpu_kinds import GPUS, GpuCluster, parse_cluster
-from megatron_lopd.estimate.hours import PUBLISHED_HOURS, Published, published_hours
-from megatron_lopd.estimate.layouts import candidates, own_layout, smallest_layout
+from megatron_lopd.estimate.hours import PUBLISHED_HOURS, TokenWork, forward_flops, published_hours
+from megatron_lopd.estimate.layouts import RECOMPUTE, own_layout, smallest_layout
 from megatron_lopd.estimate.memory import Training
 from megatron_lopd.estimate.run_plan import make_plan
-from megatron_lopd.families.architecture import check_layout
-from megatron_lopd.families.memory_shapes import published
+from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.memory_shapes import Shape, published
 
 PUBLISHED = published()
 
@@ -22,31 +23,77 @@ RECIPE = "examples/qwen3_8b/recipe.yaml"
 MICRO_BATCH = Training(16384, "bf16", fp8=False)
 
 
-@pytest.mark.parametrize("case", PUBLISHED_HOURS, ids=lambda case: case.student)
-def test_published_hours_of_lightning_opd(case: Published) -> None:
-    """In sample: one constant, UTILIZATION, is fitted to these two, and README promises 25%."""
-    assert sum(published_hours(case).values()) == pytest.approx(case.hours, rel=0.25)
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.6B", 0.44), ("1.7B", 1.4), ("4B", 3.6), ("8B", 6.95), ("14B", 13.2), ("32B", 31.2)],
+)
+def test_a_token_costs_two_flops_for_each_weight_that_the_model_cards_count(
+    name: str, billions: float
+) -> None:
+    """Their "non-embedding parameters"; of one token, which attends to itself alone, and no output layer."""
+    flops = forward_flops(PUBLISHED[f"Qwen3-{name}"], TokenWork(1, prompt=1, response=0))
+    assert flops / 2e9 == pytest.approx(billions, rel=0.03)  # two digits are printed
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("gpus", ["h100:8", "a100-80g:32", "b200:1"])
 def test_the_smallest_layout_can_be_trained(name: str, gpus: str) -> None:
+    """Against every split there is into powers of two, each asked for by itself."""
     arch, cluster = PUBLISHED[name], parse_cluster(gpus)
     found = smallest_layout(arch, cluster, MICRO_BATCH, batch=256)
-    fitting = [
-        layout
-        for parallel in candidates(arch, cluster)
-        if (layout := own_layout(arch, parallel, cluster, MICRO_BATCH)).fits(cluster)
-    ]
-    if found is None:
-        assert fitting == []
-        return
-    assert found.memory.total <= cluster.gpu.memory_bytes
-    check_layout(arch, found.parallel)  # what build_model asks before it builds
-    axes = found.parallel.tensor * found.parallel.pipeline * found.parallel.context
-    assert axes * found.data == cluster.count == found.parallel.processes
-    assert found.parallel.tensor <= cluster.node_size
-    assert axes == min(x.parallel.tensor * x.parallel.pipeline * x.parallel.context for x in fitting)
+    fewest = min(
+        (
+            tensor * pipeline * context
+            for tensor, pipeline, context, expert in product((1, 2, 4, 8), *[(1, 2, 4, 8, 16, 32)] * 3)
+            if expert == 1 or arch.experts
+            for recompute in RECOMPUTE
+            if fits(arch, cluster, tensor, pipeline, context, expert, recompute)
+        ),
+        default=None,
+    )
+    axes = None
+    if found is not None:
+        axes = found.parallel.tensor * found.parallel.pipeline * found.parallel.context
+        assert found.fits(cluster)
+        assert axes * found.data == cluster.count == found.parallel.processes
+    assert axes == fewest
+
+
+def fits(
+    arch: Architecture,
+    cluster: GpuCluster,
+    tensor: int,
+    pipeline: int,
+    context: int,
+    expert: int,
+    recompute: Recompute,
+) -> bool:
+    """Whether the cluster's GPUs hold that split; False where there is none such."""
+    if tensor * pipeline * context > cluster.count or tensor > cluster.node_size:
+        return False
+    try:
+        parallel = ParallelConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            expert=expert,
+            expert_tensor=1 if arch.experts else None,
+            recompute=recompute,
+            processes=cluster.count,
+        )
+        return own_layout(arch, parallel, cluster, MICRO_BATCH).fits(cluster)
+    except ConfigError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"), [("Qwen3-8B", "h100:1"), ("Qwen3-32B", "b200:1"), ("Qwen3-32B", "h100:4")]
+)
+def test_weights_and_their_state_that_fill_all_gpus_fit_no_layout(name: str, gpus: str) -> None:
+    """By hand: a weight's bf16, fp32 gradient, master and two moments are 18 bytes, wherever they are."""
+    cluster = parse_cluster(gpus)
+    assert 18 * Shape(PUBLISHED[name]).parameters > cluster.count * cluster.gpu.memory_bytes
+    assert smallest_layout(PUBLISHED[name], cluster, MICRO_BATCH, batch=256) is None
 
 
 def test_published_30b_a3b_fits_the_node_it_was_trained_on() -> None:
@@ -101,6 +148,36 @@ def test_prompts_that_are_here_are_counted(tmp_path: Path, monkeypatch: pytest.M
     stages = {stage.name: stage for stage in make_plan(recipe, parse_cluster("h100:8")).stages}
     assert (stages["rollout"].work.samples, stages["rollout"].work.prompt) == (30, 100)
     assert stages["train"].work.samples == 150 * 256
+
+
+def test_the_teacher_s_evaluation_is_planned_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["prompts.eval={aime: {task: arithmetic, count: 30}}", "evaluate.sampling.max_new_tokens=4096"]
+    sets += ["evaluate.sampling.samples_per_prompt=3", "evaluate.engine.dtype=bf16"]
+    plans = [
+        make_plan(load_recipe(RECIPE, [*sets, f"evaluate.teacher={asked}"]), parse_cluster("h100:8"))
+        for asked in ("false", "true")
+    ]
+    without, with_teacher = (
+        {stage.model: stage for stage in plan.stages if stage.name == "evaluate"} for plan in plans
+    )
+    assert list(without) == ["student"]
+    assert with_teacher["student"] == without["student"]
+    assert with_teacher["student"].work.samples == 2 * 30 * 4
+    assert with_teacher["teacher"].work.samples == 30 * 4
+    assert with_teacher["teacher"].gpu_hours > without["student"].gpu_hours / 2  # 32B for 8B
+    said = "evaluate: 1 teacher model x 30 prompts x 4 answers, 3 sampled and 1 greedy"
+    assert [said in plan.assumptions for plan in plans] == [False, True]
+    # The table says what its hours are, and which of them published figures count.
+    assert main(["plan", RECIPE, "--gpus", "h100:8", *sets, "evaluate.teacher=true"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (total,) = (line for line in lines if line[:1] == ["total"])
+    (distillation,) = (line for line in lines if line[:2] == ["of", "it"])
+    assert [line for line in lines if line[:3] == ["work", "(GPU-hours:", "of"]]
+    hours = {stage.name: stage.gpu_hours for stage in plans[1].stages}
+    assert float(distillation[-3]) == pytest.approx(
+        hours["rollout"] + hours["score"] + hours["train"], abs=0.06
+    )
+    assert float(total[-3]) == pytest.approx(8 * float(total[-2]), rel=0.01)
 
 
 def test_what_the_plan_suggests_fits(capsys: pytest.CaptureFixture[str]) -> None:
