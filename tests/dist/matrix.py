@@ -28,11 +28,15 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """One column of the matrix; `tokens` is the token budget of a micro-batch, which decides the packing."""
+    """One column of the matrix; `tokens` is the token budget of a micro-batch, which decides the packing.
+
+    What divides the work in a way that others also have is nightly.
+    """
 
     parallel: ParallelConfig
     models: tuple[str, ...] = ("tied",)
     tokens: int = 64
+    nightly: bool = False
 
 
 ALL = tuple(MODELS)
@@ -43,17 +47,19 @@ EXPERTS = ("experts",)
 LAYOUTS: dict[str, Layout] = {
     "one process": Layout(ParallelConfig(), ALL),
     "micro-batches of 24 tokens": Layout(ParallelConfig(), tokens=24),
-    "micro-batches of 200 tokens": Layout(ParallelConfig(), ("tied", "experts"), tokens=200),
-    "recompute core_attn": Layout(ParallelConfig(recompute="core_attn"), ("tied", "experts")),
-    "recompute selective": Layout(ParallelConfig(recompute="selective"), ("tied", "experts")),
+    "micro-batches of 200 tokens": Layout(ParallelConfig(), ("tied", "experts"), tokens=200, nightly=True),
+    "recompute core_attn": Layout(ParallelConfig(recompute="core_attn"), ("tied", "experts"), nightly=True),
+    "recompute selective": Layout(ParallelConfig(recompute="selective"), ("tied", "experts"), nightly=True),
     "recompute full": Layout(ParallelConfig(recompute="full"), ALL),
-    "TP2": Layout(ParallelConfig(tensor=2, sequence=False, processes=2), ("untied, with bias",)),
+    "TP2": Layout(
+        ParallelConfig(tensor=2, sequence=False, processes=2), ("untied, with bias",), nightly=True
+    ),
     "TP2 + SP": Layout(ParallelConfig(tensor=2, processes=2), ALL),
-    "TP2 + SP, recompute full": Layout(ParallelConfig(tensor=2, recompute="full", processes=2)),
+    "TP2 + SP, recompute full": Layout(ParallelConfig(tensor=2, recompute="full", processes=2), nightly=True),
     "TP2 + SP, recompute selective": Layout(
         ParallelConfig(tensor=2, recompute="selective", processes=2), ("tied", "experts")
     ),
-    "PP2": Layout(ParallelConfig(pipeline=2, processes=2), DENSE),
+    "PP2": Layout(ParallelConfig(pipeline=2, processes=2), DENSE, nightly=True),
     "PP2 + VPP2": Layout(
         ParallelConfig(pipeline=2, virtual_pipeline=2, processes=2), ("tied", "experts"), tokens=32
     ),
@@ -63,22 +69,24 @@ LAYOUTS: dict[str, Layout] = {
     "EP2": Layout(ParallelConfig(expert=2, processes=2), EXPERTS),
     "ETP2": Layout(ParallelConfig(expert_tensor=2, processes=2), EXPERTS),
     "TP2, ETP1": Layout(ParallelConfig(tensor=2, expert_tensor=1, processes=2), EXPERTS),
-    "CP2 x EP2": Layout(ParallelConfig(context=2, expert=2, processes=2), EXPERTS),
-    "DP4": Layout(ParallelConfig(processes=4)),
-    "TP2 x DP2": Layout(ParallelConfig(tensor=2, processes=4)),
-    "TP2 x PP2": Layout(ParallelConfig(tensor=2, pipeline=2, processes=4), ("untied, with bias",)),
-    "TP2 x CP2": Layout(ParallelConfig(tensor=2, context=2, processes=4), ("untied, with bias",)),
-    "CP4": Layout(ParallelConfig(context=4, processes=4)),
-    "PP2 x CP2": Layout(ParallelConfig(pipeline=2, context=2, processes=4)),
-    "PP2 + VPP2 x DP2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, processes=4)),
-    "PP4": Layout(ParallelConfig(pipeline=4, processes=4)),
-    "TP2 x PP2 + VPP2": Layout(ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, processes=4)),
-    "EP2 x DP2": Layout(ParallelConfig(expert=2, processes=4), EXPERTS),
-    "TP2 x EP2, ETP1": Layout(
-        ParallelConfig(tensor=2, expert=2, expert_tensor=1, processes=4), EXPERTS
+    "CP2 x EP2": Layout(ParallelConfig(context=2, expert=2, processes=2), EXPERTS, nightly=True),
+    "DP4": Layout(ParallelConfig(processes=4), nightly=True),
+    "TP2 x DP2": Layout(ParallelConfig(tensor=2, processes=4), nightly=True),
+    "TP2 x PP2": Layout(
+        ParallelConfig(tensor=2, pipeline=2, processes=4), ("untied, with bias",), nightly=True
     ),
-    "EP4": Layout(ParallelConfig(expert=4, processes=4), EXPERTS),
-    "TP2 x EP2, ETP2": Layout(ParallelConfig(tensor=2, expert=2, processes=4), EXPERTS),
+    "TP2 x CP2": Layout(ParallelConfig(tensor=2, context=2, processes=4), ("untied, with bias",)),
+    "CP4": Layout(ParallelConfig(context=4, processes=4), nightly=True),
+    "PP2 x CP2": Layout(ParallelConfig(pipeline=2, context=2, processes=4), nightly=True),
+    "PP2 + VPP2 x DP2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, processes=4)),
+    "PP4": Layout(ParallelConfig(pipeline=4, processes=4), nightly=True),
+    "TP2 x PP2 + VPP2": Layout(
+        ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, processes=4), nightly=True
+    ),
+    "EP2 x DP2": Layout(ParallelConfig(expert=2, processes=4), EXPERTS, nightly=True),
+    "TP2 x EP2, ETP1": Layout(ParallelConfig(tensor=2, expert=2, expert_tensor=1, processes=4), EXPERTS),
+    "EP4": Layout(ParallelConfig(expert=4, processes=4), EXPERTS, nightly=True),
+    "TP2 x EP2, ETP2": Layout(ParallelConfig(tensor=2, expert=2, processes=4), EXPERTS, nightly=True),
     "PP2 x EP2": Layout(ParallelConfig(pipeline=2, expert=2, processes=4), EXPERTS),
 }
 
@@ -196,9 +204,7 @@ def train_with_rows_of_other_tokens(root: Path, name: str, field: str) -> Runs:
     return train_layouts(root, [name])
 
 
-def _train(
-    model_dir: Path, layout: Layout, ranks: Any, objective: str, options: dict[str, Any]
-) -> Trained:
+def _train(model_dir: Path, layout: Layout, ranks: Any, objective: str, options: dict[str, Any]) -> Trained:
     """Weights as they are drawn for sft, and as they are read for the rest: both are laid out alike."""
     from megatron_lopd.convert.load_model import load_hf_weights
     from megatron_lopd.families.architecture import read_architecture

@@ -30,21 +30,36 @@ from tests.training_zoo import VOCABULARY
 class Matrix:
     """The layouts of one number of processes run together, when the first of them is asked for."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, asked: list[str]) -> None:
+        self.root, self.asked = root, asked
         self.runs = cache(self._run)
 
     def _run(self, processes: int) -> list[Runs]:
-        names = [name for name, layout in LAYOUTS.items() if layout.parallel.processes == processes]
+        names = [name for name in self.asked if LAYOUTS[name].parallel.processes == processes]
         return run_ranks(processes, train_layouts, self.root, names, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    return Matrix(make_models(tmp_path_factory.mktemp("matrix")))
+def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    """Of the layouts that some test of this session is about."""
+    names = {"one process"}
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.function is test_a_layout_trains_as_one_process_does:
+            names.add(item.callspec.params["name"])
+    return Matrix(make_models(tmp_path_factory.mktemp("matrix")), [name for name in LAYOUTS if name in names])
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=NIGHTLY if layout.nightly else ())
+        for name, layout in LAYOUTS.items()
+        if name != "one process"
+    ],
+)
 def test_a_layout_trains_as_one_process_does(matrix: Matrix, name: str) -> None:
     layout = LAYOUTS[name]
     ranks = matrix.runs(layout.parallel.processes)
@@ -66,11 +81,11 @@ def test_gradients_and_weights_may_travel_one_by_one(matrix: Matrix, name: str) 
 @pytest.mark.parametrize(
     ("name", "train"),
     [
-        ("one process", train_layouts),
-        ("TP2 + SP", train_layouts),
-        ("PP2", train_layouts),
+        pytest.param("one process", train_layouts, marks=NIGHTLY),
+        pytest.param("TP2 + SP", train_layouts, marks=NIGHTLY),
+        pytest.param("PP2", train_layouts, marks=NIGHTLY),
         ("PP2 + VPP2", train_layouts),
-        ("DP2, distributed optimizer", train_layouts),
+        pytest.param("DP2, distributed optimizer", train_layouts, marks=NIGHTLY),
         ("DP2, distributed optimizer", train_in_small_buckets),
     ],
 )
