@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# What one worker runs one after another is a file, whose tests share what they made, or one of these: what uses the
-# only SLURM, and what uses SmolLM2, which takes long to make.
-TOGETHER = {
-    "tests/slurm": "slurm",
-    "tests/engines/test_smollm2.py": "smollm2",
-    "tests/engines/test_vllm.py": "smollm2",
-}
+ONE_SLURM = "tests/slurm/"  # for all tests of the folder
 
 
 class Schedule(LoadScopeScheduling):
-    """A worker that has run all it was given is given the next file, in the order of collection."""
+    """A worker that has run what it was given is given the next file, in the order of collection.
+
+    So a file's tests share what they have made.
+    """
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         super().__init__(config, log)
         config.option.loadscopereorder = False  # not by the number of tests, which says little
 
     def _split_scope(self, nodeid: str) -> str:
-        path = nodeid.partition("::")[0]
-        return TOGETHER.get(path) or TOGETHER.get(str(PurePath(path).parent)) or path
+        return ONE_SLURM if nodeid.startswith(ONE_SLURM) else nodeid.partition("::")[0]

@@ -4,8 +4,8 @@
 
 Each attempt is a fork of this process, which has imported everything. It recovers from the kill before
 its own and checks what it finds; then it saves anew, to be killed at the next point. All points of a save
-by one process, but of the writes every WRITES-th; and every SAMPLE-th point of each rank of two. The last line
-is one JSON object: the points by kind of call, those killed at, and the step found after each kill.
+by one process, but of the writes every WRITES-th; and every SAMPLE-th point of each rank of two. The last
+line is one JSON object: the points by kind of call, those killed at, and the step found after each kill.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A flipped bit at the head, in the middle and at the tail of every file of rollouts, scores and a checkpoint: each
-found before it can reach the model.
+"""A flipped bit at the head, in the middle and at the tail of each file: found before it can reach the model.
 
-By the path that training takes: the train stage up to where it would start, and the search for the newest
-whole checkpoint. Size and times of a flipped file stay as they were, as bit rot leaves them.
+The files of rollouts, scores and a checkpoint, by the path that training takes: the train stage up to where
+it would start, and the search for the newest whole checkpoint. A flipped file's size and times stay as they
+were, as bit rot leaves them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""`kill -9` at every fsync, rename and removal of a checkpoint's save: enumerated, not sampled; every night also at
-every write."""
+"""`kill -9` at every fsync, rename and removal of a checkpoint's save, enumerated, and at some of its writes.
+
+Every night also at every write.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ TINY = {
 
 
 @pytest.mark.timeout(600)  # up to 200 forks
-@pytest.mark.parametrize("writes", [8, pytest.param(1, marks=pytest.mark.nightly)], ids=["some writes", "every write"])
+@pytest.mark.parametrize(
+    "writes", [8, pytest.param(1, marks=pytest.mark.nightly)], ids=["some writes", "every write"]
+)
 def test_wherever_a_save_is_killed_the_newest_whole_checkpoint_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], writes: int
 ) -> None:

@@ -1,7 +1,7 @@
 """The whole pipeline through a real SLURM, and through whatever a cluster does to its jobs.
 
-Every night all stages, each disturbed in a way of its own; LOPD_SLURM_MATRIX=1 also disturbs every stage in every
-way (half an hour).
+Of its first stages, and every night of all, each disturbed in a way of its own. LOPD_SLURM_MATRIX=1 also
+disturbs every stage in every way (half an hour).
 """
 
 from __future__ import annotations

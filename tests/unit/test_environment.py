@@ -92,6 +92,7 @@ def test_the_users_allocator_stays(bare: pytest.MonkeyPatch, name: str) -> None:
     assert len(os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}) == 1
 
 
+@pytest.mark.slow
 def test_ranks_started_here_have_it_before_torch(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bare.delenv("OMP_NUM_THREADS")
     arguments = seen_by_ranks(bare, tmp_path)
@@ -102,6 +103,7 @@ def test_ranks_started_here_have_it_before_torch(bare: pytest.MonkeyPatch, tmp_p
         assert_trainer(seen)
 
 
+@pytest.mark.slow
 def test_torchruns_ranks_under_slurm_have_it_and_their_share_of_cores(
     bare: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -173,6 +175,7 @@ def test_the_engine_of_a_process_by_itself_sees_all_and_of_torchrun_nothing() ->
     assert environment.for_engine(torchrun | others) == {"CUDA_VISIBLE_DEVICES": "5", "HOME": "/home/me"}
 
 
+@pytest.mark.slow
 def test_a_real_engine_is_no_rank_and_has_no_trainers_settings(
     bare: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -228,6 +231,7 @@ def test_what_a_recipe_asks_of_a_gpu_is_asked_in_another_process(
     assert capsys.readouterr().err.splitlines()[-1] == "lopd run: asked elsewhere, with '' to see here"
 
 
+@pytest.mark.slow
 def test_a_uid_without_a_name_or_a_home_trains(tmp_path: Path) -> None:
     """Read access to this interpreter is all that it keeps of root's, where the tests are run by root."""
     write_recipe(tmp_path)

@@ -43,6 +43,7 @@ LAST = {
 
 
 # All take two minutes by themselves; on a machine whose cores others use as well, many times that.
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "names",
@@ -106,6 +107,7 @@ def test_a_torch_that_cannot_use_the_gpu_says_so_itself(tmp_path: Path) -> None:
         device.open_device(Part(toy=False, scratch=tmp_path, told=tmp_path / "told"))
 
 
+@pytest.mark.slow
 def test_gpu_tests_need_no_more_than_pytest() -> None:
     """A GPU machine's Python may have neither hypothesis nor any plugin of pytest."""
     code = (
