@@ -8,20 +8,36 @@ recipe := examples/quickstart/recipe.yaml
 # `make quickstart seed=3 run_dir=runs/other`: any of these, as overrides of the recipe.
 overrides := $(if $(seed),seed=$(seed)) $(if $(run_dir),run_dir=$(run_dir))
 
+# How many tests run at once, each in one thread. Some start two or four processes of their own.
+workers := 2
+pytest := $(BIN)/python -m pytest --numprocesses=$(workers)
+
 # What of the tests touches Megatron-Core, and two releases of it in one run.
 core_tests := tests/unit/test_mcore_*.py tests/unit/test_convert_*.py tests/unit/test_training_loop.py \
 	tests/dist tests/fault/test_checkpoint.py tests/two_releases.py
+on_newest := PYTHONPATH=$(CURDIR)/$(NEWEST) $(pytest)
 
-.PHONY: quickstart test test-newest gpu-check lint clean
+.PHONY: quickstart test test-all test-fast test-newest gpu-check lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/lopd run $(recipe) $(overrides)
 
+# One test of each kind.
 test: $(VENV)/.dev $(VLLM)/.installed
-	$(BIN)/python -m pytest
+	$(pytest) -m "not nightly"
 
+# Every test, and all that touches Megatron-Core on its newest release too.
+test-all: $(VENV)/.dev $(VLLM)/.installed $(NEWEST)/.installed
+	$(on_newest) $(core_tests)
+	$(pytest)
+
+# While working on it: under two minutes, on two cores.
+test-fast: $(VENV)/.dev
+	$(pytest) -m "not nightly and not slow" tests/unit
+
+# What a release can break.
 test-newest: $(VENV)/.dev $(NEWEST)/.installed
-	PYTHONPATH=$(CURDIR)/$(NEWEST) $(BIN)/python -m pytest $(core_tests)
+	$(on_newest) -m "release and not nightly" $(core_tests)
 
 # On a machine whose own Python has torch for its GPU (and Transformer Engine, if it is to be checked).
 gpu-check:

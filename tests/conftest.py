@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ if find_spec("hypothesis") is not None:  # tests/gpu need it not, nor a GPU mach
     settings.load_profile("unhurried")
 
 TESTS = Path(__file__).parent
+FOLDERS = ("slurm", "dist", "fault", "engines", "study", "unit")  # in the order in which they are run
 GPU_TESTS = TESTS / "gpu"
 # What cannot run everywhere: (tests, what they need, its name in LOPD_REQUIRE, whether it is here).
 OPTIONAL = (
@@ -53,6 +55,24 @@ def pytest_configure() -> None:
     # A GPU that torch cannot use, as with a torch for CPUs on a machine that has one, is none to the tests.
     if not torch.cuda.is_available():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`. tests/gpu run where there is no pytest-xdist."""
+    from tests.schedule import Schedule
+
+    return Schedule(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    """The folders with the longest tests first: the workers then come to their end at about the same time."""
+    folder = item.path.relative_to(TESTS).parts[0]
+    return FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Processes that start in milliseconds: forks of one server, which imports what they need once.
 
-A process of its own for each costs three to five seconds of imports. What a start itself is about, such as the
-environment that torch is imported in, is not to be shown with these.
+A process that starts anew imports for three to five seconds. What the start itself is about, such as the
+environment in which torch is imported, is not to be shown with these.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 
-# There is one server a process, whoever asks first: all that any fork needs is here. It passes over a name that
-# it cannot import and says nothing, so that a module that has moved would only make every test slower.
+# There is one server a process, whoever asks first, so all that any fork needs is here. It passes over a name
+# that it cannot import and says nothing: a module that has moved would only make every test slower.
 PRELOADED = [
     "megatron_lopd.commands.run",
     "megatron_lopd.engines.hf",

@@ -22,6 +22,8 @@ from megatron_lopd.config import ParallelConfig
 from megatron_lopd.mcore import reliance
 from tests.training_zoo import make_root, train
 
+pytestmark = pytest.mark.release
+
 # The releases came out bit for bit alike; one may sum in another order.
 ROUNDED = 1e-5
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -57,8 +57,10 @@ def read_prompts(
     return prompts
 
 
-def read_conversations(path: Path) -> list[Prompt]:
+def read_conversations(path: Path) -> list[tuple[str, Prompt]]:
     """Conversations to fine-tune on, from rows of {messages, id?}, each ending with the assistant's answer.
+
+    Each after its place, "file:line".
 
     Raises as `read_prompts` does, and DataError for a last message that is not the assistant's.
     """
@@ -66,7 +68,7 @@ def read_conversations(path: Path) -> list[Prompt]:
     for where, _, conversation in _read(path, reader_of(path), None, "messages"):
         if len(conversation.messages) < 2 or conversation.messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: messages must be a question and, last, the assistant's answer to it")
-        conversations.append(conversation)
+        conversations.append((where, conversation))
     return conversations
 
 

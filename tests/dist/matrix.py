@@ -29,11 +29,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """One column of the matrix; `tokens` is the token budget of a micro-batch, which decides the packing."""
+    """One column of the matrix; `tokens` is the token budget of a micro-batch, which decides the packing.
+
+    What divides the work in a way that others also have is nightly; `release`: also on the newest Megatron-Core.
+    """
 
     parallel: ParallelConfig
     models: tuple[str, ...] = ("tied",)
     tokens: int = 64
+    nightly: bool = False
+    release: bool = False
 
 
 ALL = tuple(MODELS)
@@ -43,43 +48,47 @@ EXPERTS = ("experts",)
 # Data parallelism always comes with the distributed optimizer, and with its communication overlapped.
 LAYOUTS: dict[str, Layout] = {
     "one process": Layout(ParallelConfig(), ALL),
-    "micro-batches of 24 tokens": Layout(ParallelConfig(), tokens=24),
-    "micro-batches of 200 tokens": Layout(ParallelConfig(), ("tied", "experts"), tokens=200),
-    "recompute core_attn": Layout(ParallelConfig(recompute="core_attn"), ("tied", "experts")),
-    "recompute selective": Layout(ParallelConfig(recompute="selective"), ("tied", "experts")),
-    "recompute full": Layout(ParallelConfig(recompute="full"), ALL),
-    "TP2": Layout(ParallelConfig(tensor=2, sequence=False, processes=2), ("untied, with bias",)),
-    "TP2 + SP": Layout(ParallelConfig(tensor=2, processes=2), ALL),
-    "TP2 + SP, recompute full": Layout(ParallelConfig(tensor=2, recompute="full", processes=2)),
+    "micro-batches of 24 tokens": Layout(ParallelConfig(), tokens=24, release=True),
+    "micro-batches of 200 tokens": Layout(ParallelConfig(), ("tied", "experts"), tokens=200, nightly=True),
+    "recompute core_attn": Layout(ParallelConfig(recompute="core_attn"), ("tied", "experts"), nightly=True),
+    "recompute selective": Layout(ParallelConfig(recompute="selective"), ("tied", "experts"), nightly=True),
+    "recompute full": Layout(ParallelConfig(recompute="full"), ALL, release=True),
+    "TP2": Layout(
+        ParallelConfig(tensor=2, sequence=False, processes=2), ("untied, with bias",), nightly=True
+    ),
+    "TP2 + SP": Layout(ParallelConfig(tensor=2, processes=2), ALL, release=True),
+    "TP2 + SP, recompute full": Layout(ParallelConfig(tensor=2, recompute="full", processes=2), nightly=True),
     "TP2 + SP, recompute selective": Layout(
         ParallelConfig(tensor=2, recompute="selective", processes=2), ("tied", "experts")
     ),
-    "PP2": Layout(ParallelConfig(pipeline=2, processes=2), DENSE),
+    "PP2": Layout(ParallelConfig(pipeline=2, processes=2), DENSE, nightly=True),
     "PP2 + VPP2": Layout(
-        ParallelConfig(pipeline=2, virtual_pipeline=2, processes=2), ("tied", "experts"), tokens=32
+        ParallelConfig(pipeline=2, virtual_pipeline=2, processes=2), ("tied", "experts"), tokens=32, release=True
     ),
-    "CP2": Layout(ParallelConfig(context=2, processes=2), ("tied", "experts")),
+    "CP2": Layout(ParallelConfig(context=2, processes=2), ("tied", "experts"), release=True),
     "CP2, recompute core_attn": Layout(ParallelConfig(context=2, recompute="core_attn", processes=2)),
-    "DP2, distributed optimizer": Layout(ParallelConfig(processes=2), ALL),
-    "EP2": Layout(ParallelConfig(expert=2, processes=2), EXPERTS),
+    "DP2, distributed optimizer": Layout(ParallelConfig(processes=2), ALL, release=True),
+    "EP2": Layout(ParallelConfig(expert=2, processes=2), EXPERTS, release=True),
     "ETP2": Layout(ParallelConfig(expert_tensor=2, processes=2), EXPERTS),
     "TP2, ETP1": Layout(ParallelConfig(tensor=2, expert_tensor=1, processes=2), EXPERTS),
-    "CP2 x EP2": Layout(ParallelConfig(context=2, expert=2, processes=2), EXPERTS),
-    "DP4": Layout(ParallelConfig(processes=4)),
-    "TP2 x DP2": Layout(ParallelConfig(tensor=2, processes=4)),
-    "TP2 x PP2": Layout(ParallelConfig(tensor=2, pipeline=2, processes=4), ("untied, with bias",)),
-    "TP2 x CP2": Layout(ParallelConfig(tensor=2, context=2, processes=4), ("untied, with bias",)),
-    "CP4": Layout(ParallelConfig(context=4, processes=4)),
-    "PP2 x CP2": Layout(ParallelConfig(pipeline=2, context=2, processes=4)),
-    "PP2 + VPP2 x DP2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, processes=4)),
-    "PP4": Layout(ParallelConfig(pipeline=4, processes=4)),
-    "TP2 x PP2 + VPP2": Layout(ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, processes=4)),
-    "EP2 x DP2": Layout(ParallelConfig(expert=2, processes=4), EXPERTS),
-    "TP2 x EP2, ETP1": Layout(
-        ParallelConfig(tensor=2, expert=2, expert_tensor=1, processes=4), EXPERTS
+    "CP2 x EP2": Layout(ParallelConfig(context=2, expert=2, processes=2), EXPERTS, nightly=True),
+    "DP4": Layout(ParallelConfig(processes=4), nightly=True),
+    "TP2 x DP2": Layout(ParallelConfig(tensor=2, processes=4), nightly=True),
+    "TP2 x PP2": Layout(
+        ParallelConfig(tensor=2, pipeline=2, processes=4), ("untied, with bias",), nightly=True
     ),
-    "EP4": Layout(ParallelConfig(expert=4, processes=4), EXPERTS),
-    "TP2 x EP2, ETP2": Layout(ParallelConfig(tensor=2, expert=2, processes=4), EXPERTS),
+    "TP2 x CP2": Layout(ParallelConfig(tensor=2, context=2, processes=4), ("untied, with bias",)),
+    "CP4": Layout(ParallelConfig(context=4, processes=4), nightly=True),
+    "PP2 x CP2": Layout(ParallelConfig(pipeline=2, context=2, processes=4), nightly=True),
+    "PP2 + VPP2 x DP2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, processes=4)),
+    "PP4": Layout(ParallelConfig(pipeline=4, processes=4), nightly=True),
+    "TP2 x PP2 + VPP2": Layout(
+        ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, processes=4), nightly=True
+    ),
+    "EP2 x DP2": Layout(ParallelConfig(expert=2, processes=4), EXPERTS, nightly=True),
+    "TP2 x EP2, ETP1": Layout(ParallelConfig(tensor=2, expert=2, expert_tensor=1, processes=4), EXPERTS, release=True),
+    "EP4": Layout(ParallelConfig(expert=4, processes=4), EXPERTS, nightly=True),
+    "TP2 x EP2, ETP2": Layout(ParallelConfig(tensor=2, expert=2, processes=4), EXPERTS, nightly=True),
     "PP2 x EP2": Layout(ParallelConfig(pipeline=2, expert=2, processes=4), EXPERTS),
 }
 
@@ -87,6 +96,7 @@ LAYOUTS: dict[str, Layout] = {
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {}) for name in ("sft", "sampled_reverse_kl", "topk_reverse_kl")
 }
+ONE = "topk_reverse_kl"  # of several tokens of each row
 # They differ from those in what is done to a token alone. So they go where that can go wrong: a split
 # vocabulary, responses cut between ranks, responses packed otherwise; with the first of the layout's models.
 # With this data clip, horizon and threshold each fall on some tokens and spare others.
@@ -157,28 +167,32 @@ def _sample(number: int) -> Sample:
 # ---- in the ranks
 
 
-def train_layouts(root: Path, names: list[str]) -> Runs:
-    """Every layout of `names` one after another, each with its models and their losses."""
+def train_layouts(root: Path, names: list[str], whole: bool = True) -> Runs:
+    """Every layout of `names` one after another, each with its models and their losses.
+
+    Not `whole`: with two models, tied or not, and one loss.
+    """
     from megatron_lopd.mcore.process_groups import model_parallel
 
     runs = {}
     for name in names:
         layout = LAYOUTS[name]
         with model_parallel(layout.parallel, seed=0) as ranks:
-            for model in layout.models:
-                for loss, (objective, options) in losses_of(name, model).items():
+            for model in layout.models if whole else layout.models[:2]:
+                losses = losses_of(name, model) if whole else {ONE: LOSSES[ONE]}
+                for loss, (objective, options) in losses.items():
                     runs[name, model, loss] = _train(root / model, layout, ranks, objective, options)
     return runs
 
 
-def train_in_small_buckets(root: Path, names: list[str]) -> Runs:
+def train_in_small_buckets(root: Path, names: list[str], whole: bool = True) -> Runs:
     """`train_layouts` with a bucket for every weight: as many reductions and gathers at once as there can be."""
     from functools import partial
 
     from megatron_lopd.mcore import optimizer
 
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=1)
-    return train_layouts(root, names)
+    return train_layouts(root, names, whole)
 
 
 def train_with_rows_of_other_tokens(root: Path, name: str, field: str) -> Runs:
@@ -197,9 +211,7 @@ def train_with_rows_of_other_tokens(root: Path, name: str, field: str) -> Runs:
     return train_layouts(root, [name])
 
 
-def _train(
-    model_dir: Path, layout: Layout, ranks: Any, objective: str, options: dict[str, Any]
-) -> Trained:
+def _train(model_dir: Path, layout: Layout, ranks: Any, objective: str, options: dict[str, Any]) -> Trained:
     """Weights as they are drawn for sft, and as they are read for the rest: both are laid out alike."""
     from megatron_lopd.convert.load_model import load_hf_weights
     from megatron_lopd.families.architecture import read_architecture

@@ -31,6 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("moe"), tied=False, family="qwen3_moe")
 
 
+@pytest.mark.release
 def test_a_run_goes_on_where_experts_are_laid_out_anew(root: Path) -> None:
     """Each layout resumes from a checkpoint of the one before."""
     [(_, expected, _)] = run_ranks(1, run_job, root, "alone", SINGLE)
@@ -47,7 +48,7 @@ def test_a_run_goes_on_where_experts_are_laid_out_anew(root: Path) -> None:
                 assert seen == pytest.approx([step[name] for step in expected], rel=1e-5), (layout, name)
 
 
-@pytest.mark.parametrize("layout", ["EP2", "TP2 x EP2, ETP2"])
+@pytest.mark.parametrize("layout", ["EP2", pytest.param("TP2 x EP2, ETP2", marks=pytest.mark.nightly)])
 def test_experts_that_no_token_chooses_have_zero_gradients(root: Path, layout: str) -> None:
     """Experts 2 and 3 get nothing on any rank: all that the second expert parallel rank holds."""
     [expected] = run_ranks(1, one_step_on_two_experts, root, SINGLE)

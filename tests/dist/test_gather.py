@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("gather"))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_gathered_weights_are_those_read_and_those_exported(root: Path, processes: int) -> None:
     names = [name for name, (parallel, *_) in LAYOUTS.items() if parallel.processes == processes]
     ranks = run_ranks(processes, gather_all, root, names, timeout=300)

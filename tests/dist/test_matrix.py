@@ -30,21 +30,36 @@ from tests.training_zoo import VOCABULARY
 class Matrix:
     """The layouts of one number of processes run together, when the first of them is asked for."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, asked: list[str]) -> None:
+        self.root, self.asked = root, asked
         self.runs = cache(self._run)
 
     def _run(self, processes: int) -> list[Runs]:
-        names = [name for name, layout in LAYOUTS.items() if layout.parallel.processes == processes]
+        names = [name for name in self.asked if LAYOUTS[name].parallel.processes == processes]
         return run_ranks(processes, train_layouts, self.root, names, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    return Matrix(make_models(tmp_path_factory.mktemp("matrix")))
+def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    """Of the layouts that some test of this session is about."""
+    names = {"one process"}
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.function is test_a_layout_trains_as_one_process_does:
+            names.add(item.callspec.params["name"])
+    return Matrix(make_models(tmp_path_factory.mktemp("matrix")), [name for name in LAYOUTS if name in names])
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
+NIGHTLY, RELEASE = pytest.mark.nightly, pytest.mark.release
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[NIGHTLY] * layout.nightly + [RELEASE] * layout.release)
+        for name, layout in LAYOUTS.items()
+        if name != "one process"
+    ],
+)
 def test_a_layout_trains_as_one_process_does(matrix: Matrix, name: str) -> None:
     layout = LAYOUTS[name]
     ranks = matrix.runs(layout.parallel.processes)
@@ -54,7 +69,9 @@ def test_a_layout_trains_as_one_process_does(matrix: Matrix, name: str) -> None:
             check(f"{model}, {loss}", [rank[name, model, loss] for rank in ranks], expected)
 
 
-@pytest.mark.parametrize("name", ["DP2, distributed optimizer", "PP2 + VPP2 x DP2"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("DP2, distributed optimizer", marks=NIGHTLY), "PP2 + VPP2 x DP2"]
+)
 def test_gradients_and_weights_may_travel_one_by_one(matrix: Matrix, name: str) -> None:
     layout = LAYOUTS[name]
     ranks = run_ranks(layout.parallel.processes, train_in_small_buckets, matrix.root, [name], timeout=300)
@@ -63,23 +80,24 @@ def test_gradients_and_weights_may_travel_one_by_one(matrix: Matrix, name: str) 
         check(f"{run[1]}, {run[2]}", [rank[run] for rank in ranks], expected)
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=NIGHTLY)], ids=["in part", "whole"])
 @pytest.mark.parametrize(
     ("name", "train"),
     [
-        ("one process", train_layouts),
+        pytest.param("one process", train_layouts, marks=NIGHTLY),
         ("TP2 + SP", train_layouts),
-        ("PP2", train_layouts),
+        pytest.param("PP2", train_layouts, marks=NIGHTLY),
         ("PP2 + VPP2", train_layouts),
-        ("DP2, distributed optimizer", train_layouts),
+        pytest.param("DP2, distributed optimizer", train_layouts, marks=NIGHTLY),
         ("DP2, distributed optimizer", train_in_small_buckets),
     ],
 )
 def test_the_output_weight_s_gradient_may_come_with_the_loss(
-    matrix: Matrix, name: str, train: Callable[[Path, list[str]], Runs]
+    matrix: Matrix, name: str, train: Callable[[Path, list[str], bool], Runs], whole: bool
 ) -> None:
     """Straight into main_grad, as on a GPU: tied and untied, of several micro-batches, reduced in time."""
     layout = LAYOUTS[name]
-    ranks = run_interpreted(layout.parallel.processes, train, matrix.root, [name], timeout=300)
+    ranks = run_interpreted(layout.parallel.processes, train, matrix.root, [name], whole, timeout=300)
     for run in ranks[0]:
         expected = matrix.runs(1)[0]["one process", run[1], run[2]]
         check(f"{run[1]}, {run[2]}", [rank[run] for rank in ranks], expected)
@@ -89,8 +107,8 @@ def test_the_output_weight_s_gradient_may_come_with_the_loss(
     ("field", "wrong"),
     [
         ("teacher_log_probs", (LOSSES.keys() | OPTIONS.keys()) - {"sft", "fixed_negative"}),
-        ("response_position", {"topk_forward_kl, horizon"}),
-        ("prefix_discrepancy", {"topk_reverse_kl, entropy, position"}),
+        pytest.param("response_position", {"topk_forward_kl, horizon"}, marks=NIGHTLY),
+        pytest.param("prefix_discrepancy", {"topk_reverse_kl, entropy, position"}, marks=NIGHTLY),
     ],
 )
 def test_the_matrix_sees_rows_that_are_not_of_the_tokens(

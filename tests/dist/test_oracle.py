@@ -94,6 +94,7 @@ def session(request: pytest.FixtureRequest, zoo: Zoo) -> tuple[str, dict[str, An
     return layout, run_ranks(parallel.processes, run_layout, parallel, zoo.root, layout)[-1]
 
 
+@pytest.mark.release
 def test_log_probs_agree_with_transformers_in_fp64(session: tuple[str, dict[str, Any]], zoo: Zoo) -> None:
     _, models = session
     for name, seen in models.items():
@@ -103,12 +104,14 @@ def test_log_probs_agree_with_transformers_in_fp64(session: tuple[str, dict[str,
             assert difference < 1e-4, f"{name}, {packing}: {difference} nats"
 
 
+@pytest.mark.release
 def test_megatron_reads_the_tools_checkpoint_at_any_layout(session: tuple[str, dict[str, Any]]) -> None:
     _, models = session
     for name, seen in models.items():
         assert seen["differs_from_megatron_checkpoint"] == [], name
 
 
+@pytest.mark.release
 def test_training_checkpoint_of_any_layout_becomes_the_model(
     session: tuple[str, dict[str, Any]], zoo: Zoo
 ) -> None:

@@ -45,7 +45,14 @@ def alone(root: Path) -> Any:
     return result[1], asked
 
 
-@pytest.mark.parametrize("layout", RESUMED_AT)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(layout, marks=pytest.mark.release) for layout in ("tp2", "dp2")),
+        "pp2, interleaved",
+        *(pytest.param(layout, marks=pytest.mark.nightly) for layout in ("pp2", "cp2")),
+    ],
+)
 def test_two_processes_agree_with_one_and_resume_at_any_layout(root: Path, alone: Any, layout: str) -> None:
     expected, order = alone
     results = run_ranks(2, _train, root, {"work": layout, "parallel": LAYOUTS[layout]})

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
+from numpy.typing import NDArray
 
 from megatron_lopd.config import OptimizerConfig, ParallelConfig
 from megatron_lopd.estimate.memory import Training
@@ -49,6 +51,7 @@ def test_ranks_stage_what_the_plan_says_gathering_nothing(name: str, tmp_path: P
         assert bytes_staged <= bytes_held < 1.05 * bytes_staged
 
 
+@pytest.mark.release
 def test_megatron_cores_own_loader_reads_it_at_another_layout(tmp_path: Path) -> None:
     arch = DENSE
     run_ranks(2, _save, arch, ParallelConfig(processes=2), tmp_path)
@@ -56,7 +59,7 @@ def test_megatron_cores_own_loader_reads_it_at_another_layout(tmp_path: Path) ->
         for ours, theirs in run_ranks(parallel.processes, _load_both_ways, arch, parallel, tmp_path):
             assert ours.keys() == theirs.keys()
             for key, tensor in ours.items():
-                assert torch.equal(torch.tensor(theirs[key]), torch.tensor(tensor)), key
+                assert np.array_equal(theirs[key], tensor), key
 
 
 # ---- in the ranks
@@ -142,7 +145,7 @@ def _load_both_ways(arch: Architecture, parallel: ParallelConfig, directory: Pat
         return _tensors(ours), _tensors(theirs)
 
 
-def _tensors(optimization: Any) -> dict[str, list[float]]:
+def _tensors(optimization: Any) -> dict[str, NDArray[np.float32]]:
     (part,) = optimization.optimizer.chained_optimizers
     found = {name: value for name, value in optimization.chunks[0].named_parameters()}
     for number, group in enumerate(part.optimizer.param_groups):
@@ -150,4 +153,4 @@ def _tensors(optimization: Any) -> dict[str, list[float]]:
             for name in ("exp_avg", "exp_avg_sq"):
                 found[f"{number}.{order}.{name}"] = part.optimizer.state[master][name]
             found[f"{number}.{order}"] = master
-    return {name: value.detach().float().flatten().tolist() for name, value in found.items()}
+    return {name: value.detach().float().flatten().numpy() for name, value in found.items()}

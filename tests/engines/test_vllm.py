@@ -140,6 +140,7 @@ def test_greedy_is_the_other_engines_and_has_the_log_probs_of_temperature_1(
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=NATS, rtol=0)
 
 
+@pytest.mark.nightly  # a start of vLLM for each model
 def test_a_real_model_is_scored_as_by_transformers(
     smollm2: Path, smollm2_asked: list[Rollout], smollm2_scores: list[Score]
 ) -> None:

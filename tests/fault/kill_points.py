@@ -1,11 +1,11 @@
 """Kills a save at every point where it changes a file. Run with kill_points.c preloaded.
 
-    LD_PRELOAD=LIBRARY python -m tests.fault.kill_points LIBRARY MODEL_DIR WORK_DIR
+    LD_PRELOAD=LIBRARY python -m tests.fault.kill_points LIBRARY MODEL_DIR WORK_DIR WRITES
 
 Each attempt is a fork of this process, which has imported everything. It recovers from the kill before
 its own and checks what it finds; then it saves anew, to be killed at the next point. All points of a save
-by one process, and every SAMPLE-th of each rank of two. The last line is one JSON object: the points by
-kind of call, and the step found after each kill.
+by one process, but of the writes every WRITES-th; and every SAMPLE-th point of each rank of two. The last
+line is one JSON object: the points by kind of call, those killed at, and the step found after each kill.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import shutil
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,22 +67,33 @@ class Trial:
         return build_optimization(model, OptimizerConfig(), "fp32", total_steps=10)
 
 
-def main(library: str, model_dir: str, work: str) -> None:
+def main(library: str, model_dir: str, work: str, writes: str) -> None:
     """Enumerate, and print what was found."""
     torch.set_num_threads(1)
     shim = ctypes.CDLL(library)
     warm_up(Trial(shim, Path(model_dir), Path(work, "warm"), 1))
     found: dict[str, Any] = {}
-    for world_size, stride in ((1, 1), (2, SAMPLE)):
+    for world_size, chosen in ((1, partial(all_but_writes, every=int(writes))), (2, sampled)):
         trial = Trial(shim, Path(model_dir), Path(work, str(world_size)), world_size)
         in_forks(trial, lambda ranks, say, trial=trial: make_base(trial, ranks))
         for rank in range(world_size):
-            found[f"rank {rank} of {world_size}"] = kill_everywhere(trial, rank, stride)
+            found[f"rank {rank} of {world_size}"] = kill_everywhere(trial, rank, chosen)
     print(json.dumps(found))
 
 
-def kill_everywhere(trial: Trial, rank: int, stride: int) -> dict[str, Any]:
-    """Kill `rank` at every `stride`-th point: the points by kind, and the step found after each kill."""
+def all_but_writes(kinds: list[str], every: int) -> list[int]:
+    """The points, from 1, of every kind but writes, the last, and every `every`-th write."""
+    written = [point for point, kind in enumerate(kinds, 1) if kind == "write"]
+    left_out = set(written) - set(written[::every]) - {len(kinds)}
+    return [point for point in range(1, len(kinds) + 1) if point not in left_out]
+
+
+def sampled(kinds: list[str]) -> list[int]:
+    return list(range(1, len(kinds) + 1, SAMPLE))
+
+
+def kill_everywhere(trial: Trial, rank: int, chosen: Callable[[list[str]], list[int]]) -> dict[str, Any]:
+    """Kill `rank` at the chosen points: all by kind, those killed at, and the step found after each kill."""
 
     def tried(point: int, after_kill: bool, dying: int | None) -> list[Any]:
         outputs = in_forks(
@@ -88,13 +101,13 @@ def kill_everywhere(trial: Trial, rank: int, stride: int) -> dict[str, Any]:
         )
         return [json.loads(line) for line in outputs[rank].splitlines()]
 
-    (points,) = tried(COUNT_ONLY, False, None)
-    steps = []
-    for number, point in enumerate(range(1, sum(points.values()) + 1, stride)):
+    (kinds,) = tried(COUNT_ONLY, False, None)
+    steps, points = [], chosen(kinds)
+    for number, point in enumerate(points):
         steps += tried(point, number > 0, rank)
     last = in_forks(trial, lambda ranks, say: recover(trial, ranks, say))
     steps += [json.loads(last[rank])]
-    return {"points": points, "steps": steps}
+    return {"points": Counter(kinds), "killed at": points, "steps": steps}
 
 
 def warm_up(trial: Trial) -> None:
@@ -136,7 +149,7 @@ def attempt(trial: Trial, ranks: Ranks, say: Say, rank: int, point: int, after_k
     saver.start(Progress(step=3))
     saver.finish()
     trial.shim.kill_at(ctypes.c_long(0))
-    say({kind: trial.shim.kill_points_of(number) for number, kind in enumerate(KINDS)})
+    say([KINDS[trial.shim.kill_point_kind(point)] for point in range(1, trial.shim.kill_points() + 1)])
 
 
 def start_over(trial: Trial) -> None:

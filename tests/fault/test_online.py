@@ -115,6 +115,7 @@ def test_killed_teacher_and_stop_signal_change_nothing(
     assert manifests[0] == manifests[1], "with the digest of every file of the model"
 
 
+@pytest.mark.nightly  # ranks of the launcher's are those below in all but who started them
 def test_ranks_it_starts_itself_train_as_one_process_does(root: Path, undisturbed: Path) -> None:
     assert main([*ONLINE, "parallel.tensor=2", "parallel.processes=2"]) == 0
     assert_close(root / "run/online", undisturbed)

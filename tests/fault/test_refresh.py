@@ -107,7 +107,8 @@ def test_kill_9_in_train_and_in_the_refreshes_changes_nothing(refreshed: Path, r
     assert not list((root / "run").rglob(".tmp-*"))
 
 
-@pytest.mark.timeout(1300)  # eight starts of a command
+@pytest.mark.nightly  # eight starts of a command
+@pytest.mark.timeout(1300)
 def test_where_there_is_a_gpu_others_do_the_stages_and_end_alike(
     refreshed: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

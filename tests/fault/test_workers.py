@@ -29,7 +29,7 @@ from megatron_lopd.runtime.claims import Claims, read_claims
 from tests.forks import CONTEXT
 from tests.pipeline import write_recipe
 
-KILLS, WORKERS = 100, 4
+WORKERS = 4
 SAMPLES, SHARD = 120, 2
 SECONDS = 120.0
 
@@ -124,11 +124,12 @@ def finish(process: Any) -> int:
     return int(process.exitcode)
 
 
-def test_a_hundred_kills_change_no_byte(root: Path, sampled: Path) -> None:
+@pytest.mark.parametrize("wanted", [25, pytest.param(100, marks=pytest.mark.nightly)])
+def test_that_many_kills_change_no_byte(root: Path, sampled: Path, wanted: int) -> None:
     """Four workers at a time, one killed with -9 at a random moment and replaced, again and again."""
     rng = random.Random(0)
     kills = 0
-    while kills < KILLS:
+    while kills < wanted:
         for stage in ("rollout", "score"):
             workers = [start(root, stage) for _ in range(WORKERS)]
             for victim in moments(root / "run" / stage, rng):
@@ -139,7 +140,7 @@ def test_a_hundred_kills_change_no_byte(root: Path, sampled: Path) -> None:
                     workers[victim] = start(root, stage)
             assert [finish(worker) for worker in workers] == [0] * WORKERS, said(root)
             assert files(root / "run" / stage) == files(sampled / "run" / stage)
-        if kills < KILLS:
+        if kills < wanted:
             undo(root, "rollout", "score")
 
 

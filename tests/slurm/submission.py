@@ -17,7 +17,7 @@ from tests.slurm.cluster import Slurm
 REPOSITORY = Path(__file__).parents[2]
 STAGES = ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report")
 # A rank of training on each (write_recipe's parallel.processes is to be 2), or a worker.
-NODES = {"sft": 2, "rollout": 2, "score": 2, "train": 2}
+NODES = {"generate": 2, "sft": 2, "rollout": 2, "score": 2, "train": 2}
 SIGNAL_SECONDS = 50  # of a limit of a minute, the shortest there is: the signal comes soon after the start
 MINUTES = 30
 SECONDS = 240.0  # for a stage to end: a start imports torch and Megatron-Core, on two cores others use too

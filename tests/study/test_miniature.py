@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from megatron_lopd.pipeline.stage import execute
+from megatron_lopd.stages.table import GENERATE, ROLLOUT, SFT
+
 ROOT = Path(__file__).parents[2]
 MINIATURE = ROOT / "examples" / "miniature"
 METHODS = {
@@ -63,7 +66,8 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return directory, json.loads(run_short(directory))
 
 
-@pytest.mark.timeout(900)  # some fifty runs of the whole pipeline, two at a time
+@pytest.mark.nightly  # some fifty runs of the whole pipeline, two at a time
+@pytest.mark.timeout(900)
 def test_every_condition_runs_and_a_finished_study_is_only_read(short: tuple[Path, dict[str, Any]]) -> None:
     directory, results = short
     assert {run["method"] for run in results["conditions"]} == METHODS
@@ -76,12 +80,28 @@ def test_every_condition_runs_and_a_finished_study_is_only_read(short: tuple[Pat
     assert json.loads(run_short(directory)) == results
 
 
-@pytest.mark.timeout(900)
-def test_figures_and_tables_are_drawn_from_any_results(
-    short: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_student_goes_through_the_study(tmp_path: Path) -> None:
+    """One condition of each way to be measured, of two teachers: the rest is nightly."""
+    study = load("study")
+    measured = {"equals": ("sft", "topk_reverse_kl", "online_sampled_reverse_kl"), "terse": ("refresh",)}
+    for scored, names in measured.items():
+        runner = study.CellRunner(study.Cell("strong", "equals", scored, 1), tmp_path, short=True)
+        base = runner.recipe(runner.base, teacher="equals")
+        for stage in (GENERATE, SFT, ROLLOUT):
+            execute(stage, base)
+        chosen = {each.method: each for each in runner.cell.conditions(short=True)}
+        for name in names:
+            runner.run_condition(chosen[name])
+            entry = json.loads((runner.directory / chosen[name].name / "entry.json").read_text())
+            assert entry.keys() >= KEYS
+
+
+def test_figures_and_tables_are_drawn_from_any_results(tmp_path: Path) -> None:
     draw = load("draw")
-    study = draw.Study(short[1])
+    results = json.loads((MINIATURE / "results.json").read_text())
+    results["seeds"] = results["seeds"][:1]
+    results["conditions"] = [run for run in results["conditions"] if run["seed"] in results["seeds"]]
+    study = draw.Study(results)
     for figure in (draw.accuracy_figure(study), draw.time_figure(study)):
         figure.savefig(tmp_path / "figure.svg")
     table = draw.summary_table(study)

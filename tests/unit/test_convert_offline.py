@@ -38,6 +38,7 @@ def test_round_trip_is_bit_identical(family: Any, tied: bool, dtype: torch.dtype
     assert fingerprint_model(tmp_path / "back") == fingerprint_model(source)
 
 
+@pytest.mark.slow
 def test_the_command_lines_and_their_exit_codes(tmp_path: Path) -> None:
     source = make_model_dir(tmp_path / "hf")
     there = run_tool("hf_to_megatron.py", source, tmp_path / "megatron")

@@ -20,6 +20,8 @@ import pytest
 from tests.fake_gpu_checks import CHECKS
 from tools.gpu.results import Ending, Results
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "tools" / "gpu" / "check.sh"
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.training_zoo import make_root
 
+pytestmark = pytest.mark.slow
+
 # By what each is for: none of it trains.
 NOT_FOR_TRAINING = {
     "transformers": "reads thousands of files as it is imported",

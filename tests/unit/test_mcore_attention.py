@@ -17,6 +17,8 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.attention import Spans, bucketed_attention, spans_of
 from megatron_lopd.mcore.norm import RMSNorm
 
+pytestmark = pytest.mark.release
+
 
 def one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Textbook causal attention with grouped queries, [length, heads, d]."""

@@ -11,6 +11,8 @@ from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat, reliance, swiglu_patches
 from megatron_lopd.mcore.reliance import Reliance
 
+pytestmark = pytest.mark.release
+
 PATCHES = (*compat.WITHOUT_CUDA, *compat.WITHOUT_TRANSFORMER_ENGINE, *swiglu_patches.PATCHES)
 RELIANCES = (*compat.RELIANCES, *(patch.reliance for patch in PATCHES))
 

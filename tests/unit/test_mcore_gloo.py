@@ -5,12 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 # What Megatron-Core does with the weights, by one rank: no network, so that the workers do little else than
 # end collectives. Two workers a group were dead after some thousands, within a second.
 GATHERS = """
 import torch
 from megatron.core import parallel_state
 from torch.distributed import _coalescing_manager, all_gather_into_tensor
+
+import pytest
+
+pytestmark = pytest.mark.slow
 
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.mcore.process_groups import model_parallel

@@ -14,6 +14,8 @@ from gloo import run_ranks
 
 from tests.interpreter import interpret
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megatron_lopd.families.architecture import read_architecture
 from megatron_lopd.families.weight_rules import tensor_maps
 from megatron_lopd.mcore.names import canonical_name
 from tests.model_zoo import FAMILIES, make_config
+
+pytestmark = pytest.mark.release
 
 
 def test_both_layer_specs_have_one_name(tmp_path: Path) -> None:

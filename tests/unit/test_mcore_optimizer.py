@@ -13,6 +13,8 @@ from gloo import run_ranks
 from megatron_lopd.mcore.norm import RMSNorm
 from tests.training_zoo import make_root, train
 
+pytestmark = pytest.mark.release
+
 STEPS = 4
 
 
@@ -78,6 +80,7 @@ def test_an_adam_with_one_step_a_group_trains_saves_and_resumes(tmp_path: Path) 
     assert same_weights == weights
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_the_other_kind_of_layers_and_of_adam(tmp_path: Path) -> None:
     """Norms with a state beside their weights, and one integer step a group, against neither."""
     root = make_root(tmp_path)

@@ -14,6 +14,8 @@ from megatron_lopd.mcore import compat
 from megatron_lopd.mcore import process_groups as parallel
 from megatron_lopd.mcore.process_groups import model_parallel
 
+pytestmark = pytest.mark.release
+
 
 class _AskedError(Exception):
     pass

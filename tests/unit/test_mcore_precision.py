@@ -24,6 +24,8 @@ from megatron_lopd.mcore.precision import check_fp8, require_fp8, token_alignmen
 from tests.machines import BLACKWELL, CPU, GPU_ALONE, H100, fake_kernels
 from tests.training_zoo import assert_agree, make_root, train
 
+pytestmark = pytest.mark.release
+
 PUBLISHED = published()
 
 QWEN3_06B = read_architecture(Path(__file__).parents[2] / "tools" / "bench" / "qwen3_0.6b")
@@ -136,6 +138,7 @@ def test_fp32_takes_no_layer_of_transformer_engine(monkeypatch: pytest.MonkeyPat
     assert transformer_config(experts, ParallelConfig(), "fp32").moe_router_dtype == "fp32"
 
 
+@pytest.mark.slow
 def test_a_router_in_fp64_and_products_without_tf32(tmp_path: Path) -> None:
     root = make_root(tmp_path, family="qwen3_moe")
     ((plain, was_on, is_on),) = run_ranks(1, _train_experts, root, "plain", False)

@@ -22,6 +22,8 @@ from megatron_lopd.mcore.recompute import check_recompute, recompute_options
 from tests.machines import fake_kernels
 from tests.model_zoo import make_model_dir
 
+pytestmark = pytest.mark.release
+
 PUBLISHED = published()
 
 DENSE, EXPERTS = PUBLISHED["Qwen3-8B"], PUBLISHED["Qwen3-30B-A3B"]

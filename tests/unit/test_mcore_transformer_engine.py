@@ -22,6 +22,8 @@ from megatron_lopd.mcore import compat, transformer_engine
 from megatron_lopd.mcore.transformer_engine import TransformerEngine
 from tests.training_zoo import make_root, train
 
+pytestmark = pytest.mark.slow
+
 BELIEVES = """
 import json, sys, torch
 torch.cuda.is_available = lambda: True
@@ -63,6 +65,7 @@ def run(folder: Path, code: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.release
 def test_where_it_cannot_be_loaded_megatron_core_goes_on_without(tmp_path: Path) -> None:
     code = """
 import megatron_lopd

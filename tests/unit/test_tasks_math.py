@@ -135,7 +135,10 @@ def test_equal_answers_vote_together(grader: MathGrader) -> None:
 HANGS = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(9999999!)!}", r"\boxed{10^{10^{10}}}"]
 
 
-@pytest.mark.parametrize("response", HANGS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "response", [HANGS[0], *(pytest.param(each, marks=pytest.mark.nightly) for each in HANGS[1:])]
+)
 def test_a_hang_is_ungraded_and_the_next_is_graded(grader: MathGrader, response: str) -> None:
     began = time.monotonic()
     assert verdict(grader, "5", response) == Verdict(False, None, ungraded=True)

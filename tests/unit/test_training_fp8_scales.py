@@ -14,6 +14,8 @@ from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.training.fp8_scales import PASSES
 from tests.training_zoo import make_root, train
 
+pytestmark = pytest.mark.slow
+
 E5M2_MAX = 57344.0
 
 

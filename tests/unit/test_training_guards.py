@@ -95,6 +95,7 @@ def _train(root: Path, lr: float, options: dict[str, Any]) -> Any:
     return train(root, optimizer=OptimizerConfig(lr=lr), steps=12, checkpoint_every=2, **options)
 
 
+@pytest.mark.slow
 def test_a_run_that_pushes_its_rollouts_away_is_stopped_and_goes_on_when_told(tmp_path: Path) -> None:
     """fixed_negative makes every sampled token less likely, until the cache covers nothing."""
     root = make_root(tmp_path)

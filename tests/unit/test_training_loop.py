@@ -22,6 +22,8 @@ from megatron_lopd.objectives import TokenLogProbs
 from megatron_lopd.training.preflight import Agreement, Preflight
 from tests.training_zoo import VOCABULARY, hf_log_probs, make_root, train
 
+pytestmark = pytest.mark.release
+
 STEPS = 5
 OPTIMIZER = OptimizerConfig(lr=3e-3, schedule="linear", warmup_steps=2, weight_decay=0.3, clip_grad=0.7)
 
@@ -94,6 +96,7 @@ def test_metrics_of_a_first_step_on_rollouts_of_the_model_itself(tmp_path: Path)
     assert steps[-1]["drift_kl"] > 1e-6
 
 
+@pytest.mark.slow
 def test_preflight_passes_its_own_rollouts_and_refuses_shifted_ones(tmp_path: Path) -> None:
     root = make_root(tmp_path, temperature=0.7)
     # fp32 against fp32: anything above rounding is a mistake.
