@@ -100,6 +100,7 @@ class ShardWriter(Generic[Record]):
         self.count = 0
         self._path, self._kind, self._stream = path, kind, stream
         self._file: pa.RecordBatchFileWriter | None = None
+        self._draft: _BatchDraft[Record]
         self._seen: set[str] = set()
 
     def add(self, record: Record) -> None:

@@ -98,10 +98,11 @@ class MegatronEngine:
     def _check_fits(self, rollout: Rollout) -> None:
         tokens = len(rollout.prompt_tokens) + len(rollout.response_tokens)
         needed = self._padding.least_budget(tokens)
-        if needed > self._config.options.micro_batch_tokens:
+        budget = self._config.options.micro_batch_tokens
+        if needed > budget:
             raise EngineError(
                 f"sample {rollout.sample_id} has {tokens} tokens, which this layout pads to {needed}, above "
-                f"engine.micro_batch_tokens={self._config.options.micro_batch_tokens}: raise it to at least {needed}"
+                f"engine.megatron.micro_batch_tokens={budget}: raise it to at least {needed}"
             )
 
     def _unable(self, what: str) -> EngineError:

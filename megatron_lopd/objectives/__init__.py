@@ -6,7 +6,7 @@ a whole global batch into the step's metrics. R = response tokens; a tensor is f
 
 from __future__ import annotations
 
-from megatron_lopd.config import Options, TrainConfig, TrainingConfig
+from megatron_lopd.config import TrainConfig, TrainingConfig
 from megatron_lopd.objectives.advantages import advantages
 from megatron_lopd.objectives.distillation import Distillation
 from megatron_lopd.objectives.drift import drift
@@ -19,9 +19,9 @@ from megatron_lopd.objectives.objective import (
     TokenPlaces,
     TopKLogProbs,
 )
-from megatron_lopd.objectives.sampled_reverse_kl import SampledReverseKl, SampledReverseKlOptions
+from megatron_lopd.objectives.sampled_reverse_kl import SampledReverseKl
 from megatron_lopd.objectives.topk_forward_kl import TopKForwardKl
-from megatron_lopd.objectives.topk_reverse_kl import TopKReverseKl, TopKReverseKlOptions
+from megatron_lopd.objectives.topk_reverse_kl import TopKReverseKl
 from megatron_lopd.registry import OBJECTIVES
 
 __all__ = [

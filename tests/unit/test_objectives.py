@@ -15,7 +15,6 @@ from megatron_lopd.objectives import (
     FixedNegative,
     Objective,
     SampledReverseKl,
-    SampledReverseKlOptions,
     Sft,
     TokenLogProbs,
     TokenPlaces,
@@ -32,10 +31,6 @@ from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
 
 # fp64 with a few additions each: 1e-12 leaves three digits above rounding.
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def entropy_aware(threshold: float) -> EntropyAwareKl:
-    return EntropyAwareKl(options=TopKReverseKlOptions(threshold))
 
 
 def logits_and_tokens(
