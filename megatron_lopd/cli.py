@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import yaml
 
@@ -56,23 +59,54 @@ _SECTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process exit code."""
     options = _parse(arguments)
+    with _noticing_interrupts() as interrupted:
+        try:
+            environment.make_writable()
+            options.handler(options)
+        except LopdError as error:
+            if interrupted:  # taken, by whoever caught it, for a module or a model that does not load
+                return _say_interrupted(options)
+            return _say_error(options, error)
+        except BrokenPipeError:  # `lopd inspect ... | head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except KeyboardInterrupt:
+            return _say_interrupted(options)
+        return 0
+
+
+def _say_error(options: argparse.Namespace, error: LopdError) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    # Every rank raises a stop, and what rank 0 has told them.
+    if rank == 0 or not (error.said or isinstance(error, StopRequested)):
+        where = f" (rank {rank})" if rank else ""
+        print(f"lopd {options.command}{where}: {error}", file=sys.stderr)
+    _record_end(error)
+    return error.exit_code
+
+
+def _say_interrupted(options: argparse.Namespace) -> int:
+    print(f"lopd {options.command}: interrupted: run the same command again to go on", file=sys.stderr)
+    return 130
+
+
+@contextmanager
+def _noticing_interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C puts something into, beside raising KeyboardInterrupt as ever."""
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        environment.make_writable()
-        options.handler(options)
-    except LopdError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or not isinstance(error, StopRequested):  # that one every rank raises
-            where = f" (rank {rank})" if rank else ""
-            print(f"lopd {options.command}{where}: {error}", file=sys.stderr)
-        _record_end(error)
-        return error.exit_code
-    except BrokenPipeError:  # `lopd inspect ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        print(f"lopd {options.command}: interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
-    return 0
+        yield interrupted
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
 
 
 def _record_end(error: LopdError) -> None:
@@ -163,20 +197,23 @@ def _run_stages(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.command in TRAINERS:
         environment.set_for_training(recipe.parallel)
-    elif options.command == "run" and not options.dry_run:
-        environment.hide_gpus()
     from megatron_lopd.commands import run
-    from megatron_lopd.stages import table
+    from megatron_lopd.pipeline.resolved import ResolvedRun
+    from megatron_lopd.stages.table import STAGES
 
-    names = [stage.name for stage in table.STAGES] if options.command == "run" else [options.command]
+    resolved = ResolvedRun(recipe)
+    command = run.Command(resolved, options.recipe, options.overrides)
     if options.dry_run:
-        _print_dry_run(recipe, run.describe(recipe, names))
+        names = [stage.name for stage in STAGES] if options.command == "run" else [options.command]
+        _print_dry_run(recipe, run.describe(resolved, names))
     elif options.command == "run":
-        run.run_all(recipe, options.recipe, options.overrides)
+        if run.waiting_stages(resolved):
+            environment.hide_gpus()
+        run.run_all(command)
     elif options.command == "refresh":
-        run.run_refresh(recipe)
+        run.run_refresh(resolved)
     else:
-        run.run_one(options.command, recipe, options.recipe, options.overrides)
+        run.run_one(options.command, command)
 
 
 def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:
@@ -189,8 +226,9 @@ def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:
 def _status(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     from megatron_lopd.commands.status import describe_run
+    from megatron_lopd.pipeline.resolved import ResolvedRun
 
-    for line in describe_run(recipe):
+    for line in describe_run(ResolvedRun(recipe)):
         print(line)
 
 

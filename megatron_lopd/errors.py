@@ -13,6 +13,7 @@ class LopdError(Exception):
     """Base of every error raised on purpose. The message is one line: what, where, what to do."""
 
     exit_code = 1
+    said = False  # whether another process has told the user
 
 
 class ConfigError(LopdError):

@@ -18,6 +18,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from megatron_lopd.data.records import Rollout
+
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 _CONFIGS: dict[Family, Any] = {
@@ -119,3 +121,8 @@ def contents(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 tensors[name] = (value.dtype, tuple(value.shape), data)
     files = {path.name: path.read_bytes() for path in directory.iterdir() if "safetensors" not in path.name}
     return tensors, files
+
+
+def unsampled(sample_id: str, prompt: Any, response: Any) -> Rollout:
+    """Tokens int32 [P] and int32 [T] for an engine to score, which no sampler made."""
+    return Rollout(sample_id, prompt, response, "length", None)

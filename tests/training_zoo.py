@@ -49,8 +49,10 @@ def make_root(
         # Not the pad token, 0: transformers gives its embedding no gradient.
         prompt = rng.integers(1, VOCABULARY, rng.integers(1, 9), dtype=np.int32)
         response = rng.integers(1, VOCABULARY, rng.integers(1, 12), dtype=np.int32)
-        kept = hf_log_probs(model, prompt, response, temperature).detach().numpy()
-        rollouts.append(Rollout(f"sample-{number}", prompt, response, "stop", kept))
+        kept = hf_log_probs(model, prompt, response).detach().numpy()
+        drawn = hf_log_probs(model, prompt, response, temperature).detach().numpy()
+        log_probs = [kept] if temperature == 1 else [drawn, kept]
+        rollouts.append(Rollout(f"sample-{number}", prompt, response, "stop", *log_probs))
         # A teacher that likes every token better: the losses add up, rather than cancel to rounding.
         scores.append(Score(f"sample-{number}", kept * rng.uniform(0.3, 0.9, len(kept)).astype(np.float32)))
     write_shard(root / "data" / "rollouts-00000.arrow", ROLLOUTS, rollouts)

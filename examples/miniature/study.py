@@ -127,10 +127,11 @@ class CellRunner:
         self.directory = self.base / f"scored-by-{cell.scored}"
 
     def run(self) -> None:
-        from megatron_lopd.pipeline.stage import execute
+        from megatron_lopd.pipeline.execute import execute
+        from megatron_lopd.pipeline.resolved import ResolvedRun
         from megatron_lopd.stages.table import GENERATE, ROLLOUT, SFT
 
-        base = self.recipe(self.base, teacher=self.cell.answered)
+        base = ResolvedRun(self.recipe(self.base, teacher=self.cell.answered))
         for stage in (GENERATE, SFT, ROLLOUT):
             execute(stage, base)
         for condition in self.cell.conditions(self.short):
@@ -179,18 +180,19 @@ class CellRunner:
     def share_scores(self, condition: Condition, directory: Path) -> None:
         """Score the rollouts with the condition's k, once for all conditions that read it."""
         from megatron_lopd.errors import LineageError
-        from megatron_lopd.pipeline.stage import execute
+        from megatron_lopd.pipeline.execute import execute
+        from megatron_lopd.pipeline.resolved import ResolvedRun
         from megatron_lopd.stages.table import SCORE
 
         scores = self.directory / f"scores-{condition.k}"
         self.link(scores, *condition.shared)
         recipe = self.recipe(scores, *condition.overrides, f"score.top_k={condition.k}")
         try:
-            execute(SCORE, recipe)
+            execute(SCORE, ResolvedRun(recipe))
         except LineageError:
             if self.cell.consistent:
                 raise
-            execute(SCORE, replace(recipe, allow_teacher_mismatch=True))
+            execute(SCORE, ResolvedRun(replace(recipe, allow_teacher_mismatch=True)))
         else:
             if not self.cell.consistent:
                 raise SystemExit(f"{scores}: a teacher other than SFT's was let through")
@@ -211,23 +213,23 @@ class CellRunner:
         """As many further steps on the teacher's answers, with the optimizer that the others are given."""
         from megatron_lopd.commands.run import run_all
         from megatron_lopd.config import to_plain
-        from megatron_lopd.pipeline.stage import seconds_of
+        from megatron_lopd.pipeline.execute import seconds_of
 
         train = to_plain(self.recipe(directory, *self.overrides(condition)).train)
         keys = ("steps", "global_batch_size", "micro_batch_tokens", "checkpoint_every")
         same = [f"sft.{key}={train[key]}" for key in keys]
         same += [f"sft.optimizer.{key}={value}" for key, value in train["optimizer"].items()]
         start = (f"student.model={self.base / 'sft' / 'model'}", "student.init=pretrained")
-        run_all(_ungraded(replace(self.recipe(directory, *start, *same), train=None)), str(RECIPE), [])
+        run_all(_command(_ungraded(replace(self.recipe(directory, *start, *same), train=None))))
         spent = Spent(train=seconds_of(directory / "sft"))
         return self.entry(directory / "sft" / "model", directory, spent)
 
     def online(self, condition: Condition, directory: Path) -> dict[str, Any]:
         from megatron_lopd.artifacts.manifest import load_manifest
         from megatron_lopd.commands.run import run_one
-        from megatron_lopd.pipeline.stage import seconds_of
+        from megatron_lopd.pipeline.execute import seconds_of
 
-        run_one("online", _ungraded(self.recipe(directory, *self.overrides(condition))), str(RECIPE), [])
+        run_one("online", _command(_ungraded(self.recipe(directory, *self.overrides(condition)))))
         rollout, teacher = (_sum(directory / "online", key) for key in ("rollout_s", "teacher_s"))
         train = seconds_of(directory / "online") - rollout - teacher
         tokens = load_manifest(directory / "online").counts["teacher_tokens"]
@@ -241,7 +243,7 @@ class CellRunner:
         self.share_scores(condition, directory)
         overrides = self.overrides(condition)
         try:
-            run_all(_ungraded(self.recipe(directory, *overrides)), str(RECIPE), [])
+            run_all(_command(_ungraded(self.recipe(directory, *overrides))))
         except DriftError as drift:
             return self.stopped(drift, directory, overrides)
         return self.entry(directory / "export" / "model", directory, self.spent_offline(directory))
@@ -259,7 +261,7 @@ class CellRunner:
             kept = directory / "kept"
         entry = self.entry(kept, directory, spent)
         off = (*overrides, "train.guard.min_kept_mass=null")
-        run_all(_ungraded(self.recipe(directory, *off)), str(RECIPE), [])
+        run_all(_command(_ungraded(self.recipe(directory, *off))))
         without = self.grade(directory / "export" / "model", directory / "graded-unguarded")
         guard = {"stopped_by_guard": True, "stopped_at_step": stopped_at, "unguarded": without["sampled"]}
         return entry | guard | {"unguarded_greedy": without["greedy"]}
@@ -267,7 +269,7 @@ class CellRunner:
     def spent_offline(self, directory: Path) -> Spent:
         """Seconds and teacher tokens of all rounds: of the first, and of each refresh."""
         from megatron_lopd.artifacts.manifest import load_manifest
-        from megatron_lopd.pipeline.stage import seconds_of
+        from megatron_lopd.pipeline.execute import seconds_of
 
         rounds = [directory, *sorted(directory.glob("refresh-*"))]
         students = sum(seconds_of(each / "student") for each in rounds[1:])  # written for the sampler
@@ -291,10 +293,10 @@ class CellRunner:
     def grade(self, model: Path, directory: Path) -> dict[str, Any]:
         from megatron_lopd.evaluation.grading import grade_model
         from megatron_lopd.graders.grader import open_grader
-        from megatron_lopd.pipeline.inputs import ONLY_SET, evaluation_sets
+        from megatron_lopd.pipeline.resolved import ONLY_SET, ResolvedRun
 
         recipe = self.recipe(self.base)
-        prompts = evaluation_sets(recipe)[ONLY_SET][0]
+        prompts = ResolvedRun(recipe).evaluation_sets[ONLY_SET].prompts
         with open_grader(recipe.evaluate.grader) as grader:
             grades = grade_model(
                 model, prompts, recipe.evaluate, self.cell.seed, directory, directory.parent.name, grader
@@ -311,6 +313,14 @@ class Spent:
     teacher: float = 0.0
     train: float = 0.0
     teacher_tokens: int = 0
+
+
+def _command(recipe: Any) -> Any:
+    """What runs a recipe in this process; none of it starts another."""
+    from megatron_lopd.commands.run import Command
+    from megatron_lopd.pipeline.resolved import ResolvedRun
+
+    return Command(ResolvedRun(recipe), str(RECIPE), [])
 
 
 def _ungraded(recipe: Any) -> Any:

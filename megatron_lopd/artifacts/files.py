@@ -113,8 +113,27 @@ class HashedFile:
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Write `path` under a temporary name; flush, fsync and rename only if the block succeeds.
 
-    Raises DataError when the disk is full, leaving nothing behind under either name.
+    The block does nothing but write: an OSError in it is the file's. Raises DataError when the disk is full,
+    leaving nothing behind under either name.
     """
+    with errors_of_file(path), temporary_file(path, mode) as stream:
+        yield stream
+
+
+@contextmanager
+def errors_of_file(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block, which writes `path`, as the DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written: {error.strerror or error}: free some space or choose another run_dir"
+        ) from error
+
+
+@contextmanager
+def temporary_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """As `atomic_file`, with every error as it comes: for a block that does more than write."""
     # A name of its own: two writers of one file may have the same pid, on two machines.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,11 +143,6 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror}: free some space or choose another run_dir"
-        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

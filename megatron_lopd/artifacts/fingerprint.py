@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,16 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.files import (
-    atomic_write_json,
-    canonical_json,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-)
+from megatron_lopd.artifacts.digest_cache import digest_of, is_kept
+from megatron_lopd.artifacts.files import canonical_json, read_json, sha256_bytes, sha256_file
 from megatron_lopd.errors import DataError
 
-CACHE_NAME = ".lopd_fingerprint.json"
 # Keys of config.json that say how it was written, not what the model computes.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 # Runtime state that tokenizers writes into tokenizer.json.
@@ -65,20 +58,29 @@ class TensorLocation:
 def fingerprint_model(directory: str | Path, *, weights: bool = True) -> Fingerprint:
     """Fingerprint a Hugging Face checkpoint directory; without `weights`, a model that has none yet.
 
-    The weights digest is cached beside the model, keyed by the path, size and mtime of its files,
-    because hashing 64 GB takes minutes; where the directory cannot be written it is not cached.
+    The digests of weights and tokenizer are kept (`digest_cache`): hashing 64 GB takes minutes.
     Raises DataError when the directory holds no safetensors checkpoint or a file is malformed.
     """
     root = Path(directory)
     if not root.is_dir():
         raise DataError(f"{root}: no such model directory: give a Hugging Face checkpoint directory")
-    config = _read_config(root)
     return Fingerprint(
-        weights=_weights_digest(root, bool(config.get("tie_word_embeddings"))) if weights else "none",
-        config=_digest_without(config, _VOLATILE_CONFIG),
+        weights=weights_digest(root) if weights else "none",
+        config=_digest_without(_read_config(root), _VOLATILE_CONFIG),
         tokenizer=_tokenizer_digest(root),
         chat_template=chat_template_digest(root),
     )
+
+
+def weights_digest(root: Path) -> str:
+    """Digest of a checkpoint's weights. Raises as `fingerprint_model`."""
+    files, tied = safetensors_files(root), _is_tied(root)
+    return digest_of(root, "weights", files, {"tied": tied}, lambda: _hash_weights(files, tied))
+
+
+def weights_are_hashed(root: Path) -> bool:
+    """Whether the weights' digest is known already. Raises as `fingerprint_model`."""
+    return is_kept(root, "weights", safetensors_files(root), {"tied": _is_tied(root)})
 
 
 def chat_template_digest(root: Path) -> str:
@@ -162,27 +164,8 @@ def _read_config(root: Path) -> dict[str, Any]:
     return config
 
 
-def _weights_digest(root: Path, tied: bool) -> str:
-    files = safetensors_files(root)
-    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    cache_key = {"path": str(root.resolve()), "files": stamps, "tied": tied}
-    cache = root / CACHE_NAME
-    cached = _read_cache(cache)
-    if cached.get("key") == cache_key and isinstance(cached.get("weights"), str):
-        return str(cached["weights"])
-    digest = _hash_weights(files, tied)
-    if os.access(root, os.W_OK):
-        atomic_write_json(cache, {"key": cache_key, "weights": digest})
-    return digest
-
-
-def _read_cache(path: Path) -> dict[str, Any]:
-    """What was cached; nothing when there is no cache or it cannot be read, for it can be made again."""
-    try:
-        cached = read_json(path)
-    except DataError:
-        return {}
-    return cached if isinstance(cached, dict) else {}
+def _is_tied(root: Path) -> bool:
+    return bool(_read_config(root).get("tie_word_embeddings"))
 
 
 def _hash_weights(files: list[Path], tied: bool) -> str:
@@ -214,8 +197,10 @@ def _hash_tensor(location: TensorLocation) -> str:
 
 def _tokenizer_digest(root: Path) -> str:
     path = root / "tokenizer.json"
-    if path.is_file():
-        return _digest_without(read_json(path), _VOLATILE_TOKENIZER)
+    if path.is_file():  # 11 MB are parsed in half a second
+        return digest_of(
+            root, "tokenizer", [path], {}, lambda: _digest_without(read_json(path), _VOLATILE_TOKENIZER)
+        )
     parts = {name: sha256_file(root / name) for name in _SENTENCEPIECE_FILES if (root / name).is_file()}
     if not parts:
         raise DataError(f"{root}: no tokenizer (tokenizer.json): copy the tokenizer's files there")

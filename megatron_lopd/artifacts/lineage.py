@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lopd.artifacts.files import atomic_write_json, read_json
-from megatron_lopd.artifacts.fingerprint import Fingerprint, fingerprint_model
+from megatron_lopd.artifacts.fingerprint import Fingerprint, weights_digest
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
 from megatron_lopd.errors import DataError, LineageError
 
@@ -139,7 +139,7 @@ def read_model_lineage(directory: str | Path) -> ModelLineage | None:
         recorded = lineage.model["weights"]
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged: a part is missing ({error}): restore it") from None
-    actual = fingerprint_model(directory).weights
+    actual = weights_digest(Path(directory))
     if recorded != actual:
         raise LineageError(
             f"refused: {path} describes weights {short(recorded)}, but those beside it are {short(actual)}: "

@@ -19,10 +19,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_lopd.artifacts.files import HashedFile
@@ -32,6 +28,13 @@ from megatron_lopd.checkpoint.tensor_shards import Box, ShardedModel
 from megatron_lopd.checkpoint.torch_dist import INDEX, Entry, TorchDistReader, index_of, pickled, write_value
 from megatron_lopd.errors import CheckpointError
 from megatron_lopd.mcore.optimizer import Optimization, common_state, finish_gathering, load_common_state
+from megatron_lopd.mcore.private import (
+    COMMON_STATE_FNAME,
+    CONFIG_FNAME,
+    CheckpointingConfig,
+    is_main_replica,
+    nested_values,
+)
 from megatron_lopd.mcore.process_groups import Ranks
 
 # Files of a rank, each written and hashed by a thread of its own. Not a setting: it is in the bytes.

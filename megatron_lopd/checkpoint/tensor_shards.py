@@ -17,12 +17,17 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from torch import Tensor
 
 from megatron_lopd.errors import CheckpointError
 from megatron_lopd.mcore.optimizer import Optimization
+from megatron_lopd.mcore.private import (
+    ShardedTensorFactory,
+    is_main_replica,
+    nested_values,
+    state_of,
+    state_range,
+)
 
 # What the optimizer keeps of a parameter, by its name there: Megatron-Core's names in a checkpoint.
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -123,8 +128,8 @@ class ShardedModel:
         """Parameters of which this rank has state: (parameter, start, end, state by prefix of its key)."""
         for part in self._parts:
             for param in part.model_param_gbuf_map:
-                run = part._get_model_param_range_map(param)["param"]
-                state = part._get_main_param_and_optimizer_states(param)
+                run = state_range(part, param)
+                state = state_of(part, param)
                 states = {f"optimizer.state.{name}.": state[name].detach().view(-1) for name in STATES}
                 yield param, run.start, run.end, states
 

@@ -21,21 +21,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint import planner as dcp_planner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
+from torch.distributed.checkpoint import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 
 from megatron_lopd.artifacts.files import HashedFile
 from megatron_lopd.errors import CheckpointError, DataError
+from megatron_lopd.mcore.private import (
+    INDEX_MODULES,
+    MetadataIndex,
+    StorageInfo,
+    TensorProperties,
+    get_layout,
+)
 
 INDEX = ".metadata"
 
@@ -85,7 +86,7 @@ def index_of(entries: Iterable[Entry]) -> bytes:
     # A pickle tells of equal values whether they are one object: every string is one, and no tuple is.
     names: dict[str, str] = {}
     stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, StorageInfo] = {}
     for entry in entries:
         key, file = (names.setdefault(name, name) for name in (entry.key, entry.file))
         if entry.dtype is None:
@@ -101,7 +102,7 @@ def index_of(entries: Iterable[Entry]) -> bytes:
             place = MetadataIndex(key, torch.Size(entry.offset))
         if place in places:
             raise CheckpointError(f"{key}{list(entry.offset)} was written twice: report this as a defect")
-        places[place] = _StorageInfo(file, entry.start, entry.length)
+        places[place] = StorageInfo(file, entry.start, entry.length)
     for key, each in stored.items():
         if isinstance(each, TensorStorageMetadata):
             written, whole = sum(math.prod(box.sizes) for box in each.chunks), math.prod(each.size)
@@ -239,10 +240,8 @@ def _slices(low: NDArray[np.int64], high: NDArray[np.int64]) -> tuple[slice, ...
 class _RecordUnpickler(pickle.Unpickler):
     """Resolves torch.distributed.checkpoint's dataclasses and enums, sizes, dtypes; nothing else."""
 
-    _MODULES = (dcp_metadata, dcp_planner, filesystem)
-
     def find_class(self, module: str, name: str) -> Any:
-        for known in self._MODULES:
+        for known in INDEX_MODULES:
             found = getattr(known, name, None) if module == known.__name__ else None
             if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Enum)):
                 return found
@@ -250,7 +249,7 @@ class _RecordUnpickler(pickle.Unpickler):
         if value is torch.Size or isinstance(value, torch.dtype | torch.layout):
             return value
         if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout
+            return get_layout
         if module.split(".")[0] == "pathlib" and name.endswith("Path"):
             return PurePath  # where the checkpoint was written: not a path to open
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")

@@ -25,7 +25,8 @@ from megatron_lopd.mcore.capabilities import (
     capabilities,
 )
 from megatron_lopd.mcore.precision import require_fp8
-from megatron_lopd.pipeline.stage import base_versions
+from megatron_lopd.pipeline.execute import base_versions
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.stages.table import STAGES
 
 WIDTH = 18  # of the column of names
@@ -40,7 +41,7 @@ def diagnose(recipe: Recipe | None) -> Iterator[str]:
     if recipe is not None:
         for name, text in plan(recipe, machine):
             yield f"{name:{WIDTH}}{text}"
-        yield from describe(recipe, [stage.name for stage in STAGES])
+        yield from describe(ResolvedRun(recipe), [stage.name for stage in STAGES])
 
 
 def _machine(recipe: Recipe | None) -> Iterator[tuple[str, str]]:

@@ -5,208 +5,250 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from megatron_lopd.artifacts.manifest import is_committed
-from megatron_lopd.config import Recipe
-from megatron_lopd.errors import ConfigError, DataError, LopdError, NumericsError, RefreshDue, StopRequested
-from megatron_lopd.pipeline.rounds import Round, due_round, missing_round
-from megatron_lopd.pipeline.stage import (
-    Stage,
+from megatron_lopd.errors import (
+    ConfigError,
+    DataError,
+    LineageError,
+    LopdError,
+    NumericsError,
+    RefreshDue,
+    StopRequested,
+)
+from megatron_lopd.pipeline.execute import (
     check_begun,
     check_unchanged,
-    directory_of,
     execute,
     is_main_rank,
+    parents_of,
+    why_changed,
 )
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.rounds import Round, due_round, missing_round
+from megatron_lopd.pipeline.stage import SharedStage, Stage
+from megatron_lopd.pipeline.verified import verified_for_workers
 from megatron_lopd.runtime.environment import hides_gpus
 from megatron_lopd.runtime.launch import in_own_process, is_worker, launch, launch_workers
-from megatron_lopd.runtime.signals import STOP_SIGNALS
-from megatron_lopd.stages.table import ALONE, ONLINE, REPORT, SFT, STAGES, TRAIN, function
+from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
+from megatron_lopd.stages import online, refresh, report
+from megatron_lopd.stages.table import ALONE, ONLINE, REPORT, SFT, STAGES, TRAIN
 
 
-def describe(recipe: Recipe, names: Sequence[str]) -> list[str]:
+@dataclass(frozen=True)
+class Command:
+    """A run, and how another process is told of its recipe."""
+
+    run: ResolvedRun
+    recipe_path: str
+    overrides: Sequence[str]
+
+    def arguments(self, name: str) -> list[str]:
+        """Of `lopd`, to do with it what `name` says."""
+        return [name, self.recipe_path, *self.overrides]
+
+
+def describe(run: ResolvedRun, names: Sequence[str]) -> list[str]:
     """Check the recipe for the named stages and say what each would do, a line each."""
+    check_run_dir(run)
     lines = []
     for stage in (*STAGES, *ALONE):
-        if stage.name in names and stage.needed(recipe):
-            state = "committed" if is_committed(directory_of(recipe, stage.name)) else "to do"
-            lines += [f"{stage.name:9} [{state}] {line}" for line in stage.check(recipe)]
+        if stage.name in names and stage.needed(run):
+            lines += [f"{stage.name:9} [{_state(stage, run)}] {line}" for line in stage.check(run)]
     if "refresh" in names:
-        lines += [f"refresh   [to do] {line}" for line in function("refresh", "check")(recipe)]
+        lines += [f"refresh   [to do] {line}" for line in refresh.check(run)]
     return lines
 
 
-def run_all(recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
+def _state(stage: Stage, run: ResolvedRun) -> str:
+    if not run.is_committed(stage.name):
+        return "to do"
+    reason = why_changed(stage, run)
+    if reason is None:
+        return "committed"
+    return f"committed, {'by another recipe' if isinstance(reason, LineageError) else 'damaged'}: {reason}"
+
+
+def waiting_stages(run: ResolvedRun) -> list[Stage]:
+    """The stages that the recipe needs and that are not committed."""
+    return [stage for stage in STAGES if stage.needed(run) and not run.is_committed(stage.name)]
+
+
+def run_all(command: Command) -> None:
     """Every stage the recipe needs, in order. Nothing is spent before the whole recipe is checked.
 
     Where this process hides GPUs (`environment.hide_gpus`), others do whatever uses one: each gives all of it
     back when it ends.
     """
-    needed = [stage for stage in STAGES if stage.needed(recipe)]
+    run = command.run
+    needed = [stage for stage in STAGES if stage.needed(run)]
     if not needed:
         raise ConfigError("the recipe asks for nothing: give a section sft, and train to go on to OPD")
-    check_run_dir(recipe)
-    waiting = [stage for stage in needed if not is_committed(directory_of(recipe, stage.name))]
+    check_run_dir(run)
+    waiting = waiting_stages(run)
     names = [stage.name for stage in waiting]
-    planned = in_own_process(_check, recipe, names) if _asks_of_gpu(recipe) else _check(recipe, names)
-    command = _Command(recipe, recipe_path, overrides)
+    planned = in_own_process(_check, run, names) if _asks_of_gpu(run) else _check(run, names)
     done = 0
     for number, stage in enumerate(needed, start=1):
         if stage in waiting:
             _say(f"[{number}/{len(needed)}] {stage.name}: {'; '.join(planned[stage.name])}")
         started = time.monotonic()
-        if stage in waiting and stage.processes(recipe) == 1 and _is_divided(stage, recipe):
+        if stage in waiting and stage.processes(run) == 1 and _is_divided(stage, run):
             _launch_workers(stage, command)
             done += 1
-        elif stage in waiting and _is_launched(stage, recipe):
+        elif stage in waiting and _is_launched(stage, run):
             _refreshing(stage, command, partial(_launch, stage, command))
             done += 1
-        elif _refreshing(stage, command, partial(execute, stage, recipe)):
+        elif _refreshing(stage, command, partial(execute, stage, run)):
             done += 1
             _say(f"[{number}/{len(needed)}] {stage.name}: done in {time.monotonic() - started:.1f} s")
     if REPORT in needed:
-        _say(function("report", "headline")(recipe))
+        _say(report.headline(run))
     if not done:
-        _say(f"nothing to do: all {len(needed)} stages in {recipe.run_dir} are committed and unchanged")
+        _say(f"nothing to do: all {len(needed)} stages in {run.directory} are committed and unchanged")
 
 
-def run_one(name: str, recipe: Recipe, recipe_path: str, overrides: Sequence[str]) -> None:
+def run_one(name: str, command: Command, *, starting_ranks: bool = False) -> None:
     """One stage, after checking that what it stands on is still what the recipe says.
 
-    One of ALONE starts its ranks itself, unless it is one of them already.
+    Ranks are started by whoever starts this, unless `starting_ranks`; one of ALONE always starts its own.
     """
+    run = command.run
     stage = next(stage for stage in (*STAGES, *ALONE) if stage.name == name)
-    command = _Command(recipe, recipe_path, overrides)
-    if is_main_rank():
-        check_run_dir(recipe)
-        stage.check(recipe)
-    if stage in ALONE and stage.processes(recipe) > 1 and "RANK" not in os.environ:
-        stage.plan(recipe)
+    starts_ranks = (starting_ranks or stage in ALONE) and stage.processes(run) > 1
+
+    def prepare() -> None:
+        check_run_dir(run)
+        stage.check(run)
+        for earlier in _before(stage, run):
+            check_unchanged(earlier, run)
+
+    if starts_ranks and "RANK" not in os.environ:
+        check_run_dir(run)
+        stage.check(run)
+        stage.plan(run)
         _launch(stage, command)
         return
-    if is_main_rank():
-        for earlier in _before(stage, recipe):
-            check_unchanged(earlier, recipe)
+    _on_rank_zero(prepare)
     started = time.monotonic()
-    if not is_committed(directory_of(recipe, name)) and _is_divided(stage, recipe):
+    if not run.is_committed(name) and _is_divided(stage, run):
         _launch_workers(stage, command)
-    elif execute(stage, recipe):
-        _say(f"{name}: done in {time.monotonic() - started:.1f} s: {directory_of(recipe, name)}")
+    elif execute(stage, run):
+        _say(f"{name}: done in {time.monotonic() - started:.1f} s: {run.directory_of(name)}")
     else:
-        _say(f"{name}: nothing to do: {directory_of(recipe, name)} is committed and unchanged")
+        _say(f"{name}: nothing to do: {run.directory_of(name)} is committed and unchanged")
     if stage is ONLINE:
-        _say(function("online", "headline")(recipe))
+        _say(online.headline(run))
 
 
-def run_refresh(recipe: Recipe) -> None:
+def _on_rank_zero(work: Callable[[], None]) -> None:
+    """Do `work` in the one rank there is; or in rank 0 while the others, who have met it, wait for it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        work()
+    else:
+        from megatron_lopd.training.consensus import on_rank_zero
+
+        on_rank_zero(work)
+
+
+def run_refresh(run: ResolvedRun) -> None:
     """Make the next refresh's artifacts from train's newest checkpoint, if training has come to it."""
-    check_run_dir(recipe)
-    function("refresh", "check")(recipe)
-    for earlier in _before(TRAIN, recipe):
-        check_unchanged(earlier, recipe)
-    check_begun(TRAIN, recipe)
-    each, missing = due_round(recipe), missing_round(recipe)
+    check_run_dir(run)
+    refresh.check(run)
+    for earlier in _before(TRAIN, run):
+        check_unchanged(earlier, run)
+    check_begun(TRAIN, run)
+    each, missing = due_round(run), missing_round(run)
     if each is not None:
-        _refresh(each, recipe)
+        _refresh(each, run)
     elif missing is None:
         _say("refresh: nothing to do: every refresh is made")
     else:
         raise DataError(
             f"refresh {missing.number} is made from the checkpoint at step {missing.first_step}, and there "
-            f"is no whole one in {directory_of(recipe, 'train')}: run lopd train to that step first"
+            f"is no whole one in {run.directory_of('train')}: run lopd train to that step first"
         )
 
 
-def _refreshing(stage: Stage, command: _Command, attempt: Callable[[], bool]) -> bool:
+def _refreshing(stage: Stage, command: Command, attempt: Callable[[], bool]) -> bool:
     """What `attempt` at a stage returns; train's is made again after each refresh that it stops for."""
-    recipe = command.recipe
-    if stage is not TRAIN or is_committed(directory_of(recipe, stage.name)):
+    run = command.run
+    if stage is not TRAIN or run.is_committed(stage.name):
         return attempt()
     while True:
-        each = due_round(recipe)
+        each = due_round(run)
         if each is not None:
-            check_begun(stage, recipe)
+            check_begun(stage, run)
             if hides_gpus():
                 _launched("refresh", 1, command)
             else:
-                _refresh(each, recipe)
+                _refresh(each, run)
         try:
             return attempt()
         except RefreshDue:
             continue
 
 
-def _refresh(each: Round, recipe: Recipe) -> None:
-    for stage in function("refresh", "stages_of")(each):
+def _refresh(each: Round, run: ResolvedRun) -> None:
+    for stage in refresh.stages_of(each):
         started = time.monotonic()
-        if execute(stage, recipe):
+        if execute(stage, run):
             _say(f"{stage.name}: done in {time.monotonic() - started:.1f} s")
 
 
-def check_run_dir(recipe: Recipe) -> None:
-    """Raise ConfigError when a file is where the run's directory should be."""
-    path = Path(recipe.run_dir)
-    for each in (path, *path.parents):
+def check_run_dir(run: ResolvedRun) -> None:
+    """Raise ConfigError when a file is where the run's directory should be, or it could not be written."""
+    here = run.directory.absolute()
+    for each in (here, *here.parents):
         if each.exists() and not each.is_dir():
             raise ConfigError(f"run_dir: {each} is a file: choose another directory")
+    nearest = next(each for each in (here, *here.parents) if each.exists())
+    if waiting_stages(run) and not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir: {nearest} cannot be written: choose another directory")
 
 
-def _before(stage: Stage, recipe: Recipe) -> Iterator[Stage]:
+def _before(stage: Stage, run: ResolvedRun) -> Iterator[Stage]:
     """The committed stages in front of `stage`."""
     for earlier in STAGES[: STAGES.index(SFT) + 1 if stage in ALONE else STAGES.index(stage)]:
-        if earlier.needed(recipe) and is_committed(directory_of(recipe, earlier.name)):
+        if earlier.needed(run) and run.is_committed(earlier.name):
             yield earlier
 
 
-@dataclass(frozen=True)
-class _Command:
-    """The recipe, and how another process is told of it."""
-
-    recipe: Recipe
-    path: str
-    overrides: Sequence[str]
-
-    def arguments(self, name: str) -> list[str]:
-        """Of `lopd`, to do with it what `name` says."""
-        return [name, self.path, *self.overrides]
-
-
-def _check(recipe: Recipe, names: Sequence[str]) -> dict[str, list[str]]:
+def _check(run: ResolvedRun, names: Sequence[str]) -> dict[str, list[str]]:
     """What each of the named stages would do. Raises as their checks do."""
-    return {stage.name: stage.check(recipe) for stage in STAGES if stage.name in names}
+    return {stage.name: stage.check(run) for stage in STAGES if stage.name in names}
 
 
-def _asks_of_gpu(recipe: Recipe) -> bool:
+def _asks_of_gpu(run: ResolvedRun) -> bool:
     """Whether checking the recipe has GPUs looked at that this process does not see: for what only some
     GPUs' layers can do, and for whether those of several ranks are of one kind."""
-    gate = recipe.score.agreement
+    recipe, gate = run.recipe, run.recipe.score.agreement
     fp8 = recipe.fp8, recipe.score.engine.fp8, gate.engine.fp8 if gate is not None else None
     by_layers = recipe.parallel.recompute == "moe_act" or any(each is not None for each in fp8)
     return hides_gpus() and (by_layers or recipe.parallel.processes > 1)
 
 
-def _is_launched(stage: Stage, recipe: Recipe) -> bool:
+def _is_launched(stage: Stage, run: ResolvedRun) -> bool:
     """Whether other processes do a stage of `lopd run`, rather than this one."""
-    return stage.processes(recipe) > 1 or (hides_gpus() and stage.on_gpu(recipe))
+    return stage.processes(run) > 1 or (hides_gpus() and stage.on_gpu(run))
 
 
-def _launch(stage: Stage, command: _Command) -> bool:
+def _launch(stage: Stage, command: Command) -> bool:
     """Run a stage in as many processes as the recipe says. Raises RefreshDue when train waits for that."""
-    _launched(stage.name, stage.processes(command.recipe), command)
+    _launched(stage.name, stage.processes(command.run), command)
     return True
 
 
-def _launched(name: str, processes: int, command: _Command) -> None:
+def _launched(name: str, processes: int, command: Command) -> None:
     """`lopd name` in its own processes. They have printed what went wrong, if anything."""
     code, asked_to_stop = launch(command.arguments(name), processes)
     if (
         code == RefreshDue.exit_code
         and not asked_to_stop
         and name == TRAIN.name
-        and due_round(command.recipe, rehash=False)
+        and due_round(command.run, rehash=False)
     ):
         raise RefreshDue(f"{name} waits for its rollouts to be refreshed")
     if asked_to_stop and code - 128 in STOP_SIGNALS:  # it came before there was anything to save
@@ -215,14 +257,21 @@ def _launched(name: str, processes: int, command: _Command) -> None:
         raise _error_of(code)(f"{name} ended with exit code {code}: its own message is above")
 
 
-def _is_divided(stage: Stage, recipe: Recipe) -> bool:
+def _is_divided(stage: Stage, run: ResolvedRun) -> bool:
     """Whether this process starts workers for a stage, rather than doing it."""
-    return stage.share is not None and stage.workers(recipe) > 1 and not is_worker()
+    return isinstance(stage, SharedStage) and stage.workers(run) > 1 and not is_worker()
 
 
-def _launch_workers(stage: Stage, command: _Command) -> None:
-    stage.plan(command.recipe)  # what cannot be is said once
-    code = launch_workers(command.arguments(stage.name), stage.workers(command.recipe))
+def _launch_workers(stage: Stage, command: Command) -> None:
+    """Run a stage in as many workers as the recipe says. What cannot be is said, and hashed, once."""
+    assert isinstance(stage, SharedStage)
+    run = command.run
+    with stopping_at_once(f"{stage.name}: stopped on request"):
+        parents = parents_of(run, stage.plan(run))
+        told = ExitStack()
+        told.enter_context(verified_for_workers(parents, run.directory_of(stage.name)))
+    with told:
+        code = launch_workers(command.arguments(stage.name), stage.workers(run))
     if code:
         raise _error_of(code)(f"{stage.name}'s workers ended with exit code {code}: their messages are above")
 

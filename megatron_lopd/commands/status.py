@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lopd.artifacts.manifest import is_committed, load_manifest
-from megatron_lopd.config import Recipe
-from megatron_lopd.pipeline.stage import PLAN_FILE, directory_of
-from megatron_lopd.runtime.claims import CLAIMS, ClaimState, Owner, announced, claim_path, read_claims
+from megatron_lopd.errors import LineageError
+from megatron_lopd.pipeline.execute import why_changed
+from megatron_lopd.pipeline.plan_file import PLAN_FILE
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import SharedStage, Stage
+from megatron_lopd.runtime.claims import CLAIMS, ClaimState, announced, claim_path, read_claims
 from megatron_lopd.runtime.display import duration
+from megatron_lopd.runtime.owner import Owner
 from megatron_lopd.stages.table import STAGES
 from megatron_lopd.training.loggers import METRICS_FILE
 
 INDENT = " " * 11
 
 
-def describe_run(recipe: Recipe) -> Iterator[str]:
+def describe_run(run: ResolvedRun) -> Iterator[str]:
     """Yield the lines of the view. Raises DataError for a damaged manifest or claim."""
     for stage in STAGES:
-        if not stage.needed(recipe):
+        if not stage.needed(run):
             continue
-        directory = directory_of(recipe, stage.name)
-        if is_committed(directory):
-            counts = load_manifest(directory).counts
-            state = ["committed"]
-            if counts:
-                state[0] += ": " + ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
-        elif stage.share is not None and any(directory.rglob(CLAIMS)):
+        directory = run.directory_of(stage.name)
+        if run.is_committed(stage.name):
+            state = _committed(stage, run)
+        elif isinstance(stage, SharedStage) and any(directory.rglob(CLAIMS)):
             state = list(_shared(directory))
         elif (directory / METRICS_FILE).is_file():
-            config = recipe.sft if stage.name == "sft" else recipe.train
+            config = run.recipe.sft if stage.name == "sft" else run.recipe.train
             state = [_training(directory, config.steps if config is not None else None)]
         else:
             state = ["begun" if (directory / PLAN_FILE).is_file() else "to do"]
         yield f"{stage.name:{len(INDENT)}}{state[0]}"
         yield from (INDENT + line for line in state[1:])
+
+
+def _committed(stage: Stage, run: ResolvedRun) -> list[str]:
+    """What a stage counted; and, where that takes no hashing of weights, whether it is this recipe's."""
+    counts = run.manifest(stage.name).counts
+    state = "committed"
+    if counts:
+        state += ": " + ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
+    reason = why_changed(stage, run) if run.models_are_hashed() else None
+    if reason is None:
+        return [state]
+    whose = "by another recipe" if isinstance(reason, LineageError) else "and damaged since"
+    return [f"{state}, {whose}", str(reason)]
 
 
 def _shared(directory: Path) -> Iterator[str]:
@@ -48,7 +62,7 @@ def _shared(directory: Path) -> Iterator[str]:
     failures: list[ClaimState] = []
     for place in sorted(path.parent for path in directory.rglob(CLAIMS)):
         expected = announced(place)
-        there = [name for name in expected if (place / name).is_file()]
+        there = expected.keys() & os.listdir(place)
         parts, shards = parts + len(expected), shards + len(there)
         samples, done = samples + sum(expected.values()), done + sum(expected[name] for name in there)
         for part, states in read_claims(place).items():
@@ -60,7 +74,7 @@ def _shared(directory: Path) -> Iterator[str]:
     rate = sum(state.done_per_second for state in live)
     left = f", {duration((samples - done) / rate)} left" if rate else ""
     made = f"{shards:,} of {parts:,} shards, {done:,} of {samples:,} samples"
-    yield f"at work: {made}; workers: {len(live)}{left}"
+    yield f"at work: {made}; workers: {len(live)}{left}" if live else f"begun, nobody at work: {made}"
     for place, state in working:
         yield f"{state.owner.host} pid {state.owner.pid}: {_worker(place, state, here)}"
     for state in failures:

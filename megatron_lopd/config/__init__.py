@@ -5,6 +5,7 @@ from megatron_lopd.config.engine import EngineConfig
 from megatron_lopd.config.engine_agreement import AgreementConfig
 from megatron_lopd.config.fp8 import Fp8Config
 from megatron_lopd.config.guard import GuardConfig
+from megatron_lopd.config.keys import NotNegative, Options, Positive, key, require
 from megatron_lopd.config.layout import ParallelConfig, Recompute
 from megatron_lopd.config.prompt_sources import PromptSource, PromptSources
 from megatron_lopd.config.recipe import (
@@ -34,8 +35,11 @@ __all__ = [
     "Fp8Config",
     "GenerateConfig",
     "GuardConfig",
+    "NotNegative",
     "OptimizerConfig",
+    "Options",
     "ParallelConfig",
+    "Positive",
     "PromptSource",
     "PromptSources",
     "Recipe",
@@ -51,7 +55,9 @@ __all__ = [
     "WeightsConfig",
     "deciding",
     "describe_keys",
+    "key",
     "load_cluster",
     "load_recipe",
+    "require",
     "to_plain",
 ]

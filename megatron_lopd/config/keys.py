@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from megatron_lopd.errors import ConfigError
+
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
 
 
 def key(help: str, default: Any = ..., factory: Any = None, *, operational: bool = False) -> Any:
@@ -20,6 +25,17 @@ def key(help: str, default: Any = ..., factory: Any = None, *, operational: bool
     if default is ...:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one thing behind a door; its keys are declared as any others, by `key`.
+
+    A recipe has them in a section called by the thing's name, beside the key that names the thing.
+    """
+
+    def check(self, recipe: Any) -> None:
+        """Raise ConfigError where they do not go with the rest of `recipe`, a Recipe."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -50,6 +50,11 @@ class Sampling:
         require(self.top_k >= 0, "sampling.top_k must be at least 0 (0 keeps all)")
         require(self.samples_per_prompt >= 1, "sampling.samples_per_prompt must be at least 1")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether kept log-probs are the model's own: of temperature 1, nothing cut off; greedy too."""
+        return self.temperature == 0 or (self.temperature, self.top_p, self.top_k) == (1, 1, 0)
+
 
 @dataclass(frozen=True)
 class GenerateConfig:

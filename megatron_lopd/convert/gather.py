@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.families.architecture import Architecture
-from megatron_lopd.families.weight_rules import Split, TensorMap, split_parts, tensor_maps
+from megatron_lopd.families.weight_rules import Split, TensorMap, as_stored, split_parts, tensor_maps
 from megatron_lopd.mcore.experts import tensor_split
 from megatron_lopd.mcore.names import parameters_by_name
 from megatron_lopd.mcore.optimizer import Optimization, finish_gathering
@@ -57,7 +57,7 @@ class WeightGatherer:
         """
         finish_gathering(self._optimization)
         for item in self._maps:
-            yield from zip(item.parts, self._whole_parts(item), strict=True)
+            yield from zip(item.parts, as_stored(item, self._whole_parts(item)), strict=True)
 
     def _whole_parts(self, item: TensorMap) -> list[Tensor]:
         form = self._forms[item.megatron]
@@ -82,14 +82,14 @@ class WeightGatherer:
             return []
         rank, size = tensor_split(parameter)
         heads_per_group = self._arch.num_heads // self._arch.num_kv_heads
-        parts = split_parts(item.layout, parameter.detach(), self._arch.num_kv_heads // size, heads_per_group)
-        axis = item.layout.split_axis
+        parts = split_parts(item.split, parameter.detach(), self._arch.num_kv_heads // size, heads_per_group)
+        axis = item.split.split_axis
         if axis is None:
             return [(tuple(slice(None) for _ in part.shape), part) for part in parts]
         own = []
         for part in parts:
             start = rank * part.shape[axis]
-            if item.layout is Split.VOCAB:
+            if item.split is Split.VOCAB:
                 part = part[: max(0, self._arch.vocab_size - start)]
             place = [slice(None) for _ in part.shape]
             place[axis] = slice(start, start + part.shape[axis])
@@ -115,10 +115,10 @@ class WeightGatherer:
         return forms
 
     def _whole_shape(self, item: TensorMap, shape: torch.Size, size: int) -> tuple[int, ...]:
-        axis = item.layout.split_axis
+        axis = item.split.split_axis
         if axis is None:
             return tuple(shape)
-        whole = self._arch.vocab_size if item.layout is Split.VOCAB else shape[axis] * size
+        whole = self._arch.vocab_size if item.split is Split.VOCAB else shape[axis] * size
         return (*shape[:axis], whole, *shape[axis + 1 :])
 
 
@@ -128,7 +128,7 @@ def _is_main_replica(parameter: Any, item: TensorMap) -> bool:
         replica: int = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     else:
         replica = parallel_state.get_expert_data_parallel_rank()
-    if replica or (item.layout is Split.REPLICATED and tensor_split(parameter)[0]):
+    if replica or (item.split is Split.REPLICATED and tensor_split(parameter)[0]):
         return False
     # With tied embeddings the last stage has a copy, under the embedding's name.
     is_embedding = item.megatron.startswith("embedding.")

@@ -29,7 +29,8 @@ from megatron_lopd.artifacts.files import (
 from megatron_lopd.artifacts.fingerprint import TensorLocation, safetensors_files, tensor_locations
 from megatron_lopd.artifacts.lineage import LINEAGE_FILE
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.families.weight_rules import TensorMap
+from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.weight_rules import TensorMap, spare_tensors
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPE_NAMES = {
@@ -88,11 +89,12 @@ class HFWeights:
     ) -> None:
         self._open_path = self._open_file = None
 
-    def check(self, maps: Sequence[TensorMap], tied: bool) -> None:
-        """Raise DataError unless the checkpoint holds every tensor of `maps` and no other.
+    def check(self, maps: Sequence[TensorMap], arch: Architecture) -> None:
+        """Raise DataError unless the checkpoint holds every tensor of `maps`, those of `arch`, and no other.
 
         Rotary frequency buffers, and an output layer beside the embedding it is tied to, may be there.
         """
+        spare = spare_tensors(arch)
         wanted = {part for item in maps for part in item.parts}
         missing = sorted(wanted - self._locations.keys())
         if missing:
@@ -101,7 +103,7 @@ class HFWeights:
                 "config.json and the weights are not of the same model"
             )
         for name in sorted(self._locations.keys() - wanted):
-            if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight"):
+            if not name.endswith("rotary_emb.inv_freq") and name not in spare:
                 raise DataError(
                     f"{self._locations[name].path}: tensor {name} is not part of the model that "
                     "config.json describes"
@@ -114,6 +116,23 @@ class HFWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the file's header."""
         return self._locations[name].shape
+
+    def parts(self, item: TensorMap, arch: Architecture) -> list[tuple[str, int, int]]:
+        """Where the parts of a Megatron tensor are: (tensor, first row, rows) of each.
+
+        DataError when a fused tensor's rows cannot be shared out among its parts.
+        """
+        if not item.is_fused:
+            return [(name, 0, self.shape(name)[0]) for name in item.parts]
+        name, shares = item.parts[0], item.split.shares(arch)
+        rows = self.shape(name)[0]
+        if rows % sum(shares):
+            raise DataError(
+                f"{self.file(name)}: the {rows} rows of {name} are not a multiple of {sum(shares)}, as "
+                "config.json asks: it is of another model"
+            )
+        unit = rows // sum(shares)
+        return [(name, unit * sum(shares[:number]), unit * share) for number, share in enumerate(shares)]
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype. DataError when it is not a floating-point one."""

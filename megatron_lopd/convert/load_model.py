@@ -27,7 +27,7 @@ def load_hf_weights(model: PackedGPTModel, arch: Architecture, hf_dir: str | Pat
     parameters = parameters_by_name(model, arch)
     maps = tensor_maps(arch)
     with HFWeights(hf_dir) as weights:
-        weights.check(maps, arch.tied)
+        weights.check(maps, arch)
         for item in maps:
             parameter = parameters.pop(item.megatron, None)
             if parameter is None:
@@ -46,16 +46,17 @@ def load_hf_weights(model: PackedGPTModel, arch: Architecture, hf_dir: str | Pat
 def _read(item: TensorMap, weights: HFWeights, arch: Architecture, parameter: Parameter) -> Tensor:
     """This rank's slice of a Megatron tensor."""
     rank, size = tensor_split(parameter)
-    if item.layout is Split.VOCAB:
+    if item.split is Split.VOCAB:
         return _read_vocabulary(item.parts[0], weights, arch, parameter, rank)
-    axis = item.layout.split_axis
+    axis = item.split.split_axis
     if axis is None:
         return weights.read(item.parts[0])
     parts = []
-    for name in item.parts:
-        width = weights.shape(name)[axis] // size
-        parts.append(weights.read(name, axis, rank * width, (rank + 1) * width))
-    return merge_parts(item.layout, parts, arch.num_kv_heads // size)
+    for name, first, rows in weights.parts(item, arch):
+        width = (rows if axis == 0 else weights.shape(name)[axis]) // size
+        start = (first if axis == 0 else 0) + rank * width
+        parts.append(weights.read(name, axis, start, start + width))
+    return merge_parts(item.split, parts, arch.num_kv_heads // size)
 
 
 def _read_vocabulary(

@@ -12,7 +12,14 @@ from megatron_lopd.convert.hf_checkpoint import HFWeights, HFWriter, carry_over,
 from megatron_lopd.convert.torch_dist_reader import TensorChunk, save_chunks
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import Architecture, read_architecture
-from megatron_lopd.families.weight_rules import Split, TensorMap, merge_parts, split_parts, tensor_maps
+from megatron_lopd.families.weight_rules import (
+    Split,
+    TensorMap,
+    as_stored,
+    merge_parts,
+    split_parts,
+    tensor_maps,
+)
 
 HF_SUBDIRECTORY = "hf"  # of a Megatron checkpoint: config, tokenizer, ... for the way back
 
@@ -28,7 +35,7 @@ def hf_to_megatron(hf_dir: str | Path, out_dir: str | Path) -> None:
     arch = read_architecture(source)
     maps = tensor_maps(arch)
     with HFWeights(source) as weights, new_directory(target) as directory:
-        weights.check(maps, arch.tied)
+        weights.check(maps, arch)
         save_chunks(_chunks(maps, weights, arch), _module_states(maps), directory)
         (directory / HF_SUBDIRECTORY).mkdir()
         carry_over(source, directory / HF_SUBDIRECTORY, None)
@@ -56,11 +63,11 @@ def megatron_to_hf(
         writer = HFWriter(directory, max_shard_bytes)
         for item in maps:
             tensor = reader.read(item.key, item.offset)
-            if item.layout is Split.VOCAB:
+            if item.split is Split.VOCAB:
                 tensor = tensor[: arch.vocab_size]  # a checkpoint of a TP layout has padding rows
             heads_per_group = arch.num_heads // arch.num_kv_heads
-            parts = split_parts(item.layout, tensor, arch.num_kv_heads, heads_per_group)
-            for name, part in zip(item.parts, parts, strict=True):
+            parts = split_parts(item.split, tensor, arch.num_kv_heads, heads_per_group)
+            for name, part in zip(item.parts, as_stored(item, parts), strict=True):
                 writer.add(name, part)
         writer.close()
         embedding = reader.tensors[maps[0].key].properties.dtype
@@ -88,8 +95,8 @@ def _chunk(item: TensorMap, weights: HFWeights, arch: Architecture) -> TensorChu
             f"{weights.file(item.parts[0])}: {', '.join(item.parts)} become one Megatron tensor and "
             "must have one dtype: cast the checkpoint"
         )
-    shapes = [weights.shape(name) for name in item.parts]
-    shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+    parts = weights.parts(item, arch)
+    shape = (sum(rows for _, _, rows in parts), *weights.shape(item.parts[0])[1:])
     lead = (1,) * len(item.stack)
     return TensorChunk(
         key=item.key,
@@ -98,7 +105,9 @@ def _chunk(item: TensorMap, weights: HFWeights, arch: Architecture) -> TensorChu
         offset=(*item.offset, *(0 for _ in shape)),
         shape=(*lead, *shape),
         make=lambda: merge_parts(
-            item.layout, [weights.read(name) for name in item.parts], arch.num_kv_heads
+            item.split,
+            [weights.read(name, 0, first, first + rows) for name, first, rows in parts],
+            arch.num_kv_heads,
         ).view(*lead, *shape),
     )
 
@@ -109,12 +118,12 @@ def _module_states(maps: list[TensorMap]) -> list[str]:
     Megatron's own linear layers have one that is empty; Transformer Engine's have theirs on every
     module with a weight and on the attention, and take None for none.
     """
-    weights = [item for item in maps if item.layout is not Split.VOCAB and item.key.endswith(".weight")]
+    weights = [item for item in maps if item.split is not Split.VOCAB and item.key.endswith(".weight")]
     modules = [(item.key.removesuffix(".weight"), item) for item in weights]
     modules += [
         (item.key.replace("linear_qkv.weight", "core_attention"), item)
         for item in weights
-        if item.layout is Split.QKV
+        if item.split is Split.QKV
     ]
     return [
         ShardedObject(f"{name}._extra_state", None, item.stack or (1,), item.offset or (0,)).unique_key

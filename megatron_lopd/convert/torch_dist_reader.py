@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
 from megatron_lopd.checkpoint.torch_dist import INDEX, Entry, index_of, pickled, write_value
 from megatron_lopd.errors import DataError
+from megatron_lopd.mcore.private import CheckpointingConfig, save_config
 
 FILE = "__0_0.distcp"
 

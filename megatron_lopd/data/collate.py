@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,17 @@ LossNormalization = Literal["sequence_mean", "token_mean"]
 # Any id of the vocabulary would do: padding stands after all that could attend to it.
 PADDING_TOKEN = 0
 
+RowsOf = Literal["positions", "documents", "responses", "counts", "maximum"]
+
+
+def rows_of(what: RowsOf) -> Any:
+    """A field of MicroBatch, and what its leading axis counts: packed positions, documents (and their end),
+    or response tokens; `counts` are numbers that ranks add up, `maximum` one that they share.
+
+    data/context_parallel.py cuts each field by that, and refuses one that says nothing.
+    """
+    return field(metadata={"rows_of": what})
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -33,32 +44,34 @@ class MicroBatch:
     `response_position` int64 [R], which token of its response, from 0.
     The loss of a step is `sum(loss_weights * loss) / sum(loss_count)`, both sums over the global batch:
     with sequence_mean the weights are one over the response's length and the count is samples, with
-    token_mean 1 and response tokens. `loss_weights` float32 [R]. `behaviour_log_probs`,
-    `teacher_log_probs` float32 [R], nats, or None where the samples have none; so too the teacher's k
-    likeliest tokens (records.TopK): `top_k_ids` int64 [R, k], `top_k_log_probs` float32 [R, k],
+    token_mean 1 and response tokens. `loss_weights` float32 [R]. `behaviour_log_probs` (pi_ref's own, at
+    temperature 1) and `teacher_log_probs` float32 [R], nats, or None where the samples have none;
+    `sampled_log_probs` float32 [R], of the distribution that was drawn from, None where that is pi_ref's own;
+    of the teacher's k likeliest (records.TopK): `top_k_ids` int64 [R, k], `top_k_log_probs` float32 [R, k],
     `tail_log_probs` float32 [R]. `prefix_discrepancy` float32 [R]: how much of a response's disagreement
     between teacher and sampler lies before the token (_prefix_discrepancy), None without both their
     log-probs. `num_tokens` leaves padding out.
     """
 
-    tokens: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    predict_index: Tensor
-    response_tokens: Tensor
-    sequence_index: Tensor
-    response_position: Tensor
-    loss_weights: Tensor
-    loss_count: int
-    behaviour_log_probs: Tensor | None
-    teacher_log_probs: Tensor | None
-    prefix_discrepancy: Tensor | None
-    top_k_ids: Tensor | None
-    top_k_log_probs: Tensor | None
-    tail_log_probs: Tensor | None
-    num_samples: int
-    num_tokens: int
+    tokens: Tensor = rows_of("positions")
+    position_ids: Tensor = rows_of("positions")
+    cu_seqlens: Tensor = rows_of("documents")
+    max_seqlen: int = rows_of("maximum")
+    predict_index: Tensor = rows_of("responses")
+    response_tokens: Tensor = rows_of("responses")
+    sequence_index: Tensor = rows_of("responses")
+    response_position: Tensor = rows_of("responses")
+    loss_weights: Tensor = rows_of("responses")
+    loss_count: int = rows_of("counts")
+    behaviour_log_probs: Tensor | None = rows_of("responses")
+    sampled_log_probs: Tensor | None = rows_of("responses")
+    teacher_log_probs: Tensor | None = rows_of("responses")
+    prefix_discrepancy: Tensor | None = rows_of("responses")
+    top_k_ids: Tensor | None = rows_of("responses")
+    top_k_log_probs: Tensor | None = rows_of("responses")
+    tail_log_probs: Tensor | None = rows_of("responses")
+    num_samples: int = rows_of("counts")
+    num_tokens: int = rows_of("counts")
 
 
 def collate(samples: Sequence[Sample], loss_normalization: LossNormalization, padding: Padding) -> MicroBatch:
@@ -104,7 +117,12 @@ def collate(samples: Sequence[Sample], loss_normalization: LossNormalization, pa
         response_position=_ramps(np.zeros_like(response), response),
         loss_weights=torch.from_numpy(np.repeat(weights, response).astype(np.float32)),
         loss_count=count,
-        behaviour_log_probs=_log_probs(rollouts, [rollout.log_probs for rollout in rollouts], "behaviour"),
+        behaviour_log_probs=_log_probs(
+            rollouts, [each.behaviour_log_probs for each in rollouts], "behaviour"
+        ),
+        sampled_log_probs=_log_probs(rollouts, [each.log_probs for each in rollouts], "sampled")
+        if any(each.untruncated_log_probs is not None for each in rollouts)
+        else None,
         teacher_log_probs=_log_probs(rollouts, teacher, "teacher"),
         prefix_discrepancy=_prefix_discrepancies(samples),
         **_top_k(samples),
@@ -120,7 +138,7 @@ def _ramps(first: NDArray[np.int64], count: NDArray[np.int64]) -> Tensor:
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0), *parts]).astype(dtype))
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts], dtype=dtype, casting="same_kind"))
 
 
 def _log_probs(
@@ -149,9 +167,10 @@ def _prefix_discrepancies(samples: Sequence[Sample]) -> Tensor | None:
     """float32 [R]; None when a sample lacks the teacher's or the behaviour log-probs."""
     parts = []
     for sample in samples:
-        if sample.score is None or sample.rollout.log_probs is None:
+        behaviour = sample.rollout.behaviour_log_probs
+        if sample.score is None or behaviour is None:
             return None
-        parts.append(_prefix_discrepancy(sample.score.log_probs, sample.rollout.log_probs))
+        parts.append(_prefix_discrepancy(sample.score.log_probs, behaviour))
     return _joined(parts, np.float32)
 
 

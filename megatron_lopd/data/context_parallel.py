@@ -7,15 +7,28 @@ ranks have as much causal attention to do. A response token goes with the positi
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from megatron_lopd.data.collate import MicroBatch
+from megatron_lopd.data.collate import MicroBatch, RowsOf
 
-# Every other tensor of a micro-batch has one row for each response token.
-OF_POSITIONS = ("tokens", "position_ids", "cu_seqlens", "predict_index")
+
+def fields_by_rows(kind: type[MicroBatch]) -> dict[str, RowsOf]:
+    """What the leading axis of each field counts. Raises TypeError for a field that does not say it."""
+    rules = {each.name: each.metadata.get("rows_of") for each in fields(kind)}
+    for name, rule in rules.items():
+        if rule not in get_args(RowsOf):
+            raise TypeError(
+                f"{kind.__name__}.{name} does not say what its rows are, so context parallelism cannot cut "
+                f"it: declare it as `{name}: Tensor = rows_of(...)`, of {', '.join(get_args(RowsOf))}"
+            )
+    return rules
+
+
+# At import, and not when a layout first needs it: few tests and fewer runs have context parallel ranks.
+_ROWS_OF = fields_by_rows(MicroBatch)
 
 
 def slice_micro_batch(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
@@ -31,17 +44,12 @@ def slice_micro_batch(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
     place = torch.full_like(batch.tokens, -1)  # of each position among the rank's own
     place[positions] = torch.arange(len(positions))
     predicted_here = place[batch.predict_index] >= 0  # [R]
-    of_responses: dict[str, Any] = {
-        field.name: value[predicted_here]
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor) and field.name not in OF_POSITIONS
-    }
-    counts: dict[str, Any] = {} if rank == 0 else {"loss_count": 0, "num_samples": 0, "num_tokens": 0}
-    return replace(
-        batch,
-        tokens=batch.tokens[positions],
-        position_ids=batch.position_ids[positions],
-        predict_index=place[batch.predict_index[predicted_here]],
-        **of_responses,
-        **counts,
-    )
+    own: dict[str, Any] = {}
+    for name, rows in _ROWS_OF.items():
+        value = getattr(batch, name)
+        if isinstance(value, Tensor) and rows in ("positions", "responses"):
+            own[name] = value[positions if rows == "positions" else predicted_here]
+        elif rows == "counts" and rank:
+            own[name] = 0
+    own["predict_index"] = place[own["predict_index"]]
+    return replace(batch, **own)

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lopd.config import Sampling
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score
-from megatron_lopd.data.schemas import ROLLOUTS, SCORES, kind_of
+from megatron_lopd.data.schemas import ROLLOUTS, SCORES, UNTRUNCATED, kind_of
 from megatron_lopd.data.shards import Record, ShardKind, ShardReader
 from megatron_lopd.errors import DataError
 
@@ -73,6 +74,10 @@ class TrainingData:
         return Sample(
             rollout, self._scores.record(index if self._score_of is None else int(self._score_of[index]))
         )
+
+    def keeps_behaviour(self, sampling: Sampling) -> bool:
+        """Whether the sampling model's own log-probs are kept of all that was drawn as `sampling` says."""
+        return sampling.is_plain or bool(self._rollouts.lengths(UNTRUNCATED).all())
 
     def require_within(self, token_budget: int, padding: Padding) -> None:
         """Raise DataError naming the longest sample when it is, padded, above `token_budget` tokens."""

@@ -13,12 +13,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response, exactly as the sampler produced it (DESIGN section 5).
+    """One sampled response, exactly as the sampler produced it.
 
     `prompt_tokens` int32 [P]; `response_tokens` int32 [T], T >= 1, INCLUDING the end token when
-    `finish_reason` is "stop"; `log_probs` float32 [T], nats, of the sampler's own distribution
-    (temperature, top-p and top-k applied). Responses that were not sampled (SFT text) have
-    `log_probs` None.
+    `finish_reason` is "stop"; `log_probs` float32 [T], nats, of the distribution that the tokens were drawn
+    from (temperature, top-p and top-k applied). `untruncated_log_probs` float32 [T], nats:
+    `log pi_ref(a_t | s_t)`, at temperature 1 over the whole vocabulary; None where it is the same
+    (Sampling.is_plain), and in rollouts from before it was kept. Responses that were not sampled (SFT text)
+    have neither.
     """
 
     sample_id: str
@@ -26,6 +28,12 @@ class Rollout:
     response_tokens: NDArray[np.int32]
     finish_reason: FinishReason
     log_probs: NDArray[np.float32] | None
+    untruncated_log_probs: NDArray[np.float32] | None = None
+
+    @property
+    def behaviour_log_probs(self) -> NDArray[np.float32] | None:
+        """`log pi_ref(a_t | s_t)`, the model's own, float32 [T]."""
+        return self.log_probs if self.untruncated_log_probs is None else self.untruncated_log_probs
 
 
 @dataclass(frozen=True)

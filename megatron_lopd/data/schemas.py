@@ -25,9 +25,16 @@ from megatron_lopd.errors import DataError
 LOWEST = float(np.finfo(np.float32).min)
 
 
-def _make_rollout(log_probs: NDArray[np.float32], **columns: Any) -> Rollout:
-    # A response has at least one token, so no log-probs can only mean that it was not sampled.
-    return Rollout(log_probs=log_probs if len(log_probs) else None, **columns)
+# Kept beside the sampler's own log-probs where those are of another distribution.
+UNTRUNCATED = "untruncated_log_probs"
+
+
+def _make_rollout(**columns: Any) -> Rollout:
+    # A response has at least one token, so no log-probs can only mean that none are kept.
+    for name in ("log_probs", UNTRUNCATED):
+        if not len(columns.get(name, ())):
+            columns[name] = None
+    return Rollout(**columns)
 
 
 def _rollout_problem(rollout: Rollout) -> str | None:
@@ -39,10 +46,18 @@ def _rollout_problem(rollout: Rollout) -> str | None:
         if problem := _tokens_problem(tokens, f"{name} token"):
             return problem
     if rollout.log_probs is None:
-        return None
-    if len(rollout.log_probs) != len(rollout.response_tokens):
-        return f"{len(rollout.log_probs)} log-probs for {len(rollout.response_tokens)} response tokens"
-    return _log_probs_problem(rollout.log_probs, "log-prob")
+        return None if rollout.untruncated_log_probs is None else "there are untruncated log-probs alone"
+    for name, log_probs in (
+        ("log-prob", rollout.log_probs),
+        ("untruncated log-prob", rollout.untruncated_log_probs),
+    ):
+        if log_probs is None:
+            continue
+        if len(log_probs) != len(rollout.response_tokens):
+            return f"{len(log_probs)} {name}s for {len(rollout.response_tokens)} response tokens"
+        if problem := _log_probs_problem(log_probs, name):
+            return problem
+    return None
 
 
 def _score_problem(score: Score, top_k: int) -> str | None:
@@ -149,6 +164,7 @@ ROLLOUTS: ShardKind[Rollout] = ShardKind(
     version=2,
     text=("sample_id", "finish_reason"),
     columns={"log_probs": LOG_PROBS, "prompt_tokens": TOKENS, "response_tokens": TOKENS},
+    extra={UNTRUNCATED: LOG_PROBS},
     split=vars,
     make=_make_rollout,
     problem=_rollout_problem,

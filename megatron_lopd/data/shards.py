@@ -13,17 +13,18 @@ opened, which reads no values.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128
 
-from megatron_lopd.artifacts.files import atomic_file
+from megatron_lopd.artifacts.files import errors_of_file, temporary_file
 from megatron_lopd.data.columns import Bytes, Column
 from megatron_lopd.data.sample_ids import SampleIds
 from megatron_lopd.errors import DataError
@@ -54,6 +55,7 @@ Item = TypeVar("Item", bound=np.generic)
 class ShardKind(Generic[Record]):
     """One kind of shard: a record's `text`, `sample_id` first, and `columns` of arrays, largest items first.
 
+    `extra` are columns that a file has, before the others, when its first record fills one of them.
     `split` gives a record's text and arrays by name, None where it has none; `make` builds a record from
     them, given by name; `problem` says in a few words what is wrong with a record, or None, and
     is asked on write and on read. `parameters` tell shards of one kind apart: all of an artifact agree.
@@ -67,6 +69,17 @@ class ShardKind(Generic[Record]):
     make: Callable[..., Record]
     problem: Callable[[Record], str | None]
     parameters: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Column] = field(default_factory=dict)
+
+    @cached_property
+    def with_extra(self) -> ShardKind[Record]:
+        """This kind in a file that has the extra columns."""
+        return replace(self, columns={**self.extra, **self.columns}, extra={})
+
+    def holding(self, record: Record) -> ShardKind[Record]:
+        """This kind in a file that begins with `record`."""
+        fields = self.split(record)
+        return self.with_extra if any(fields[name] is not None for name in self.extra) else self
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -80,25 +93,78 @@ class ShardKind(Generic[Record]):
         return pa.schema(fields, metadata={f"lopd.{key}": value for key, value in about.items()})
 
 
-def write_shard(path: Path, kind: ShardKind[Record], records: Iterable[Record]) -> int:
-    """Write `records` to `path`, which appears only once it is whole and on disk. Returns how many.
+class ShardWriter(Generic[Record]):
+    """Takes the records of a shard, one by one. Made by `shard_writer`. `count`: how many it has."""
 
-    The bytes depend on the records alone. Raises DataError naming file and sample on a bad or repeated
-    record, on no records at all, and when the disk is full.
+    def __init__(self, path: Path, kind: ShardKind[Record], stream: IO[bytes]) -> None:
+        self.count = 0
+        self._path, self._kind, self._stream = path, kind, stream
+        self._file: pa.RecordBatchFileWriter | None = None
+        self._seen: set[str] = set()
+
+    def add(self, record: Record) -> None:
+        """Take a record. Raises DataError naming file and sample when it is bad or there already."""
+        if record.sample_id in self._seen:
+            raise DataError(f"{self._path}: sample {record.sample_id} is given twice")
+        if problem := self._kind.problem(record):
+            raise DataError(f"{self._path}: sample {record.sample_id}: {problem}")
+        self._begin(record)
+        if self._draft.is_full():
+            self._seal(is_last=False)
+            self._draft = _BatchDraft(self._kind, self._draft.number + 1)
+        self._draft.add(record)
+        self._seen.add(record.sample_id)
+        self.count += 1
+
+    def _begin(self, record: Record) -> None:
+        """Have the columns that the first record fills. DataError for a later one that fills more."""
+        kind = self._kind.holding(record)
+        if self._file is None:
+            with errors_of_file(self._path):
+                self._file = pa.ipc.new_file(self._stream, kind.schema)
+            self._kind, self._draft = kind, _BatchDraft(kind, number=0)
+        elif kind is not self._kind:
+            raise DataError(
+                f"{self._path}: sample {record.sample_id} has {', '.join(self._kind.extra)}, and the first of "
+                f"its {self._kind.name} has none: they were not sampled alike"
+            )
+
+    def finish(self) -> None:
+        """Write what is left. Raises DataError when there was no record at all."""
+        if self._file is None:
+            raise DataError(f"{self._path}: there are no {self._kind.name} to write")
+        self._seal(is_last=True)
+        with errors_of_file(self._path):
+            self._file.close()
+
+    def _seal(self, is_last: bool) -> None:
+        assert self._file is not None  # a record came before
+        with errors_of_file(self._path):
+            self._file.write_batch(*self._draft.seal(self._path, is_last))
+
+
+@contextmanager
+def shard_writer(path: Path, kind: ShardKind[Record]) -> Iterator[ShardWriter[Record]]:
+    """Make `path` of the records that the block adds; it appears only once it is whole and on disk.
+
+    The bytes depend on the records alone. Errors of the file are DataErrors, those of whatever makes the
+    records pass as they are; then there is no file. Raises DataError as `ShardWriter` does.
     """
-    count = 0
-    with atomic_file(path) as stream, pa.ipc.new_file(stream, kind.schema) as writer:
-        draft = _BatchDraft(kind, number=0)
-        for record in _checked(path, kind, records):
-            if draft.is_full():
-                writer.write_batch(*draft.seal(path, is_last=False))
-                draft = _BatchDraft(kind, draft.number + 1)
-            draft.add(record)
-            count += 1
-        if not count:
-            raise DataError(f"{path}: there are no {kind.name} to write")
-        writer.write_batch(*draft.seal(path, is_last=True))
-    return count
+    with ExitStack() as file:
+        with errors_of_file(path):
+            shard = ShardWriter(path, kind, file.enter_context(temporary_file(path)))
+        yield shard
+        shard.finish()
+        with errors_of_file(path):
+            file.close()
+
+
+def write_shard(path: Path, kind: ShardKind[Record], records: Iterable[Record]) -> int:
+    """Write `records` to `path`, as `shard_writer` does. Returns how many."""
+    with shard_writer(path, kind) as shard:
+        for record in records:
+            shard.add(record)
+    return shard.count
 
 
 class ShardReader(Generic[Record]):
@@ -144,9 +210,13 @@ class ShardReader(Generic[Record]):
         return self._find(index)[0].path
 
     def lengths(self, column: str) -> NDArray[np.int64]:
-        """Items of a column by record, int64 [len(self)], from the index alone."""
-        empty = np.empty(0, dtype=np.int64)
-        return np.concatenate([empty, *(batch.items[column] for batch in self._batches)], dtype=np.int64)
+        """Items of a column by record, int64 [len(self)], from the index alone; 0 in a file without it."""
+        items = (batch.items.get(column, np.zeros(batch.num_records)) for batch in self._batches)
+        return np.concatenate([np.empty(0), *items]).astype(np.int64)
+
+    def count(self, column: str, value: str) -> int:
+        """Records whose text `column` is `value`, from the index alone."""
+        return sum(batch.count(column, value.encode()) for batch in self._batches)
 
     def record(self, index: int) -> Record:
         """Record `index`. Its arrays may be read-only views of the file."""
@@ -160,7 +230,7 @@ class ShardReader(Generic[Record]):
         fields: dict[str, Any] = {name: batch.text(name, row) for name in self.kind.text}
         begin = 0
         try:
-            for name, column in self.kind.columns.items():
+            for name, column in batch.kind.columns.items():
                 end = begin + int(batch.items[name][row]) * column.item_bytes
                 fields[name] = column.decode(raw[begin:end])
                 begin = end
@@ -238,7 +308,7 @@ class _Batch:
     """
 
     def __init__(self, path: Path, kind: ShardKind[Any], batch: pa.RecordBatch, max_token: int) -> None:
-        self.path = path
+        self.path, self.kind = path, kind
         self.num_records: int = batch.num_rows
         self.max_token = max_token
         self.ids: pa.Array = batch.column(0)
@@ -249,6 +319,10 @@ class _Batch:
 
     def text(self, name: str, row: int) -> str:
         return self._text[name].row(row).tobytes().decode()
+
+    def count(self, name: str, value: bytes) -> int:
+        text = self._text[name]
+        return sum(text.row(row).tobytes() == value for row in range(self.num_records))
 
     def values(self, row: int) -> Bytes:
         return self._values.row(row)
@@ -289,6 +363,8 @@ def _open_shard(path: Path, kind: ShardKind[Any]) -> list[_Batch]:
         raise DataError(f"{path}: no such {kind.name} shard")
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if set(kind.extra) & set(reader.schema.names):
+            kind = kind.with_extra
         if reader.schema.metadata != kind.schema.metadata or reader.schema != kind.schema:
             wanted = ", ".join(f"{key} {value}" for key, value in kind.parameters.items())
             raise DataError(
@@ -314,18 +390,6 @@ def _open_shard(path: Path, kind: ShardKind[Any]) -> list[_Batch]:
             f"{path}: damaged or truncated ({reason}): delete the artifact and make it again"
         ) from error
     return batches
-
-
-def _checked(path: Path, kind: ShardKind[Record], records: Iterable[Record]) -> Iterator[Record]:
-    """Pass good records on; raise DataError at the first that is not."""
-    seen: set[str] = set()
-    for record in records:
-        if record.sample_id in seen:
-            raise DataError(f"{path}: sample {record.sample_id} is given twice")
-        if problem := kind.problem(record):
-            raise DataError(f"{path}: sample {record.sample_id}: {problem}")
-        seen.add(record.sample_id)
-        yield record
 
 
 def _largest_token(kind: ShardKind[Any], fields: Mapping[str, Any]) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from megatron_lopd.config import EngineConfig
-from megatron_lopd.engines.protocol import Completion, Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.protocol import Engine, Prompted
 from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import EngineError
 from megatron_lopd.mcore.gpus import require_usable
 from megatron_lopd.ops.products import without_tf32
 
-__all__ = ["Completion", "Engine", "GenerateRequest", "ScoreRequest", "open_engine"]
+__all__ = ["Engine", "Prompted", "open_engine"]
 
 
 def open_engine(config: EngineConfig, model_dir: str) -> Engine:

@@ -49,10 +49,11 @@ def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row by inverting the distribution's CDF at `uniform` (float64 [B], in (0, 1]).
 
-    `logits` float32 [B, V]. Returns tokens int64 [B] and their log-probs float32 [B] under
-    `truncated_log_probs`. At temperature 0 the token is the most likely one and the log-prob that of
-    temperature 1: the sampler's own would be 0 everywhere, and tell nothing. Logits that are not finite
-    give a log-prob that is not finite.
+    `logits` float32 [B, V]. Returns tokens int64 [B] and their log-probs float32 [kinds, B]: under
+    `truncated_log_probs`, and where that is another distribution (not Sampling.is_plain) under
+    `softmax(logits)`. At temperature 0 the token is the most likely one and the log-prob that of temperature
+    1: the sampler's own would be 0 everywhere, and tell nothing. Logits that are not finite give a log-prob
+    that is not finite.
     """
     if sampling.temperature == 0:
         log_probs = torch.log_softmax(logits.double(), dim=-1)
@@ -64,4 +65,5 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, T
         target = uniform[:, None] * cdf[:, -1:]
         # A row of NaN has no such token; staying in range lets the caller see and name it.
         tokens = torch.searchsorted(cdf, target).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
-    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1).float()
+    kept = [log_probs] if sampling.is_plain else [log_probs, torch.log_softmax(logits.double(), dim=-1)]
+    return tokens, torch.stack([each.gather(-1, tokens[:, None]).squeeze(-1) for each in kept]).float()

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_lopd.config import EngineConfig, Sampling
-from megatron_lopd.data.records import Score, TopK
+from megatron_lopd.data.records import Rollout, Score, TopK
 from megatron_lopd.engines.draw import BLOCK, draw, uniforms
-from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.engines.requests import (
     check_finite,
     check_scoring,
@@ -63,11 +63,11 @@ class TransformersEngine:
         self._check_head(model)
 
     def generate(
-        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
-    ) -> Iterator[Completion]:
+        self, requests: Sequence[Prompted], sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Iterator[Rollout]:
         """Sample one response a request, batch by batch in order.
 
-        At temperature 0 the log-probs are those of temperature 1 (see `sampling.draw`). Raises EngineError
+        At temperature 0 the log-probs are those of temperature 1 (see `draw`). Raises EngineError
         naming the sample for a token beyond the vocabulary, more tokens than the model has positions for, and
         logits that are not finite; and when memory runs out.
         """
@@ -83,15 +83,15 @@ class TransformersEngine:
         for start in range(0, len(requests), self._config.batch_size):
             with self._memory_advice("lower engine.batch_size or sampling.max_new_tokens"):
                 batch = requests[start : start + self._config.batch_size]
-                completions = self._generate_batch(batch, sampling, sorted(end_tokens))
-            yield from completions
+                rollouts = self._generate_batch(batch, sampling, sorted(end_tokens))
+            yield from rollouts
 
-    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
+    def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
         """Scores of given responses, run together by length, the longest first. Raises as `generate`."""
-        check_scoring(requests, top_k, len(self._head_weight), self._positions, self._model_dir)
+        check_scoring(rollouts, top_k, len(self._head_weight), self._positions, self._model_dir)
         return (
             score
-            for window in windows(requests, top_k, self._config.batch_size)
+            for window in windows(rollouts, top_k, self._config.batch_size)
             for score in self._score_window(window, top_k)
         )
 
@@ -124,21 +124,21 @@ class TransformersEngine:
         vars(self).clear()
         give_back_memory()
 
-    def _score_window(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
-        lengths = [len(request.prompt_tokens) + len(request.response_tokens) for request in requests]
-        longest_first = sorted(range(len(requests)), key=lambda index: -lengths[index])
+    def _score_window(self, rollouts: Sequence[Rollout], top_k: int) -> list[Score]:
+        lengths = [len(rollout.prompt_tokens) + len(rollout.response_tokens) for rollout in rollouts]
+        longest_first = sorted(range(len(rollouts)), key=lambda index: -lengths[index])
         results: dict[int, Score] = {}
-        for start in range(0, len(requests), self._config.batch_size):
+        for start in range(0, len(rollouts), self._config.batch_size):
             chosen = longest_first[start : start + self._config.batch_size]
             with self._memory_advice("lower engine.batch_size"):
-                scored = self._score_batch([requests[index] for index in chosen], top_k)
+                scored = self._score_batch([rollouts[index] for index in chosen], top_k)
             results.update(zip(chosen, scored, strict=True))
-        return [results[index] for index in range(len(requests))]
+        return [results[index] for index in range(len(rollouts))]
 
     @torch.inference_mode()
     def _generate_batch(
-        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: list[int]
-    ) -> list[Completion]:
+        self, requests: Sequence[Prompted], sampling: Sampling, end_tokens: list[int]
+    ) -> list[Rollout]:
         ends = torch.tensor(end_tokens, dtype=torch.int64, device=self._device)
         tokens, mask = self._left_padded(requests, sampling.max_new_tokens)
         prompt_length = tokens.shape[1]
@@ -150,7 +150,8 @@ class TransformersEngine:
         rows = torch.arange(len(requests), device=self._device)
         shape = len(requests), sampling.max_new_tokens
         responses = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        log_probs = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        kinds = 1 if sampling.is_plain else 2  # of log-probs that `draw` gives
+        log_probs = torch.zeros((kinds, *shape), dtype=torch.float32, device=self._device)
         lengths = torch.full((len(requests),), sampling.max_new_tokens, device=self._device)
         stopped = torch.zeros(len(requests), dtype=torch.bool, device=self._device)
         for step in range(sampling.max_new_tokens):
@@ -161,7 +162,7 @@ class TransformersEngine:
             hidden = self._hidden(tokens, attention_mask=seen, position_ids=position, past_key_values=cache)
             sampled, sampled_log_probs = self._draw(hidden[:, -1], sampling, uniform[:, step % BLOCK])
             responses[rows, step] = sampled
-            log_probs[rows, step] = sampled_log_probs
+            log_probs[:, rows, step] = sampled_log_probs
 
             ended = torch.isin(sampled, ends) & ~stopped[rows]
             lengths[rows[ended]] = step + 1
@@ -174,36 +175,36 @@ class TransformersEngine:
                 cache.batch_select_indices(running)
                 rows, tokens, position = rows[running], tokens[running], position[running]
                 mask, uniform = mask[running], uniform[running]
-        return self._completions(requests, responses, log_probs, lengths, stopped)
+        return self._rollouts(requests, responses, log_probs, lengths, stopped)
 
     @torch.inference_mode()
-    def _score_batch(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
+    def _score_batch(self, rollouts: Sequence[Rollout], top_k: int) -> list[Score]:
         # The last token predicts nothing that is asked for, so it is not run. Padding comes after the tokens,
         # which a causal model does not see, so there is no mask.
-        inputs = [np.concatenate([r.prompt_tokens, r.response_tokens[:-1]]) for r in requests]
+        inputs = [np.concatenate([r.prompt_tokens, r.response_tokens[:-1]]) for r in rollouts]
         tokens = np.zeros((len(inputs), max(map(len, inputs))), dtype=np.int64)
         for row, values in enumerate(inputs):
             tokens[row, : len(values)] = values
         hidden = self._hidden(torch.from_numpy(tokens).to(self._device))  # [B, L, h]
 
         # The position before a response token predicts it; all responses end to end: [R].
-        lengths = [len(r.response_tokens) for r in requests]
-        row_index = np.repeat(np.arange(len(requests)), lengths)
+        lengths = [len(r.response_tokens) for r in rollouts]
+        row_index = np.repeat(np.arange(len(rollouts)), lengths)
         position = np.concatenate(
-            [len(r.prompt_tokens) - 1 + np.arange(len(r.response_tokens)) for r in requests]
+            [len(r.prompt_tokens) - 1 + np.arange(len(r.response_tokens)) for r in rollouts]
         )
-        targets = np.concatenate([r.response_tokens for r in requests]).astype(np.int64)
+        targets = np.concatenate([r.response_tokens for r in rollouts]).astype(np.int64)
         hidden = hidden[torch.from_numpy(row_index), torch.from_numpy(position)]  # [R, h]
         parts = [
             torch.split(values, lengths)
             for values in self._token_scores(hidden, torch.from_numpy(targets).to(self._device), top_k)
         ]
         scores = []
-        for request, part in zip(requests, zip(*parts, strict=True), strict=True):
+        for rollout, part in zip(rollouts, zip(*parts, strict=True), strict=True):
             log_probs, *likeliest = (each.cpu().numpy() for each in part)
             for values in (log_probs, *likeliest[1:]):
-                check_finite(request.sample_id, values, self._model_dir, self._config.dtype)
-            scores.append(Score(request.sample_id, log_probs, TopK(*likeliest) if top_k else None))
+                check_finite(rollout.sample_id, values, self._model_dir, self._config.dtype)
+            scores.append(Score(rollout.sample_id, log_probs, TopK(*likeliest) if top_k else None))
         return scores
 
     def _token_scores(self, hidden: Tensor, targets: Tensor, top_k: int) -> list[Tensor]:
@@ -230,14 +231,14 @@ class TransformersEngine:
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
     def _draw(self, hidden: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """`sampling.draw` from the last hidden states [B, h], a block of rows at a time."""
+        """`draw` from the last hidden states [B, h], a block of rows at a time."""
         rows = self._rows_at_a_time()
         parts = [
             draw(self._logits(states), sampling, draws)
             for states, draws in zip(torch.split(hidden, rows), torch.split(uniform, rows), strict=True)
         ]
         tokens, log_probs = zip(*parts, strict=True)
-        return torch.cat(tokens), torch.cat(log_probs)
+        return torch.cat(tokens), torch.cat(log_probs, dim=-1)
 
     def _rows_at_a_time(self) -> int:
         return max(1, LOGITS_ELEMENTS // len(self._head_weight))
@@ -256,7 +257,7 @@ class TransformersEngine:
         logits = matmul_fp32(hidden.flatten(0, -2), self._head_weight.t()).view(*hidden.shape[:-1], -1)
         return logits if self._head_bias is None else logits.add_(self._head_bias)
 
-    def _left_padded(self, requests: Sequence[GenerateRequest], max_new_tokens: int) -> tuple[Tensor, Tensor]:
+    def _left_padded(self, requests: Sequence[Prompted], max_new_tokens: int) -> tuple[Tensor, Tensor]:
         """Prompts int64 [B, P], and an attention mask for all that will follow: int64 [B, P + max_new]."""
         longest = max(len(request.prompt_tokens) for request in requests)
         tokens = np.zeros((len(requests), longest), dtype=np.int64)
@@ -267,30 +268,32 @@ class TransformersEngine:
             mask[row, :padding] = 0
         return torch.from_numpy(tokens).to(self._device), torch.from_numpy(mask).to(self._device)
 
-    def _completions(
+    def _rollouts(
         self,
-        requests: Sequence[GenerateRequest],
+        requests: Sequence[Prompted],
         responses: Tensor,
         log_probs: Tensor,
         lengths: Tensor,
         stopped: Tensor,
-    ) -> list[Completion]:
+    ) -> list[Rollout]:
         """Cut rows of [B, max_new_tokens] to their responses."""
-        completions = []
+        rollouts = []
         all_tokens, all_log_probs = responses.cpu().numpy().astype(np.int32), log_probs.cpu().numpy()
         for row, request in enumerate(requests):
             length = int(lengths[row])
-            kept = all_log_probs[row, :length].copy()
-            check_finite(request.sample_id, kept, self._model_dir, self._config.dtype)
-            completions.append(
-                Completion(
-                    sample_id=request.sample_id,
-                    response_tokens=all_tokens[row, :length].copy(),
-                    log_probs=kept,
-                    finish_reason="stop" if stopped[row] else "length",
+            kept = [each[row, :length].copy() for each in all_log_probs]
+            for values in kept:
+                check_finite(request.sample_id, values, self._model_dir, self._config.dtype)
+            rollouts.append(
+                Rollout(
+                    request.sample_id,
+                    request.prompt_tokens,
+                    all_tokens[row, :length].copy(),
+                    "stop" if stopped[row] else "length",
+                    *kept,
                 )
             )
-        return completions
+        return rollouts
 
     def _check_head(self, model: Any) -> None:
         """Refuse a model that does more to its logits than the output layer: scaling, or soft caps."""

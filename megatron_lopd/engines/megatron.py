@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from megatron_lopd.config import EngineConfig, ParallelConfig, Sampling
 from megatron_lopd.convert.load_model import load_hf_weights
 from megatron_lopd.data.collate import LossNormalization, MicroBatch
 from megatron_lopd.data.records import Rollout, Sample, Score, TopK
-from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.engines.ranks import channel
 from megatron_lopd.engines.requests import (
     check_finite,
@@ -60,8 +60,8 @@ class MegatronEngine:
         self._model = self._opened.enter_context(_opened(config, model_dir))
 
     def generate(
-        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
-    ) -> Iterator[Completion]:
+        self, requests: Sequence[Prompted], sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Iterator[Rollout]:
         """Raises EngineError: the recipe refuses it before (config/recipe.py)."""
         raise self._unable("sample")
 
@@ -69,13 +69,13 @@ class MegatronEngine:
         """Raises EngineError: only a student in training gets new weights, to sample with."""
         raise self._unable("take new weights")
 
-    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
+    def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
         """See `Engine.score`. Raises EngineError, naming the sample, for one that does not fit the model or a
         micro-batch, and for log-probs that are not finite; and when memory runs out."""
-        check_scoring(requests, top_k, self._arch.vocab_size, self._arch.max_positions, self._model_dir)
-        for request in requests:
-            self._check_fits(request)
-        return (score for window in windows(requests, top_k) for score in self._score_window(window, top_k))
+        check_scoring(rollouts, top_k, self._arch.vocab_size, self._arch.max_positions, self._model_dir)
+        for rollout in rollouts:
+            self._check_fits(rollout)
+        return (score for window in windows(rollouts, top_k) for score in self._score_window(window, top_k))
 
     def close(self) -> None:
         """Free the model, on every rank. The engine is of no use afterwards."""
@@ -84,22 +84,23 @@ class MegatronEngine:
         del self._model
         give_back_memory()
 
-    def _score_window(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
-        channel().send(_Score(requests, top_k))
-        gathered = self._model.score(requests, top_k)
+    def _score_window(self, rollouts: Sequence[Rollout], top_k: int) -> list[Score]:
+        bare = [replace(each, log_probs=None, untruncated_log_probs=None) for each in rollouts]
+        channel().send(_Score(bare, top_k))
+        gathered = self._model.score(bare, top_k)
         assert gathered is not None
-        scores = gathered.split(requests)
+        scores = gathered.split(rollouts)
         for score in scores:
             for values in (score.log_probs, *([score.top_k.tail_log_probs] if score.top_k else [])):
                 check_finite(score.sample_id, values, self._model_dir, self._config.dtype)
         return scores
 
-    def _check_fits(self, request: ScoreRequest) -> None:
-        tokens = len(request.prompt_tokens) + len(request.response_tokens)
+    def _check_fits(self, rollout: Rollout) -> None:
+        tokens = len(rollout.prompt_tokens) + len(rollout.response_tokens)
         needed = self._padding.least_budget(tokens)
         if needed > self._config.micro_batch_tokens:
             raise EngineError(
-                f"sample {request.sample_id} has {tokens} tokens, which this layout pads to {needed}, above "
+                f"sample {rollout.sample_id} has {tokens} tokens, which this layout pads to {needed}, above "
                 f"engine.micro_batch_tokens={self._config.micro_batch_tokens}: raise it to at least {needed}"
             )
 
@@ -119,7 +120,7 @@ def serve() -> None:
                     continue  # every rank has the same, and rank 0 says so
             elif isinstance(message, _Score):
                 assert model is not None
-                model.score(message.requests, message.top_k)
+                model.score(message.rollouts, message.top_k)
             else:
                 opened.close()
                 model = None
@@ -143,7 +144,7 @@ class _Open:
 
 @dataclass(frozen=True)
 class _Score:
-    requests: Sequence[ScoreRequest]
+    rollouts: Sequence[Rollout]
     top_k: int
 
 
@@ -184,18 +185,15 @@ class _Model:
     def __init__(self, config: EngineConfig, model_dir: str, arch: Architecture, ranks: Ranks) -> None:
         self._config, self._model_dir, self._ranks = config, model_dir, ranks
         self._device: torch.device = compat.device()
-        self._chunks = build_model(arch, _parallel(config), config.dtype, fp8=config.fp8)
+        self._chunks = build_model(arch, _parallel(config), config.dtype, None, config.fp8)
         for chunk in self._chunks:
             load_hf_weights(chunk, arch, model_dir)
             chunk.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def score(self, requests: Sequence[ScoreRequest], top_k: int) -> _TokenScores | None:
-        """All response tokens of `requests`, on rank 0; every rank calls, and the others get None."""
-        samples = [
-            Sample(Rollout(each.sample_id, each.prompt_tokens, each.response_tokens, "length", None), None)
-            for each in requests
-        ]
+    def score(self, rollouts: Sequence[Rollout], top_k: int) -> _TokenScores | None:
+        """All response tokens of `rollouts`, on rank 0; every rank calls, and the others get None."""
+        samples = [Sample(each, None) for each in rollouts]
         packing = _Packing(self._config.micro_batch_tokens)
         loader = BatchLoader.of(
             ListedSamples(samples), packing, _parallel(self._config), self._ranks, self._config.fp8
@@ -212,17 +210,17 @@ class _Model:
                 partial(_score_micro_batch, top_k),
                 forward_only=True,
             )
-        return self._gather(requests, packed, batches, parts)
+        return self._gather(rollouts, packed, batches, parts)
 
     def _gather(
         self,
-        requests: Sequence[ScoreRequest],
+        rollouts: Sequence[Rollout],
         packed: Sequence[Sequence[int]],
         batches: Sequence[MicroBatch],
         parts: Sequence[Sequence[Tensor]],
     ) -> _TokenScores | None:
         """On rank 0, what every rank has. Tensor parallel ranks all have the same, and the first gives it."""
-        lengths = np.array([len(request.response_tokens) for request in requests])
+        lengths = np.array([len(rollout.response_tokens) for rollout in rollouts])
         begins = np.cumsum(lengths) - lengths
         own = []
         if self._ranks.is_last_stage and self._ranks.tp_rank == 0:
@@ -281,15 +279,15 @@ class _TokenScores:
         order = np.argsort(columns[0])
         return _TokenScores(*(column[order] for column in columns))
 
-    def split(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """A Score for each request."""
-        lengths = [len(request.response_tokens) for request in requests]
+    def split(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """A Score for each rollout."""
+        lengths = [len(rollout.response_tokens) for rollout in rollouts]
         assert np.array_equal(self.places, np.arange(sum(lengths)))  # every token, once
         ends = np.cumsum(lengths)
         scores = []
-        for request, begin, end in zip(requests, ends - lengths, ends, strict=True):
+        for rollout, begin, end in zip(rollouts, ends - lengths, ends, strict=True):
             here = slice(begin, end)
             top_k = TopK(self.ids[here], self.top_k_log_probs[here], self.tail_log_probs[here])
             has_top_k = self.ids.shape[1] > 0
-            scores.append(Score(request.sample_id, self.log_probs[here], top_k if has_top_k else None))
+            scores.append(Score(rollout.sample_id, self.log_probs[here], top_k if has_top_k else None))
         return scores

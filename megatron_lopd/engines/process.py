@@ -23,8 +23,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_lopd.config import EngineConfig, Sampling
-from megatron_lopd.data.records import Score
-from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
+from megatron_lopd.data.records import Rollout, Score
+from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied, EngineError
 from megatron_lopd.runtime import environment
 
@@ -92,13 +92,13 @@ class EngineProcess:
         """Wait until the model is loaded. Raises EngineError when it does not load, EngineDied as `score`."""
         self._receive()
 
-    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
+    def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
         """As `Engine.score`. Raises EngineDied too, when a signal killed the process or it hangs."""
-        return self._ask("score", list(requests), top_k)
+        return self._ask("score", list(rollouts), top_k)
 
     def generate(
-        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
-    ) -> Iterator[Completion]:
+        self, requests: Sequence[Prompted], sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Iterator[Rollout]:
         """As `Engine.generate`. Raises as `score`."""
         return self._ask("generate", list(requests), sampling, end_tokens)
 

@@ -11,48 +11,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_lopd.config import Sampling
-from megatron_lopd.data.records import FinishReason, Score
+from megatron_lopd.data.records import Rollout, Score
 
 
 @dataclass(frozen=True)
-class GenerateRequest:
-    """`prompt_tokens` int32 [P]; `seed` is this sample's own, so batching cannot change the draw."""
+class Prompted:
+    """A sample to draw: `prompt_tokens` int32 [P]; `seed` is its own, so batching cannot change the draw."""
 
     sample_id: str
     prompt_tokens: NDArray[np.int32]
     seed: int
 
 
-@dataclass(frozen=True)
-class Completion:
-    """`response_tokens` int32 [T] with the end token if one was sampled; `log_probs` float32 [T]."""
-
-    sample_id: str
-    response_tokens: NDArray[np.int32]
-    log_probs: NDArray[np.float32]
-    finish_reason: FinishReason
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """`prompt_tokens` int32 [P] and the `response_tokens` int32 [T] to score."""
-
-    sample_id: str
-    prompt_tokens: NDArray[np.int32]
-    response_tokens: NDArray[np.int32]
-
-
 class Engine(Protocol):
-    """A loaded model. Results come in the order of the requests."""
+    """A loaded model. Results come in the order of what was given."""
 
     def generate(
-        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
-    ) -> Iterator[Completion]:
-        """Sample one response a request; stops at an end token (kept) or at max_new_tokens."""
+        self, requests: Sequence[Prompted], sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Iterator[Rollout]:
+        """One response each, which stops at an end token (kept) or at max_new_tokens.
+
+        With both of a Rollout's log-probs unless `sampling.is_plain`.
+        """
         ...
 
-    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
-        """`log pi(a_t | s_t)` at temperature 1 of each response token, a Score a request.
+    def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
+        """`log pi(a_t | s_t)` at temperature 1 of each response token, whatever log-probs a rollout has.
 
         With `top_k` > 0 also the likeliest tokens at each position, and the mass of those that are neither
         among them nor a_t (records.TopK). Raises EngineError when that leaves no token over.

@@ -14,8 +14,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed import DistStoreError
+from torch.distributed import DistStoreError, PrefixStore
 
 from megatron_lopd.mcore.process_groups import world_store
 

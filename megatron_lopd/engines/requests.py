@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_lopd.engines.protocol import ScoreRequest
+from megatron_lopd.data.records import Rollout
 from megatron_lopd.errors import EngineError
 
 # Bytes of scores held while they wait for their turn: requests are run in any order within such a window.
@@ -19,19 +19,19 @@ SCORED_BYTES = 1 << 28
 
 
 def check_scoring(
-    requests: Sequence[ScoreRequest], top_k: int, vocabulary: int, positions: int | None, model_dir: str
+    rollouts: Sequence[Rollout], top_k: int, vocabulary: int, positions: int | None, model_dir: str
 ) -> None:
-    """Raise EngineError for a request that the model cannot score, or `top_k` that leaves no tail."""
+    """Raise EngineError for a rollout that the model cannot score, or `top_k` that leaves no tail."""
     if top_k > vocabulary - 2:
         raise EngineError(
             f"score.top_k={top_k} leaves none of the {vocabulary} tokens of {model_dir} over "
             f"beside the response token: lower it to at most {vocabulary - 2}"
         )
-    for request in requests:
-        if not len(request.response_tokens):
-            raise EngineError(f"sample {request.sample_id}: the response to score is empty")
-        tokens = np.concatenate([request.prompt_tokens, request.response_tokens])
-        check_tokens(request.sample_id, tokens, 0, vocabulary, positions, model_dir)
+    for rollout in rollouts:
+        if not len(rollout.response_tokens):
+            raise EngineError(f"sample {rollout.sample_id}: the response to score is empty")
+        tokens = np.concatenate([rollout.prompt_tokens, rollout.response_tokens])
+        check_tokens(rollout.sample_id, tokens, 0, vocabulary, positions, model_dir)
 
 
 def check_tokens(
@@ -70,18 +70,16 @@ def check_finite(sample_id: str, log_probs: NDArray[np.float32], model_dir: str,
         )
 
 
-def windows(
-    requests: Sequence[ScoreRequest], top_k: int, batch_size: int = 1
-) -> Iterator[Sequence[ScoreRequest]]:
-    """Consecutive requests whose scores take about SCORED_BYTES; whole batches, so at least one."""
+def windows(rollouts: Sequence[Rollout], top_k: int, batch_size: int = 1) -> Iterator[Sequence[Rollout]]:
+    """Consecutive rollouts whose scores take about SCORED_BYTES; whole batches, so at least one."""
     begin, held = 0, 0
-    for index, request in enumerate(requests):
-        held += len(request.response_tokens) * (4 if top_k == 0 else 8 + 8 * top_k)
+    for index, rollout in enumerate(rollouts):
+        held += len(rollout.response_tokens) * (4 if top_k == 0 else 8 + 8 * top_k)
         if held >= SCORED_BYTES and (index + 1 - begin) % batch_size == 0:
-            yield requests[begin : index + 1]
+            yield rollouts[begin : index + 1]
             begin, held = index + 1, 0
-    if begin < len(requests):
-        yield requests[begin:]
+    if begin < len(rollouts):
+        yield rollouts[begin:]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_lopd.config import EngineConfig, Sampling
-from megatron_lopd.data.records import Score, TopK
+from megatron_lopd.data.records import FinishReason, Rollout, Score, TopK
 from megatron_lopd.engines.library import head_precision
-from megatron_lopd.engines.protocol import Completion, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.engines.requests import check_finite, check_scoring, check_tokens
 from megatron_lopd.errors import EngineDied, EngineError
 
@@ -84,9 +85,12 @@ class VllmEngine:
             raise EngineError(f"{model_dir}: vLLM does not load the model: {_in_a_line(error)}") from error
 
     def generate(
-        self, requests: Sequence[GenerateRequest], sampling: Sampling, end_tokens: frozenset[int]
-    ) -> Iterator[Completion]:
+        self, requests: Sequence[Prompted], sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Iterator[Rollout]:
         """Sample one response a request. At temperature 0 the log-probs are those of temperature 1.
+
+        vLLM tells either the log-probs that it drew from or the model's own. Where they differ it is asked
+        for the model's own afterwards, by scoring what it drew: one more pass over prompt and response.
 
         Raises EngineError as TransformersEngine does, and for a temperature that vLLM would change.
         """
@@ -125,13 +129,20 @@ class VllmEngine:
                 for request in window
             ]
             outputs = self._run([request.prompt_tokens for request in window], parameters)
-            for request, output in zip(window, outputs, strict=True):
-                yield self._completion(request, output.outputs[0], sampling, end_tokens)
+            rollouts = [
+                self._rollout(request, output.outputs[0], sampling, end_tokens)
+                for request, output in zip(window, outputs, strict=True)
+            ]
+            if sampling.is_plain:
+                yield from rollouts
+                continue
+            for rollout, score in zip(rollouts, self.score(rollouts), strict=True):
+                yield replace(rollout, untruncated_log_probs=score.log_probs)
 
-    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> Iterator[Score]:
+    def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
         """Scores of given responses. Raises as `generate`."""
-        check_scoring(requests, top_k, self._vocabulary, self._positions, self._model_dir)
-        return (score for window in _windows(requests, top_k) for score in self._score_window(window, top_k))
+        check_scoring(rollouts, top_k, self._vocabulary, self._positions, self._model_dir)
+        return (score for window in _windows(rollouts, top_k) for score in self._score_window(window, top_k))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Refused: not built."""
@@ -140,32 +151,32 @@ class VllmEngine:
     def close(self) -> None:
         """Nothing is left to do: it ends with its process."""
 
-    def _score_window(self, requests: Sequence[ScoreRequest], top_k: int) -> Iterator[Score]:
+    def _score_window(self, rollouts: Sequence[Rollout], top_k: int) -> Iterator[Score]:
         from vllm import SamplingParams
 
-        tokens = [np.concatenate([each.prompt_tokens, each.response_tokens]) for each in requests]
+        tokens = [np.concatenate([each.prompt_tokens, each.response_tokens]) for each in rollouts]
         parameters = SamplingParams(
             temperature=0.0, max_tokens=1, prompt_logprobs=top_k, flat_logprobs=True, detokenize=False
         )
-        for request, output in zip(requests, self._run(tokens, [parameters] * len(tokens)), strict=True):
-            yield self._score(request, output.prompt_logprobs, top_k)
+        for rollout, output in zip(rollouts, self._run(tokens, [parameters] * len(tokens)), strict=True):
+            yield self._score(rollout, output.prompt_logprobs, top_k)
 
-    def _score(self, request: ScoreRequest, flat: Any, top_k: int) -> Score:
+    def _score(self, rollout: Rollout, flat: Any, top_k: int) -> Score:
         """From vLLM's rows of [the token itself, then the k likeliest], end to end."""
-        first = len(request.prompt_tokens)
+        first = len(rollout.prompt_tokens)
         begin = flat.start_indices[first]
-        shape = len(request.response_tokens), top_k + 1
+        shape = len(rollout.response_tokens), top_k + 1
         ids = np.array(flat.token_ids[begin:], dtype=np.int32)
         log_probs = np.array(flat.logprobs[begin:], dtype=np.float32)
         if ids.size != shape[0] * shape[1]:
-            raise EngineError(f"sample {request.sample_id}: vLLM gave {ids.size} log-probs for {shape}")
+            raise EngineError(f"sample {rollout.sample_id}: vLLM gave {ids.size} log-probs for {shape}")
         ids, log_probs = ids.reshape(shape), log_probs.reshape(shape)
-        check_finite(request.sample_id, log_probs, self._model_dir, self._config.dtype)
+        check_finite(rollout.sample_id, log_probs, self._model_dir, self._config.dtype)
         own = log_probs[:, 0].copy()
         if not top_k:
-            return Score(request.sample_id, own)
+            return Score(rollout.sample_id, own)
         likeliest = TopK(ids[:, 1:].copy(), log_probs[:, 1:].copy(), self._tail(ids, log_probs))
-        return Score(request.sample_id, own, likeliest)
+        return Score(rollout.sample_id, own, likeliest)
 
     def _tail(self, ids: NDArray[np.int32], log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 [T]: the log of what neither the top k nor the token itself, in column 0, have."""
@@ -177,9 +188,9 @@ class VllmEngine:
         tail: NDArray[np.float32] = np.minimum(np.log(np.maximum(left, RESOLUTION)), most).astype(np.float32)
         return np.minimum(tail, np.float32(0))
 
-    def _completion(
-        self, request: GenerateRequest, output: Any, sampling: Sampling, end_tokens: frozenset[int]
-    ) -> Completion:
+    def _rollout(
+        self, request: Prompted, output: Any, sampling: Sampling, end_tokens: frozenset[int]
+    ) -> Rollout:
         tokens = np.array(output.token_ids, dtype=np.int32)
         log_probs = np.array(output.logprobs.logprobs, dtype=np.float32)
         check_finite(request.sample_id, log_probs, self._model_dir, self._config.dtype)
@@ -189,7 +200,8 @@ class VllmEngine:
                 f"sample {request.sample_id}: vLLM ended it ({output.finish_reason}) with {len(tokens)} "
                 f"tokens and {len(log_probs)} log-probs: run again with another engine"
             )
-        return Completion(request.sample_id, tokens, log_probs, "stop" if is_stopped else "length")
+        finish: FinishReason = "stop" if is_stopped else "length"
+        return Rollout(request.sample_id, request.prompt_tokens, tokens, finish, log_probs)
 
     def _run(self, prompts: Sequence[NDArray[np.int32]], parameters: Sequence[Any]) -> list[Any]:
         from vllm import TokensPrompt
@@ -209,17 +221,17 @@ class VllmEngine:
         return outputs
 
 
-def _windows(requests: Sequence[ScoreRequest], top_k: int) -> Iterator[Sequence[ScoreRequest]]:
-    """Consecutive requests with at most HELD_LOG_PROBS log-probs, prompts included; at least one."""
+def _windows(rollouts: Sequence[Rollout], top_k: int) -> Iterator[Sequence[Rollout]]:
+    """Consecutive rollouts with at most HELD_LOG_PROBS log-probs, prompts included; at least one."""
     begin, held = 0, 0
-    for index, request in enumerate(requests):
-        size = (len(request.prompt_tokens) + len(request.response_tokens)) * (top_k + 1)
+    for index, rollout in enumerate(rollouts):
+        size = (len(rollout.prompt_tokens) + len(rollout.response_tokens)) * (top_k + 1)
         if held and held + size > HELD_LOG_PROBS:
-            yield requests[begin:index]
+            yield rollouts[begin:index]
             begin, held = index, 0
         held += size
-    if begin < len(requests):
-        yield requests[begin:]
+    if begin < len(rollouts):
+        yield rollouts[begin:]
 
 
 def _overrides(config: EngineConfig) -> dict[str, str] | None:

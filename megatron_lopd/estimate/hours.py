@@ -16,8 +16,9 @@ from megatron_lopd.config import ParallelConfig
 from megatron_lopd.estimate.gpu_kinds import GPUS, Gpu
 from megatron_lopd.estimate.memory import EngineMemory, engine_memory, kv_bytes
 from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.family import family_of
 from megatron_lopd.families.flops import step_flops
-from megatron_lopd.families.memory_shapes import PUBLISHED, Shape, layer_experts
+from megatron_lopd.families.memory_shapes import Shape, published
 from megatron_lopd.mcore.recompute import recomputed_part
 
 # Share of HBM bandwidth that decoding reaches. An assumption, fitted to nothing.
@@ -83,7 +84,7 @@ def compute_hours(flops: float, gpu: Gpu) -> float:
 def decoding_hours(shape: Shape, work: TokenWork, engine: EngineMemory, element: int, gpu: Gpu) -> float:
     """GPU-hours of sampling: a prompt is read at once, its answer by tokens. `element`: bytes of a weight."""
     arch = shape.arch
-    experts = arch.num_layers * layer_experts(arch)
+    experts = arch.num_layers * family_of(arch).layer_sizes(arch).expert_weights
     unread = (1 - arch.experts.top_k / arch.experts.count) ** engine.running if arch.experts else 0.0
     weights = (shape.parameters - experts * unread) * element
     context = work.prompt + work.response / 2
@@ -107,7 +108,7 @@ class Published:
 
 
 PUBLISHED_HOURS = (Published("Qwen3-4B", "Qwen3-8B", 20, 72), Published("Qwen3-8B", "Qwen3-32B", 30, 120))
-# Their settings (DESIGN section 1): about 150 steps of 256 samples, responses of 4,096 tokens.
+# Their settings: about 150 steps of 256 samples, responses of 4,096 tokens.
 PUBLISHED_STEPS, PUBLISHED_BATCH = 150, 256
 PUBLISHED_WORK = TokenWork(PUBLISHED_STEPS * PUBLISHED_BATCH, prompt=150, response=4096)
 # The published code makes a reference forward and an old-log-prob forward before each step's own three
@@ -122,7 +123,8 @@ def published_hours(case: Published) -> dict[str, float]:
     and train, and neither generate nor sft; every response reaches 4,096 tokens; bf16; engines as
     `engine_memory` lays them out, up to 256 sequences at once.
     """
-    student, teacher = (Shape(PUBLISHED[name]) for name in (case.student, case.teacher))
+    known = published()
+    student, teacher = Shape(known[case.student]), Shape(known[case.teacher])
     gpu, work = GPUS["h100"], PUBLISHED_WORK
     engine = engine_memory(student, 2, PUBLISHED_BATCH, work.length, gpu.memory_bytes, (1, 2, 4, 8))
     assert engine is not None  # an 8B model fits an H100

@@ -28,7 +28,8 @@ from typing import Literal
 
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.families.architecture import Architecture
-from megatron_lopd.families.memory_shapes import Shape, layer_dense, layer_experts
+from megatron_lopd.families.family import family_of
+from megatron_lopd.families.memory_shapes import Shape
 from megatron_lopd.mcore.recompute import recomputed_part
 
 # Bytes of logits that are made at once on a GPU: ops/row_chunks.py's CHUNK_BYTES["cuda"] (a test holds them
@@ -91,10 +92,8 @@ class Weights:
 def weights_on(arch: Architecture, parallel: ParallelConfig, stage: int) -> Weights:
     """The weights of one rank of pipeline stage `stage` (from 0). Exact, padded vocabulary included."""
     layers = arch.num_layers // parallel.pipeline
-    whole = layer_dense(arch)
-    replicated = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
-    replicated += arch.hidden_size * arch.experts.count if arch.experts else 0  # the router
-    dense = layers * (replicated + (whole - replicated) // parallel.tensor)
+    layer = family_of(arch).layer_sizes(arch)
+    dense = layers * (layer.replicated + (layer.weights - layer.replicated) // parallel.tensor)
     matrix = arch.padded_vocab_size(parallel.tensor) // parallel.tensor * arch.hidden_size
     first, last = stage == 0, stage == parallel.pipeline - 1
     if first:
@@ -102,7 +101,7 @@ def weights_on(arch: Architecture, parallel: ParallelConfig, stage: int) -> Weig
     if last:
         # Tied, the last stage has a copy of the embedding, unless it is the first as well.
         dense += arch.hidden_size + (0 if arch.tied and first else matrix)
-    return Weights(dense, layers * layer_experts(arch) // (parallel.expert * parallel.expert_tensor_size))
+    return Weights(dense, layers * layer.expert_weights // (parallel.expert * parallel.expert_tensor_size))
 
 
 def training_memory(

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lopd.config import EvaluateConfig, Recipe
+from megatron_lopd.config import EvaluateConfig
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.graders.grader import Grader, Verdict, open_grader
-from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline.encoded import encode, longest_prompt
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.shard_jobs import SamplingJob, rollout_work
 from megatron_lopd.pipeline.workers import Work, make_parts
 from megatron_lopd.prompts.prompt import Prompt
@@ -62,10 +63,10 @@ class Grades:
         return f"{text} of {self.n:,} prompts" + (f"; {self.ungraded:,} ungraded" if self.ungraded else "")
 
 
-def check_sets(recipe: Recipe) -> dict[str, list[Prompt]]:
+def check_sets(run: ResolvedRun) -> dict[str, list[Prompt]]:
     """The prompts of each set to evaluate on. Raises when one of them could not be graded."""
-    with open_grader(recipe.evaluate.grader) as grader:
-        sets = {name: prompts for name, (prompts, _) in inputs.evaluation_sets(recipe).items()}
+    with open_grader(run.recipe.evaluate.grader) as grader:
+        sets = {name: each.prompts for name, each in run.evaluation_sets.items()}
         for prompts in sets.values():
             grader.require(prompts)
     return sets
@@ -84,11 +85,12 @@ def answering(
     Every model is given the same draws, to be compared on equal luck.
     """
     greedy = replace(settings.sampling, temperature=0.0, samples_per_prompt=1)
+    limit = longest_prompt(model_dir, settings.sampling, None)
+    encoded = encode(prompts, model_dir, limit, settings.engine.trust_remote_code)
     for mode, sampling in (("sampled", settings.sampling), ("greedy", greedy)):
         job = SamplingJob(
             model_dir=model_dir,
-            prompts=prompts,
-            max_prompt_tokens=inputs.longest_prompt(model_dir, sampling, None),
+            prompts=encoded,
             sampling=sampling,
             engine=settings.engine,
             seed=seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.family import family_of
 
 # Dense bf16 peak of one GPU, FLOP/s, without sparsity: NVIDIA's data sheets, SXM where there are several.
 PEAK_BF16 = {
@@ -30,17 +31,8 @@ def step_flops(arch: Architecture, lengths: Iterable[int], response_tokens: int)
     for length in lengths:
         tokens += length
         squares += length * length
-    inner = arch.num_heads * arch.head_dim
-    keys_and_values = 2 * arch.num_kv_heads * arch.head_dim
-    if arch.experts is None:
-        feed_forward = 3 * arch.hidden_size * arch.ffn_size
-    else:
-        feed_forward = arch.hidden_size * (
-            3 * arch.experts.top_k * arch.experts.ffn_size + arch.experts.count
-        )
-    layer = arch.hidden_size * (2 * inner + keys_and_values) + feed_forward
-    linear = 6 * arch.num_layers * layer * tokens
-    attention = 6 * arch.num_layers * inner * squares
+    linear = 6 * arch.num_layers * family_of(arch).layer_sizes(arch).products * tokens
+    attention = 6 * arch.num_layers * arch.num_heads * arch.head_dim * squares
     output = 6 * arch.hidden_size * arch.vocab_size * response_tokens
     return float(linear + attention + output)
 

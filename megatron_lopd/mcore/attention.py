@@ -17,6 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
+from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat
 
 
@@ -89,12 +90,22 @@ def spans_of(cu_seqlens: torch.Tensor, max_seqlen: int, size: int, rank: int) ->
 
 
 class PackedAttention(torch.nn.Module):
-    """The `core_attention` of a Megatron-Core SelfAttention: softmax(q k^T / sqrt(d)) v a document."""
+    """The `core_attention` of a Megatron-Core SelfAttention: softmax(scale q k^T) v a document.
+
+    `scale` is 1 / sqrt(d), where the settings name no other.
+    """
 
     def __init__(self, config: TransformerConfig, **unused: Any) -> None:
-        """`unused`: layer_number, attn_mask_type and the like, which Megatron-Core passes to each kind."""
+        """`unused`: layer_number, attn_mask_type and the like, which Megatron-Core passes to each kind.
+
+        Raises ConfigError for a sliding window, which is not made here.
+        """
         super().__init__()
-        self.scale = config.kv_channels**-0.5
+        if config.window_size is not None:
+            raise ConfigError(
+                f"attention over a window of {config.window_size} takes Transformer Engine, in bf16 on a GPU"
+            )
+        self.scale = config.softmax_scale or config.kv_channels**-0.5
 
     def forward(
         self,

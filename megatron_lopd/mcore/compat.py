@@ -195,16 +195,28 @@ RELIANCES = (
         "ends the forward pass at the hidden states",
     ),
     Reliance(
-        "checkpoint/tensor_shards.py",
+        "mcore/private.py",
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map",
         'gbuf_range_map["param_map"][param]',
         "asks for the run of a parameter's elements whose state this rank has",
     ),
     Reliance(
-        "checkpoint/tensor_shards.py",
+        "mcore/private.py",
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_main_param_and_optimizer_states",
         '"param": main_param',
         "asks for that state",
+    ),
+    Reliance(
+        "mcore/private.py",
+        "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding._apply_scaling",
+        "original_max_position_embeddings",
+        "stretches rotary frequencies as config.json says",
+    ),
+    Reliance(
+        "mcore/gloo.py",
+        "torch.distributed.distributed_c10d:_new_process_group_helper",
+        "ProcessGroupGloo(",
+        "has torch make gloo groups of one worker",
     ),
     Reliance(
         "mcore/optimizer.py",

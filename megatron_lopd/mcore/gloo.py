@@ -7,8 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import ProcessGroupGloo, Store
-from torch.distributed import distributed_c10d
+from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
 
 
 class GlooOfOneWorker(ProcessGroupGloo):
@@ -21,14 +20,10 @@ class GlooOfOneWorker(ProcessGroupGloo):
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timeout
-        options._threads = 1
+        from megatron_lopd.mcore.private import gloo_options  # imports Megatron-Core's checkpoints
+
         interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-        options._devices = [ProcessGroupGloo.create_device(interface=name) for name in interfaces] or [
-            ProcessGroupGloo.create_default_device()
-        ]
-        super().__init__(store, rank, size, options)
+        super().__init__(store, rank, size, gloo_options(timeout, interfaces))
 
 
 def use_one_worker() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -17,12 +18,14 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.families.architecture import Architecture, check_layout
+from megatron_lopd.families.family import family_of
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.attention import PackedDocuments
 from megatron_lopd.mcore.capabilities import capabilities
 from megatron_lopd.mcore.experts import mark_expert_weights, moe_options
 from megatron_lopd.mcore.initialize import draw_weights
 from megatron_lopd.mcore.precision import check_precision, fp8_options
+from megatron_lopd.mcore.private import stretch_rotary
 from megatron_lopd.mcore.recompute import check_recompute, recompute_options
 from megatron_lopd.mcore.spec import decoder_spec
 from megatron_lopd.ops.kernel_trial import usable
@@ -81,24 +84,26 @@ def build_model(
     arch: Architecture,
     parallel: ParallelConfig,
     precision: Literal["fp32", "bf16"],
-    seed: int = 0,
+    seed: int | None = 0,
     fp8: Fp8Config | None = None,
 ) -> list[PackedGPTModel]:
     """This rank's part of the model, on `compat.device()`, inside `model_parallel`.
 
     One chunk of consecutive layers, or `parallel.virtual_pipeline` of them, in the order they run.
     `precision` is that of the parameters and activations; `fp8` makes the layers' matrix products in FP8.
-    `seed` decides the initial weights, which are the same at every layout; reading a checkpoint
-    overwrites them. Raises ConfigError when `parallel` cannot split `arch`
-    or recompute what it names, or `fp8` cannot be had here.
+    `seed` decides the initial weights, which are the same at every layout. None: matrices are left as the
+    allocator gives them, for a checkpoint that is read next; to draw those takes seconds a billion, each rank
+    the whole of what it keeps a part of. Raises ConfigError when `parallel` cannot split `arch` or recompute
+    what it names, or `fp8` cannot be had here.
     """
     check_layout(arch, parallel)
     check_precision(arch, parallel, fp8)
     check_recompute(arch, parallel, fp8, grouped=compat.takes_transformer_engine(precision))
     config = transformer_config(arch, parallel, precision, fp8)
     chunks = [_build_chunk(arch, parallel, config, number) for number in range(parallel.virtual_pipeline)]
-    for chunk in chunks:
-        draw_weights(chunk, arch, seed)
+    if seed is not None:
+        for chunk in chunks:
+            draw_weights(chunk, arch, seed)
     return chunks
 
 
@@ -114,21 +119,15 @@ def _build_chunk(
         post_process=parallel_state.is_pipeline_last_stage() and number == parallel.virtual_pipeline - 1,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
+        rotary_percent=arch.rotary_share,
         rotary_base=arch.rope_theta,
         vp_stage=number if parallel.virtual_pipeline > 1 else None,
     )
     model.arch = arch
     if arch.rope_scaling is not None:
-        rotary, scaling = model.rotary_pos_emb, arch.rope_scaling
-        # GPTModel's own rope_scaling option fixes all of these but the factor.
-        rotary.inv_freq = rotary._apply_scaling(
-            rotary.inv_freq,
-            factor=scaling.factor,
-            low_freq_factor=scaling.low_freq_factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=scaling.original_max_position_embeddings,
-        )
+        stretch_rotary(model.rotary_pos_emb, **asdict(arch.rope_scaling))
     mark_expert_weights(model)
+    family_of(arch).adapt(model)
     return model
 
 
@@ -141,47 +140,51 @@ def transformer_config(
     """Megatron-Core's description of the model, its split and its numerics."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     machine, engine_layers = capabilities(), compat.takes_transformer_engine(precision)
-    return TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_size,
-        num_attention_heads=arch.num_heads,
-        num_query_groups=arch.num_kv_heads,
-        kv_channels=arch.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.norm_eps,
-        qk_layernorm=arch.qk_norm,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+    common: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_size,
+        "num_attention_heads": arch.num_heads,
+        "num_query_groups": arch.num_kv_heads,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_eps,
+        "qk_layernorm": arch.qk_norm,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
+        "embedding_init_method": _leave,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence and parallel.tensor > 1,
         # Micro-batches are packed to a token budget, so their lengths differ.
-        variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # the default refuses that, experts or not
-        bf16=precision == "bf16",
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        apply_rope_fusion=engine_layers,
+        "variable_seq_lengths": parallel.pipeline > 1,
+        "moe_token_dispatcher_type": "alltoall",  # the default refuses that, experts or not
+        "bf16": precision == "bf16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "apply_rope_fusion": engine_layers,
         # Asked here and not of `machine`, which is looked at before a rank has chosen its GPU.
-        bias_activation_fusion=machine.activation_fusion and usable(compat.device()),
-        gradient_accumulation_fusion=machine.gradient_accumulation_fusion,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        calculate_per_token_loss=True,
+        "bias_activation_fusion": machine.activation_fusion and usable(compat.device()),
+        "gradient_accumulation_fusion": machine.gradient_accumulation_fusion,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "calculate_per_token_loss": True,
         **fp8_options(fp8),
         **_interleaving(parallel),
         **recompute_options(arch, parallel, fp8, grouped=engine_layers),
         **moe_options(arch, parallel, precision),
-    )
+    }
+    own = dict(family_of(arch).options(arch))
+    if own.get("activation_func", F.silu) is not F.silu:  # the fused kernels are SwiGLU's
+        own["bias_activation_fusion"] = False
+    return TransformerConfig(**(common | own))
 
 
 def _leave(weight: torch.Tensor) -> None:
@@ -209,7 +212,6 @@ def response_loss(
     token_loss: TokenLoss,
     loss_weights: torch.Tensor,
     *,
-    temperature: float = 1.0,
     rows: int | None = None,
 ) -> SummedLoss:
     """The weighted sum of a loss of each response token, on the last pipeline stage.
@@ -226,7 +228,6 @@ def response_loss(
         token_loss,
         loss_weights,
         vocab_size=model.arch.vocab_size,
-        temperature=temperature,
         group=parallel_state.get_tensor_model_parallel_group(),
         rows=rows,
         grad_ready=model.output_grad_ready,

@@ -8,6 +8,8 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.family import family_of
+from megatron_lopd.families.weight_rules import EMBEDDING, OUTPUT
 from megatron_lopd.mcore.experts import first_expert
 
 # The torch-native spec keeps norms as modules of their own and experts in a list; Transformer
@@ -38,9 +40,11 @@ def canonical_name(parameter: str, arch: Architecture, first_layer: int, first_e
     expert 0. With tied embeddings the last stage's own output layer is a copy of the embedding, and gets
     its name.
     """
-    if arch.tied and parameter == "output_layer.weight":
-        return "embedding.word_embeddings.weight"
+    if arch.tied and parameter == OUTPUT:
+        return EMBEDDING
     name = _LOCAL_LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", parameter)
     for pattern, replacement in _ALIASES if arch.experts else (*_ALIASES, _DENSE_ALIAS):
         name = pattern.sub(replacement, name)
+    for own_pattern, replacement in family_of(arch).aliases:
+        name = re.sub(own_pattern, replacement, name)
     return _LOCAL_EXPERT.sub(lambda found: f".mlp.experts.experts.{int(found[1]) + first_expert}.", name)

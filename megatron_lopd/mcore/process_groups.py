@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -14,14 +13,13 @@ from datetime import timedelta
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat, transformer_engine
 
-_entries = itertools.count()
 # How long a collective, or the ranks' first meeting, waits for the last rank. What may take long on one rank
 # is waited for outside of collectives; this is for what nobody thought of, and for a disk that hangs.
 TIMEOUT = timedelta(hours=2)
@@ -64,8 +62,10 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses.
-    store = PrefixStore(f"lopd{next(_entries)}", world_store())
+    # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses. The
+    # store counts, by rank, and the ranks enter alike.
+    world = world_store()
+    store = PrefixStore(f"lopd{world.add(f'entered by {rank}', 1)}", world)
     torch.distributed.init_process_group(
         compat.backend(),
         store=store,

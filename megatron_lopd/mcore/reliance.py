@@ -1,7 +1,8 @@
-"""What this project relies on in Megatron-Core's inner workings, and how it replaces a part of them.
+"""What this project relies on in Megatron-Core's and torch's inner workings, and how it replaces a part of
+them.
 
-Each `Reliance` names the code that it was made for, and `compat.prepare()` refuses a Megatron-Core that does
-not have it: what has lost its reason may hide a new behaviour.
+Each `Reliance` names the code that it was made for, and `compat.prepare()` refuses a release that does not
+have it: what has lost its reason may hide a new behaviour. Names alone are checked in private.py.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ OLDEST, NEWEST = "0.16.1", "0.19.2"
 
 @dataclass(frozen=True)
 class Reliance:
-    """`ours` works only with a Megatron-Core whose `place` (module:attribute) has the text `mention`.
+    """`ours` works only where `place` (module:attribute) is there, and has the text `mention` in its source.
 
-    Releases before `since` have no such code, and no need of ours.
+    Releases of Megatron-Core before `since` have no such code, and no need of ours.
     """
 
     ours: str
@@ -40,19 +41,22 @@ class Reliance:
         return installed() >= Version(self.since).release
 
     def check(self) -> None:
-        """Raise ConfigError unless Megatron-Core still has that code."""
+        """Raise ConfigError unless that code is still there."""
         try:
-            source = inspect.getsource(_resolve(self.place))
+            found = _resolve(self.place)
         except (ImportError, AttributeError) as error:
             raise ConfigError(self._lost(f"is gone ({error})")) from error
-        if self.mention not in source:
+        if self.mention and self.mention not in inspect.getsource(found):
             raise ConfigError(self._lost(f"no longer uses {self.mention}"))
 
     def _lost(self, what: str) -> str:
+        package = self.place.partition(".")[0].replace("megatron", "megatron-core")
+        fitting = (
+            f"one from {OLDEST} to {NEWEST}" if package == "megatron-core" else "that of requirements.txt"
+        )
         return (
-            f"megatron-core {version('megatron-core')} does not fit this machine: {self.place} {what}, "
-            f"which {self.ours} was made for ({self.reason}): "
-            f"install a megatron-core from {OLDEST} to {NEWEST}"
+            f"{package} {version(package)} does not fit this machine: {self.place} {what}, "
+            f"which {self.ours} was made for ({self.reason}): install {fitting}"
         )
 
 

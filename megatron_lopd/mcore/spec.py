@@ -18,8 +18,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.families.family import family_of
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.attention import PackedAttention
 from megatron_lopd.mcore.norm import RMSNorm
@@ -30,16 +32,43 @@ def decoder_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The decoder of this pipeline rank's model chunk `chunk`, for GPTModel's `transformer_layer_spec`.
 
-    Transformer Engine's layers in bf16 where it is loaded (compat), otherwise `native_layer`.
+    Transformer Engine's layers in bf16 where it is loaded (compat), otherwise `native_layer`, each as the
+    family changes it.
     """
-    if compat.takes_transformer_engine("bf16" if config.bf16 else "fp32"):
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=arch.experts.count if arch.experts else None,
-            moe_grouped_gemm=arch.experts is not None,
-            qk_layernorm=arch.qk_norm,
-        )
-    layers = [native_layer(arch)] * get_num_layers_to_build(config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    change, engine = family_of(arch).layer_spec, takes_engine(config)
+    if change is None and engine:
+        return engine_layer(arch)
+    count = get_num_layers_to_build(config, vp_stage=chunk)
+    if change is None:
+        return TransformerBlockSubmodules(layer_specs=[native_layer(arch)] * count, layer_norm=RMSNorm)
+    first = get_transformer_layer_offset(config, vp_stage=chunk)
+    layers = [
+        change((engine_layer if engine else native_layer)(arch), arch, config, first + number)
+        for number in range(count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=engine_norm() if engine else RMSNorm)
+
+
+def takes_engine(config: TransformerConfig) -> bool:
+    """Whether a model of these settings is made of Transformer Engine's layers."""
+    return compat.takes_transformer_engine("bf16" if config.bf16 else "fp32")
+
+
+def engine_norm() -> type:
+    """Transformer Engine's norm, as a module of its own."""
+    from megatron.core.extensions.transformer_engine import TENorm  # there only where the engine is
+
+    norm: type = TENorm
+    return norm
+
+
+def engine_layer(arch: Architecture) -> ModuleSpec:
+    """Transformer Engine's layer."""
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=arch.experts.count if arch.experts else None,
+        moe_grouped_gemm=arch.experts is not None,
+        qk_layernorm=arch.qk_norm,
+    )
 
 
 def native_layer(arch: Architecture) -> ModuleSpec:

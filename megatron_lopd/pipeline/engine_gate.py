@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from megatron_lopd.artifacts.files import atomic_write_json, canonical_json, read_json, sha256_bytes
 from megatron_lopd.config import AgreementConfig, EngineConfig, ScoreConfig, deciding, to_plain
 from megatron_lopd.data.dataset import open_shards
-from megatron_lopd.data.records import Score
+from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.engines import ScoreRequest, open_engine
+from megatron_lopd.engines import open_engine
 from megatron_lopd.errors import NumericsError
 from megatron_lopd.families.architecture import check_layout, read_architecture
 from megatron_lopd.mcore.precision import check_precision
-from megatron_lopd.pipeline.shard_jobs import score_requests
 from megatron_lopd.runtime.claims import make_once
 from megatron_lopd.training.preflight import TOLERANCES, Spread
 
@@ -77,12 +76,12 @@ def _agreement(
     scoring: ScoreConfig, agreement: AgreementConfig, teacher: Path, rollout_dir: Path
 ) -> dict[str, Any]:
     """How many samples both scored, the tolerances, and a Comparison. Raises NumericsError."""
-    rollouts = open_shards(ROLLOUTS, rollout_dir)
-    count = min(agreement.samples, len(rollouts))
-    requests = score_requests(rollouts.record(int(at)) for at in np.linspace(0, len(rollouts) - 1, count))
+    reader = open_shards(ROLLOUTS, rollout_dir)
+    count = min(agreement.samples, len(reader))
+    rollouts = [reader.record(int(at)) for at in np.linspace(0, len(reader) - 1, count)]
     # One after the other: two teachers may not fit the memory.
     first, second = (
-        _scored(engine, teacher, requests, scoring.top_k) for engine in (scoring.engine, agreement.engine)
+        _scored(engine, teacher, rollouts, scoring.top_k) for engine in (scoring.engine, agreement.engine)
     )
     tolerance = _tolerances(scoring.engine, agreement)
     found = compare(first, second)
@@ -108,7 +107,7 @@ class Comparison:
 
 
 def compare(first: Sequence[Score], second: Sequence[Score]) -> Comparison:
-    """Scores of the same requests, in order."""
+    """Scores of the same rollouts, in order."""
     own = np.concatenate([a.log_probs - b.log_probs for a, b in zip(first, second, strict=True)])
     spread = Spread.of(torch.from_numpy(own))
     if first[0].top_k is None:
@@ -130,9 +129,9 @@ def _at_shared_ids(first: Score, second: Score) -> NDArray[np.float32]:
     return first.top_k.log_probs.ravel()[at] - second.top_k.log_probs.ravel()[other]
 
 
-def _scored(engine: EngineConfig, teacher: Path, requests: Sequence[ScoreRequest], top_k: int) -> list[Score]:
+def _scored(engine: EngineConfig, teacher: Path, rollouts: Sequence[Rollout], top_k: int) -> list[Score]:
     with closing(open_engine(engine, str(teacher))) as opened:
-        return list(opened.score(requests, top_k))
+        return list(opened.score(rollouts, top_k))
 
 
 def _tolerances(engine: EngineConfig, agreement: AgreementConfig) -> Spread:

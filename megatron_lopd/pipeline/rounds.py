@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.artifacts.lineage import (
@@ -22,23 +23,17 @@ from megatron_lopd.artifacts.lineage import (
     short,
 )
 from megatron_lopd.artifacts.manifest import Manifest, Parent, is_committed, load_manifest, verify_files
-from megatron_lopd.config import Recipe
-from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
-from megatron_lopd.data.dataset import TrainingData, open_shards
-from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.engines.library import require_library
 from megatron_lopd.errors import ConfigError, DataError, LineageError
-from megatron_lopd.pipeline import inputs
-from megatron_lopd.pipeline.stage import (
-    Plan,
-    begun_plan,
-    directory_of,
-    identity_of,
-    parent_manifest,
-    unchanged_manifest,
-)
+from megatron_lopd.pipeline import proofs
+from megatron_lopd.pipeline.plan_file import begun_plan
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import Plan, identity_of
 from megatron_lopd.training.checkpoints import KIND as CHECKPOINT
 from megatron_lopd.training.checkpoints import checkpoint_name
+
+if TYPE_CHECKING:
+    from megatron_lopd.data.batch_plan import PlanPart
+    from megatron_lopd.data.dataset import TrainingData
 
 PARTS = ("student", "rollout", "score")
 RECORD = "refreshes.json"  # in train's directory: the artifacts it has trained from
@@ -58,9 +53,9 @@ class Round:
         return f"refresh-{self.number:02d}/{part}" if self.number else part
 
 
-def rounds_of(recipe: Recipe) -> list[Round]:
+def rounds_of(run: ResolvedRun) -> list[Round]:
     """All rounds of the recipe, the first one included; none when its rollouts are never refreshed."""
-    config = inputs.train_config(recipe)
+    config = run.train
     if config.refresh_every is None or config.steps is None:
         return []
     starts = range(0, config.steps, config.refresh_every)
@@ -70,73 +65,78 @@ def rounds_of(recipe: Recipe) -> list[Round]:
     ]
 
 
-def is_made(recipe: Recipe, each: Round) -> bool:
+def is_made(run: ResolvedRun, each: Round) -> bool:
     """Whether everything that `each` trains from is committed."""
-    return all(is_committed(directory_of(recipe, each.stage(part))) for part in ("rollout", "score"))
+    return all(run.is_committed(each.stage(part)) for part in ("rollout", "score"))
 
 
-def missing_round(recipe: Recipe) -> Round | None:
+def missing_round(run: ResolvedRun) -> Round | None:
     """The first round whose rollouts are yet to be made; None when every round has its own."""
-    return next((each for each in rounds_of(recipe)[1:] if not is_made(recipe, each)), None)
+    return next((each for each in rounds_of(run)[1:] if not is_made(run, each)), None)
 
 
-def due_round(recipe: Recipe, *, rehash: bool = True) -> Round | None:
+def due_round(run: ResolvedRun, *, rehash: bool = True) -> Round | None:
     """The round to make now: the first that is missing, once training has come to where it begins.
 
     With `rehash` a damaged checkpoint is not taken for one that is there: train makes it again.
     """
-    each = missing_round(recipe)
+    each = missing_round(run)
     if each is None:
         return None
-    if is_committed(directory_of(recipe, each.stage("student"))):
+    if run.is_committed(each.stage("student")):
         return each
     try:
-        checkpoint_of(recipe, each, rehash=rehash)
+        checkpoint_of(run, each, rehash=rehash)
     except DataError:
         return None
     return each
 
 
-def checkpoint_of(recipe: Recipe, each: Round, *, rehash: bool) -> tuple[Path, Manifest]:
+def checkpoint_of(run: ResolvedRun, each: Round, *, rehash: bool) -> tuple[Path, Manifest]:
     """Train's checkpoint that a round's student is made from, re-hashed if asked: that reads all of it.
 
     Raises DataError when it is not there or damaged, LineageError when it is another job's.
     """
-    path = directory_of(recipe, "train") / "checkpoints" / checkpoint_name(each.first_step)
+    path = run.directory_of("train") / "checkpoints" / checkpoint_name(each.first_step)
     manifest = load_manifest(path, CHECKPOINT)
     if rehash:
         verify_files(path, manifest)
-    if manifest.config["identity"] != train_identity(recipe):
+    if manifest.config["identity"] != train_identity(run):
         raise LineageError(
-            f"refused: {path} is of another job than {directory_of(recipe, 'train')} was begun with: "
+            f"refused: {path} is of another job than {run.directory_of('train')} was begun with: "
             "remove it to train to there again"
         )
     return path, manifest
 
 
-def train_identity(recipe: Recipe) -> str:
+def train_identity(run: ResolvedRun) -> str:
     """The identity of the training job that was begun. DataError when none was."""
-    directory = directory_of(recipe, "train")
+    directory = run.directory_of("train")
     begun = begun_plan(directory)
     if begun is None:
         raise DataError(f"{directory}: training has not begun: run lopd train first")
     return identity_of(begun)
 
 
-def part_of(recipe: Recipe, each: Round) -> PlanPart:
+def part_of(run: ResolvedRun, each: Round) -> PlanPart:
     """The steps of a round, in the data order of the whole run."""
-    size = parent_manifest(recipe, "rollout").counts["samples"]
-    plan = BatchPlan(size, inputs.train_config(recipe).global_batch_size, recipe.seed)
+    from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
+
+    size = run.manifest("rollout").counts["samples"]
+    plan = BatchPlan(size, run.train.global_batch_size, run.recipe.seed)
     return PlanPart(plan, each.first_step, each.end_step, visited_only=each.number > 0)
 
 
-def data_of(recipe: Recipe, each: Round) -> TrainingData:
+def data_of(run: ResolvedRun, each: Round) -> TrainingData:
     """The samples of a round. DataError when they are not just those that its steps visit."""
-    rollout_dir = directory_of(recipe, each.stage("rollout"))
-    data = TrainingData(rollout_dir, directory_of(recipe, each.stage("score")))
+    from megatron_lopd.data.dataset import TrainingData, open_shards
+    from megatron_lopd.data.schemas import ROLLOUTS
+
+    rollout_dir = run.directory_of(each.stage("rollout"))
+    data = TrainingData(rollout_dir, run.directory_of(each.stage("score")))
     if each.number:
-        whole = open_shards(ROLLOUTS, directory_of(recipe, "rollout")).sample_ids
-        visited = part_of(recipe, each).visited
+        whole = open_shards(ROLLOUTS, run.directory_of("rollout")).sample_ids
+        visited = part_of(run, each).visited
         for index in range(max(len(visited), len(data))):
             expected = whole[int(visited[index])] if index < len(visited) else "none"
             found = data.sample_ids[index] if index < len(data) else "none"
@@ -148,36 +148,38 @@ def data_of(recipe: Recipe, each: Round) -> TrainingData:
     return data
 
 
-def require_engines(recipe: Recipe) -> None:
+def require_engines(run: ResolvedRun) -> None:
     """Raise ConfigError unless what the refreshes yet to come need is here: the teacher, and the engines."""
-    if missing_round(recipe) is None:
+    from megatron_lopd.engines.library import require_library
+
+    if missing_round(run) is None:
         return
-    teacher = inputs.teacher_directory(recipe)
-    if not teacher.is_dir():
+    teacher = run.teacher
+    if not teacher.directory.is_dir():
         raise ConfigError(
-            f"train.refresh_every: {teacher} is not there, and the teacher scores what the student samples "
-            "anew: restore it, or leave train.refresh_every empty to train from the cached scores alone"
+            f"train.refresh_every: {teacher.directory} is not there, and the teacher scores what the student "
+            "samples anew: restore it, or leave train.refresh_every empty to train from the cached scores"
         )
-    inputs.check_model(teacher)
-    split = inputs.scoring_of(recipe).engine.parallel
+    teacher.check()
+    split = run.scoring.engine.parallel
     if split is not None and split.ranks_multiple > 1:
         raise ConfigError(
             f"train.refresh_every scores in one process, and score.engine.parallel makes it "
             f"{split.ranks_multiple} ({split.product}): set its sizes to 1, or score.engine.name to another"
         )
-    for section, engine in (("rollout", recipe.rollout.engine), ("score", recipe.score.engine)):
+    for section, engine in (("rollout", run.recipe.rollout.engine), ("score", run.recipe.score.engine)):
         require_library(engine, section)
 
 
-def prove_student(recipe: Recipe, each: Round, identity: str) -> tuple[Manifest, Parent]:
+def prove_student(run: ResolvedRun, each: Round, identity: str) -> tuple[Manifest, Parent]:
     """A round's student artifact and its model, after proving which checkpoint it was made from.
 
     Raises LineageError when that is not the one of the job `identity` at the round's first step, DataError
     for what is missing or damaged.
     """
     stage = each.stage("student")
-    directory = directory_of(recipe, stage)
-    manifest = unchanged_manifest(recipe, stage, "model")
+    directory = run.directory_of(stage)
+    manifest = run.unchanged_manifest(stage, "model")
     step, made_from = manifest.config["step"], manifest.parents["checkpoint"]
     theirs = made_from.digests["identity"]
     if (step, theirs) != (each.first_step, identity):
@@ -192,74 +194,74 @@ def prove_student(recipe: Recipe, each: Round, identity: str) -> tuple[Manifest,
     return manifest, Parent("model", str(directory / "model"), lineage.model)
 
 
-def prove_round(recipe: Recipe, each: Round, identity: str) -> tuple[list[Proof], dict[str, Manifest]]:
+def prove_round(run: ResolvedRun, each: Round, identity: str) -> tuple[list[Proof], dict[str, Manifest]]:
     """What training from a round >= 1 of the job `identity` stands on, and the round's manifests by part.
 
     Raises LineageError at the first thing that does not hold, DataError for what is missing or damaged.
     """
-    student, model = prove_student(recipe, each, identity)
-    rollout = unchanged_manifest(recipe, each.stage("rollout"), "rollouts")
-    score = unchanged_manifest(recipe, each.stage("score"), "scores")
+    student, model = prove_student(run, each, identity)
+    rollout = run.unchanged_manifest(each.stage("rollout"), "rollouts")
+    score = run.unchanged_manifest(each.stage("score"), "scores")
     for child, made_from, parent in (
         ("rollout", rollout.parents["model"], student),
         ("score", score.parents["rollouts"], rollout),
     ):
-        directory = directory_of(recipe, made_from.path)
+        directory = run.directory_of(made_from.path)
         prove_parent(each.stage(child), made_from.path, made_from, parent, directory)
     name, first, teacher = (
         f"refresh {each.number}",
-        parent_manifest(recipe, "rollout"),
+        run.manifest("rollout"),
         score.parents["teacher"],
     )
-    proofs = [
+    found = [
         prove_same(
             "the prompts are those of the first rollouts",
-            inputs.evidence(rollout.parents["prompts"], f"{name}'s prompts"),
-            inputs.evidence(first.parents["prompts"], "the first rollouts' prompts"),
+            proofs.evidence(rollout.parents["prompts"], f"{name}'s prompts"),
+            proofs.evidence(first.parents["prompts"], "the first rollouts' prompts"),
             parts=("sha256",),
             allow=False,
         ),
         prove_same(
             f"the student that sampled is the one being trained, at step {each.first_step}",
-            inputs.evidence(rollout.parents["student"], "the rollouts' student"),
-            inputs.evidence(model, "the checkpoint's model"),
+            proofs.evidence(rollout.parents["student"], "the rollouts' student"),
+            proofs.evidence(model, "the checkpoint's model"),
             parts=WHOLE_MODEL,
             allow=False,
         ),
-        *inputs.prove_teacher(recipe, parent_manifest(recipe, "sft"), teacher),
-        inputs.prove_tokens(recipe, teacher, rollout.parents["student"]),
+        *proofs.prove_teacher(run, run.manifest("sft"), teacher),
+        proofs.prove_tokens(run, teacher, rollout.parents["student"]),
     ]
-    told = [replace(proof, statement=f"{name}: {proof.statement}") for proof in proofs]
+    told = [replace(proof, statement=f"{name}: {proof.statement}") for proof in found]
     return told, {"student": student, "rollout": rollout, "score": score}
 
 
-def with_rounds(recipe: Recipe, plan: Plan) -> Plan:
+def with_rounds(run: ResolvedRun, plan: Plan) -> Plan:
     """Train's plan with the rollouts and scores of every refresh among its parents, all of them proved."""
     parents, statuses = dict(plan.parents), [plan.lineage]
-    for each in rounds_of(recipe)[1:]:
-        proofs, manifests = prove_round(recipe, each, identity_of(plan))
+    for each in rounds_of(run)[1:]:
+        found, manifests = prove_round(run, each, identity_of(plan))
         for part in ("rollout", "score"):
             parents[each.stage(part)] = artifact_parent(each.stage(part), manifests[part])
-        statuses.append(inputs.status_of(proofs, *(manifest.lineage for manifest in manifests.values())))
-    return replace(plan, parents=parents, lineage=inputs.status_of([], *statuses))
+        statuses.append(proofs.status_of(found, *(manifest.lineage for manifest in manifests.values())))
+    return replace(plan, parents=parents, lineage=proofs.status_of([], *statuses))
 
 
-def record_rounds(recipe: Recipe, upto: Round) -> None:
+def record_rounds(run: ResolvedRun, upto: Round) -> None:
     """Note which artifacts rounds 1 to `upto` are trained from. LineageError when they were others before."""
-    path = directory_of(recipe, "train") / RECORD
+    path = run.directory_of("train") / RECORD
     before = read_json(path) if path.is_file() else {}
     now = {
-        each.stage(part): parent_manifest(recipe, each.stage(part)).id
-        for each in rounds_of(recipe)[1 : upto.number + 1]
+        each.stage(part): run.manifest(each.stage(part)).id
+        for each in rounds_of(run)[1 : upto.number + 1]
         for part in ("rollout", "score")
     }
     for stage, manifest_id in now.items():
         was = before.get(stage, manifest_id)
         if was != manifest_id:
             raise LineageError(
-                f"refused: {directory_of(recipe, stage)} has changed since train began with it: it was "
+                f"refused: {run.directory_of(stage)} has changed since train began with it: it was "
                 f"{short(was)}, is now {short(manifest_id)}: restore it, or remove "
-                f"{directory_of(recipe, 'train')} and the refreshes to train again"
+                f"{run.directory_of('train')} and the refreshes to train again"
             )
     if now.keys() - before.keys():
         atomic_write_json(path, before | now)

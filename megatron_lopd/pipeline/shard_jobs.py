@@ -7,21 +7,19 @@ begun it before, the finished files are the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_lopd.artifacts.manifest import Manifest
 from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
-from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import TrainingData, open_shards, shard_name
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
 from megatron_lopd.data.shards import ShardReader, write_shard
-from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.protocol import Engine, Prompted
+from megatron_lopd.pipeline.encoded import EncodedPrompts
+from megatron_lopd.pipeline.resolved import Answering
 from megatron_lopd.pipeline.stage import Output
 from megatron_lopd.pipeline.workers import Count, Part, Work
 from megatron_lopd.prompts.prompt import Prompt
@@ -31,14 +29,12 @@ from megatron_lopd.prompts.prompt import Prompt
 class SamplingJob:
     """Which model answers which prompts, and how.
 
-    `stream` separates the seeds of different uses; `label` is what progress is shown under.
-    `max_prompt_tokens`: a longer prompt is an error that names it. `only`: the sample ids to draw, where not
-    every sample of the prompts is wanted.
+    `stream` separates the seeds of different uses; `label` is what progress is shown under. `only`: the
+    sample ids to draw, where not every sample of the prompts is wanted.
     """
 
     model_dir: Path
-    prompts: Sequence[Prompt]
-    max_prompt_tokens: int
+    prompts: EncodedPrompts
     sampling: Sampling
     engine: EngineConfig
     seed: int
@@ -58,17 +54,29 @@ def sample_name(prompt: Prompt, index: int) -> str:
     return f"{prompt.id}/{index}"
 
 
-def rollout_work(job: SamplingJob, directory: Path) -> Work:
-    """Every response of `job`, as shards in `directory`. DataError for a prompt that cannot be encoded."""
-    chat = Chat(str(job.model_dir), job.engine.trust_remote_code)
-    chunks = _chunks(_requests(job, chat), job.engine.shard_samples)
+def answering_job(part: Answering) -> SamplingJob:
+    """All that generate or rollout asks for."""
+    return SamplingJob(
+        model_dir=part.model.directory,
+        prompts=part.encoded,
+        sampling=part.config.sampling,
+        engine=part.config.engine,
+        seed=part.run.recipe.seed,
+        stream=part.name,
+        label=part.name,
+    )
 
-    def part(number: int, requests: Sequence[GenerateRequest]) -> Part:
+
+def rollout_work(job: SamplingJob, directory: Path) -> Work:
+    """Every response of `job`, as shards in `directory`."""
+
+    def part(number: int, requests: Sequence[Prompted]) -> Part:
         def write(engine: Engine, path: Path, count: Count[Rollout]) -> None:
-            write_shard(path, ROLLOUTS, count(_sample(engine, requests, job.sampling, chat.end_tokens)))
+            write_shard(path, ROLLOUTS, count(engine.generate(requests, job.sampling, job.prompts.end_tokens)))
 
         return Part(directory / shard_name(ROLLOUTS, number), len(requests), write)
 
+    chunks = _chunks(_requests(job), job.engine.shard_samples)
     parts = [part(number, requests) for number, requests in enumerate(chunks)]
     return Work(job.label, job.engine, job.model_dir, parts)
 
@@ -83,7 +91,7 @@ def score_work(
         reader = ShardReader(ROLLOUTS, [rollouts])
 
         def write(engine: Engine, path: Path, count: Count[Score]) -> None:
-            write_shard(path, kind, count(engine.score(score_requests(reader), config.top_k)))
+            write_shard(path, kind, count(engine.score([*reader], config.top_k)))
 
         return Part(directory / shard_name(kind, number), len(reader), write)
 
@@ -104,11 +112,6 @@ def shards_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.glob("*.arrow"))
 
 
-def score_requests(rollouts: Iterable[Rollout]) -> list[ScoreRequest]:
-    """What is asked of an engine that scores them."""
-    return [ScoreRequest(each.sample_id, each.prompt_tokens, each.response_tokens) for each in rollouts]
-
-
 def count_rollouts(directory: Path) -> dict[str, int]:
     """What a directory of rollouts holds: samples, tokens, and how many were cut at the horizon."""
     reader = open_shards(ROLLOUTS, directory)
@@ -118,36 +121,21 @@ def count_rollouts(directory: Path) -> dict[str, int]:
         "prompt_tokens": int(prompt.sum()),
         "response_tokens": int(response.sum()),
         "tokens": int(prompt.sum() + response.sum()),
-        "cut_at_horizon": sum(record.finish_reason == "length" for record in reader),
+        "cut_at_horizon": reader.count("finish_reason", "length"),
     }
 
 
-def encode_prompts(prompts: Sequence[Prompt], chat: Chat, max_tokens: int) -> list[NDArray[np.int32]]:
-    """Token ids of each prompt, int32 [P]. DataError naming the first that does not fit `max_tokens`."""
-    return [chat.prompt(prompt.messages, f"prompt {prompt.id}", max_tokens) for prompt in prompts]
-
-
-def _requests(job: SamplingJob, chat: Chat) -> list[GenerateRequest]:
+def _requests(job: SamplingJob) -> list[Prompted]:
     requests = []
-    encoded = encode_prompts(job.prompts, chat, job.max_prompt_tokens)
-    for prompt, tokens in zip(job.prompts, encoded, strict=True):
+    for prompt, tokens in zip(job.prompts.prompts, job.prompts.tokens, strict=True):
         for index in range(job.sampling.samples_per_prompt):
             sample_id = sample_name(prompt, index)
             if job.only is None or sample_id in job.only:
                 seed = sample_seed(job.seed, job.stream, sample_id)
-                requests.append(GenerateRequest(sample_id, tokens, seed))
+                requests.append(Prompted(sample_id, tokens, seed))
     return requests
 
 
-def _sample(
-    engine: Engine, requests: Sequence[GenerateRequest], sampling: Sampling, stop: frozenset[int]
-) -> Iterator[Rollout]:
-    for request, done in zip(requests, engine.generate(requests, sampling, stop), strict=True):
-        yield Rollout(
-            request.sample_id, request.prompt_tokens, done.response_tokens, done.finish_reason, done.log_probs
-        )
-
-
-def _chunks(requests: Sequence[GenerateRequest], size: int) -> Iterator[Sequence[GenerateRequest]]:
+def _chunks(requests: Sequence[Prompted], size: int) -> Iterator[Sequence[Prompted]]:
     for start in range(0, len(requests), size):
         yield requests[start : start + size]

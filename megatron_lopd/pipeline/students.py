@@ -8,19 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.fingerprint import CACHE_NAME, fingerprint_model
+from megatron_lopd.artifacts.digest_cache import CACHE_NAME
+from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
-from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig, deciding
+from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig
 from megatron_lopd.convert.offline import megatron_to_hf
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.families.architecture import check_layout, read_architecture
+from megatron_lopd.families.architecture import check_layout
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
 from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.mcore.recompute import check_recompute
-from megatron_lopd.pipeline.inputs import train_config
+from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, identity_of
 from megatron_lopd.training.checkpoints import checkpoint_name
 from megatron_lopd.training.live import LiveData
@@ -28,11 +29,11 @@ from megatron_lopd.training.loop import Segment, TrainingJob, run_training
 from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
 
-def check_trainable(model_dir: Path, recipe: Recipe) -> None:
+def check_trainable(model: Model, recipe: Recipe) -> None:
     """Raise ConfigError unless the model can be split and its numbers computed as the recipe says, here."""
     require_usable()
     require_one_kind(recipe.parallel.processes)
-    architecture = read_architecture(model_dir)
+    architecture = model.architecture
     check_layout(architecture, recipe.parallel)
     check_precision(architecture, recipe.parallel, recipe.fp8)
     grouped = compat.takes_transformer_engine(recipe.precision)
@@ -49,10 +50,9 @@ def check_budget(recipe: Recipe, config: TrainingConfig) -> None:
         )
 
 
-def training_settings(recipe: Recipe, config: Any) -> dict[str, Any]:
-    """What decides the numbers of sft and train, for their plans."""
-    fp8 = None if recipe.fp8 is None else deciding(recipe.fp8)
-    return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8}
+def length_of(config: TrainingConfig) -> str:
+    """How long is trained, in words."""
+    return f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
 
 
 def _preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
@@ -67,7 +67,7 @@ def _preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:
 
 
 def opd_job(
-    recipe: Recipe,
+    run: ResolvedRun,
     plan: Plan,
     model_dir: Path,
     data: TrainingData | LiveData,
@@ -75,7 +75,7 @@ def opd_job(
     segment_at: Callable[[int], Segment] | None = None,
 ) -> TrainingJob:
     """What train and online do, each from its own data; named after the stage, as `work_dir` is."""
-    config = train_config(recipe)
+    recipe, config = run.recipe, run.train
     return TrainingJob(
         name=work_dir.name,
         identity=identity_of(plan),

@@ -7,6 +7,7 @@ whatever waits for one of them may go on.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -20,7 +21,18 @@ from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine
 from megatron_lopd.errors import EngineDied, LopdError, StopRequested
-from megatron_lopd.runtime.claims import ATTEMPTS, Claim, ClaimLost, Claims, PartFailed, announce, pause
+from megatron_lopd.runtime.claims import (
+    ATTEMPTS,
+    CLAIMS,
+    LEASE_SECONDS,
+    PATIENCE_SECONDS,
+    Claim,
+    ClaimLost,
+    Claims,
+    PartFailed,
+    announce,
+    pause,
+)
 from megatron_lopd.runtime.display import ProgressDisplay
 
 R = TypeVar("R", Rollout, Score)
@@ -38,57 +50,122 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """What is made at `path` from the file `source` alone, once that is there, without an engine.
+
+    `write(path, tick)` writes it somewhere, and calls `tick()` now and then to show that it gets on. What
+    only the commit needs may lie in the directory of the claims, and goes with it.
+    """
+
+    path: Path
+    source: Path
+    write: Callable[[Path, Callable[[], None]], None]
+
+
+@dataclass(frozen=True)
 class Work:
-    """Parts that one model makes, all in one directory. `label` is what progress is shown under."""
+    """Parts that one model makes, all in one directory, and what is derived of them.
+
+    `label` is what progress is shown under. Without an engine it has no Part.
+    """
 
     label: str
-    engine: EngineConfig
+    engine: EngineConfig | None
     model_dir: Path
-    parts: Sequence[Part]
+    parts: Sequence[Part | Derived]
+
+    @property
+    def directory(self) -> Path:
+        """Where the parts are, beside the directory of the claims on them."""
+        place = self.parts[0].path.parent
+        return place.parent if place.name == CLAIMS else place
 
 
 def make_parts(works: Sequence[Work]) -> None:
     """Return once every part is there, made here or by others; those already there are kept.
+
+    Or once the artifact is committed, which takes away what only the commit needed.
 
     Where an engine is killed or a shared file cannot be read, the part is tried again after a while, here or
     elsewhere; raises PartFailed when that has happened to it too often, or here to ATTEMPTS parts with none
     made between, and any other error at once.
     """
     with closing(_Worker(works)) as worker:
-        while worker.missing():
+        while not worker.is_done():
             if not worker.make_some():
+                if worker.is_over():
+                    return
                 pause()
 
 
+class _Share:
+    """One work as this worker sees it. It looks at all parts once, and then at those it comes by."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        there = {place: _names_in(place) for place in {part.path.parent for part in work.parts}}
+        self.left = [part for part in work.parts if part.path.name not in there[part.path.parent]]
+        self.total = sum(map(_samples, work.parts))
+        self.done = self.total - sum(map(_samples, self.left))
+        self.claims: Claims
+
+    def join(self) -> None:
+        """Tell which shards there are to be, and take part in the claims on them."""
+        shards = {part.path.name: part.samples for part in self.work.parts if isinstance(part, Part)}
+        announce(self.work.directory, shards)
+        self.claims = Claims(self.work.directory, patience=PATIENCE_SECONDS + LEASE_SECONDS)
+
+    def is_there(self, part: Part | Derived) -> bool:
+        """Whether somebody has published it, which counts it."""
+        if not part.path.is_file():
+            return False
+        self.done += _samples(part)
+        return True
+
+    def look_again(self, passed: Sequence[Part | Derived]) -> list[Part | Derived]:
+        """Those of the parts that nobody has published yet."""
+        return [part for part in passed if not self.is_there(part)]
+
+
 class _Worker:
-    """This process's share of the work."""
+    """This process's part in the work."""
 
     def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
-        self._claims: dict[Path, Claims] = {}
-        for work in works if self.missing() else ():
-            directory = work.parts[0].path.parent
-            announce(directory, {part.path.name: part.samples for part in work.parts})
-            self._claims[directory] = Claims(directory)
+        self._shares = [_Share(work) for work in works]
+        for share in () if self.is_done() else self._shares:
+            share.join()
         self._open: tuple[EngineConfig, Path, Engine] | None = None
         self._progress: _Progress | None = None
         self._failed: set[Path] = set()  # parts, since one was made here
 
-    def missing(self) -> list[tuple[Work, Part]]:
-        """The parts that nobody has published, in order."""
-        return [(work, part) for work in self._works for part in work.parts if not part.path.is_file()]
+    def is_done(self) -> bool:
+        """Whether every part is there, as far as this worker has looked."""
+        return not any(share.left for share in self._shares)
+
+    def is_over(self) -> bool:
+        """Whether the artifact has been committed."""
+        return any(share.claims.is_over() for share in self._shares)
 
     def make_some(self) -> bool:
-        """Make each missing part that can be claimed. Whether there was one."""
+        """Go through what is left, and make what can be claimed. Whether there was any."""
+        found = [self._make_some_of(share) for share in self._shares]
+        return any(found)
+
+    def _make_some_of(self, share: _Share) -> bool:
         found = False
-        for work, part in self.missing():
-            if part.path.is_file():  # published by another while this one was at an earlier part
+        passed: list[Part | Derived] = []  # what others are at work on: as many as they are
+        for part in share.left:
+            if share.is_there(part):
                 continue
-            claim = self._claims[part.path.parent].take(part.path.name)
-            if claim is not None:
-                with claim:
-                    found = True
-                    self._make(work, part, claim)
+            if isinstance(part, Part) or part.source.is_file():
+                claim = share.claims.take(part.path.name)
+                if claim is not None:
+                    with claim:
+                        found = True
+                        passed = share.look_again(passed)
+                        self._make(share, part, claim)
+            passed.append(part)
+        share.left = share.look_again(passed)
         return found
 
     def close(self) -> None:
@@ -105,20 +182,30 @@ class _Worker:
             self._open[2].close()
         self._open = None
 
-    def _make(self, work: Work, part: Part, claim: Claim) -> None:
+    def _make(self, share: _Share, part: Part | Derived, claim: Claim) -> None:
         if part.path.is_file():  # published between the look and the claim
             return
         private = part.path.with_name(f"{TEMPORARY_PREFIX}{claim.token}")
-        progress = self._shown(work)
+        progress = self._shown(share)
         try:
-            part.write(self._engine(work), private, lambda records: progress.count(records, part, claim))
+            if isinstance(part, Part):
+                samples = part.samples
+                part.write(
+                    self._engine(share.work), private, lambda records: progress.count(records, samples, claim)
+                )
+            else:
+                part.write(private, lambda: claim.progress(0, 0, 0.0, 0.0))
             if not claim.is_lost():
                 publish(private, part.path)
+                claim.made()
             self._failed.clear()
         except ClaimLost as lost:
             progress.note(f"{lost}: dropped here")
         except (EngineDied, OSError) as error:
             self._close_engine()
+            if claim.is_lost():
+                progress.note(f"{part.path.name}: {error}: left to who took it over")
+                return
             claim.fail(str(error))
             self._failed.add(part.path)
             if len(self._failed) == ATTEMPTS:  # no fault of a part: it would go through all of them
@@ -126,7 +213,7 @@ class _Worker:
                     f"{part.path}: the last of {ATTEMPTS} that failed here with none made between: {error}"
                 ) from error
             progress.note(f"{part.path.name}: {error}: to be tried again")
-            time.sleep(self._claims[part.path.parent].delay(len(self._failed)))
+            time.sleep(share.claims.delay(len(self._failed)))
         except StopRequested:
             raise
         except LopdError:
@@ -134,18 +221,19 @@ class _Worker:
                 raise
 
     def _engine(self, work: Work) -> Engine:
+        assert work.engine is not None  # it has a Part
         if self._open is None or self._open[:2] != (work.engine, work.model_dir):
             self._close_engine()  # before the next is loaded: both may not fit
             self._open = work.engine, work.model_dir, open_engine(work.engine, str(work.model_dir))
         return self._open[2]
 
-    def _shown(self, work: Work) -> _Progress:
-        """The display, at what all workers have published of `work`."""
-        done = sum(part.samples for part in work.parts if part.path.is_file())
-        if self._progress is None or self._progress.label != work.label:
+    def _shown(self, share: _Share) -> _Progress:
+        """The display, at what this worker knows all of them to have published."""
+        label = share.work.label
+        if self._progress is None or self._progress.label != label:
             self._close_display()
-            self._progress = _Progress(work.label, done, sum(part.samples for part in work.parts))
-        self._progress.done = done
+            self._progress = _Progress(label, share.done, share.total)
+        self._progress.done = share.done
         return self._progress
 
 
@@ -160,7 +248,7 @@ class _Progress:
         self._display = ProgressDisplay(label, "sample")
         self._display.begin(done, total)
 
-    def count(self, records: Iterable[R], part: Part, claim: Claim) -> Iterator[R]:
+    def count(self, records: Iterable[R], samples: int, claim: Claim) -> Iterator[R]:
         for number, record in enumerate(records, start=1):
             self.done += 1
             self._tokens += 0 if record.log_probs is None else len(record.log_probs)
@@ -168,7 +256,7 @@ class _Progress:
             seconds = time.monotonic() - self._began
             rate = self._tokens / seconds
             self._display.update(self.done, f"{rate:,.0f} tokens/s")
-            claim.progress(number, part.samples, rate, self._made / seconds)
+            claim.progress(number, samples, rate, self._made / seconds)
             yield record
 
     def note(self, text: str) -> None:
@@ -176,3 +264,14 @@ class _Progress:
 
     def close(self) -> None:
         self._display.close()
+
+
+def _samples(part: Part | Derived) -> int:
+    return part.samples if isinstance(part, Part) else 0
+
+
+def _names_in(directory: Path) -> set[str]:
+    try:
+        return set(os.listdir(directory))
+    except FileNotFoundError:
+        return set()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_lopd.errors import DataError
 from megatron_lopd.evaluation.estimates import percent
-from megatron_lopd.report.figures import Accuracy, accuracy_figure
-from megatron_lopd.report.html import figure, table
+from megatron_lopd.report.figures import Accuracy, Figure, accuracy_figure
 
 MODELS = {"base": "Base", "sft": "SFT", "lightning_opd": "Lightning OPD", "teacher": "Teacher"}
 Rows = Mapping[str, Mapping[str, Any]]  # of a set: the model -> its Grades, plain
@@ -60,14 +59,23 @@ def headline(sets: Mapping[str, Rows]) -> str:
     return f"Lightning OPD {verb} sampled accuracy{where} from {share(before)} to {share(after)}{change}"
 
 
-def accuracy_section(sets: Mapping[str, Rows]) -> str:
-    """A chart and a table of each set, as HTML."""
-    parts = ["<h2>Accuracy by stage</h2>"]
+@dataclass(frozen=True)
+class AccuracyOfSet:
+    """A chart of one set of prompts, and a table: a line a measure, a column a model."""
+
+    figure: Figure
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def accuracy_section(sets: Mapping[str, Rows]) -> list[AccuracyOfSet]:
+    """A chart and a table of each set."""
+    parts = []
     for number, (name, rows) in enumerate(sets.items()):
         title = f"Share of correct answers{f': {name}' if len(sets) > 1 else ''}"
         drawn = accuracy_figure(f"accuracy{number or ''}", [_accuracy(*row) for row in rows.items()])
-        parts += ['<div class="lead">', figure(title, drawn, _chart_caption(rows)), "</div>", _table(rows)]
-    return "".join([*parts, f'<p class="quiet">{escape(CAPTION)}</p>'])
+        parts.append(AccuracyOfSet(Figure(title, drawn, _chart_caption(rows)), *_table(rows)))
+    return parts
 
 
 def _accuracy(model: str, row: Mapping[str, Any]) -> Accuracy:
@@ -83,11 +91,12 @@ def _chart_caption(rows: Rows) -> str:
     )
 
 
-def _table(rows: Rows) -> str:
+def _table(rows: Rows) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """The header and the lines."""
     columns = {MODELS.get(model, model): _measures(row) for model, row in rows.items()}
     measures = list(dict.fromkeys(measure for column in columns.values() for measure in column))
     lines = [(name, *(column.get(name, "") for column in columns.values())) for name in measures]
-    return f'<div class="card scroll">{table(("", *columns), lines)}</div>'
+    return ("", *columns), lines
 
 
 def _measures(row: Mapping[str, Any]) -> dict[str, str]:

@@ -23,6 +23,15 @@ _COLOURS = {"sft": LIGHT["before"], "lightning_opd": LIGHT["after"]}
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A chart, an `<svg>` element, under its title and a caption, if it needs one."""
+
+    title: str
+    svg: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """Share of `n` prompts answered correctly, in [0, 1], sampled and greedy, with standard errors if any."""
 
@@ -92,13 +101,22 @@ def column(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Centred moving mean of the finite values, float64 [n]; the window shrinks at both ends."""
-    kernel = np.ones(max(1, len(values) // SMOOTHING_FRACTION) // 2 * 2 + 1)
-    if len(kernel) > len(values) or len(values) < SMOOTHING_FRACTION:
+    n = len(values)
+    if n < SMOOTHING_FRACTION:
         return values
+    half = n // SMOOTHING_FRACTION // 2
     finite = np.isfinite(values)
-    count = np.convolve(finite, kernel, mode="same")
-    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
-    return np.where(count > 0, total / np.maximum(count, 1), math.nan)
+    first, last = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+
+    def in_window(of: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sums over each window, as differences of running sums: a run's length does not multiply them."""
+        running = np.concatenate([[0.0], np.cumsum(of)])
+        sums: NDArray[np.float64] = running[last] - running[first]
+        return sums
+
+    number = in_window(finite.astype(np.float64))
+    total = in_window(np.where(finite, values, 0.0))
+    return np.where(number > 0, total / np.maximum(number, 1), math.nan)
 
 
 @dataclass(frozen=True)

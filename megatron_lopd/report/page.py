@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from megatron_lopd.artifacts.lineage import worst
-from megatron_lopd.artifacts.manifest import LineageStatus
-from megatron_lopd.errors import DataError
-from megatron_lopd.report.accuracy import accuracy_section, accuracy_sets, headline
+from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.registry import OBJECTIVES
+from megatron_lopd.report.accuracy import CAPTION, accuracy_section, accuracy_sets, headline
 from megatron_lopd.report.figures import (
     Curve,
+    Figure,
     advantage_figure,
     bars_figure,
     curve_figure,
     has,
 )
-from megatron_lopd.report.html import figure, table
 from megatron_lopd.report.lineage_graph import MARKS, LineageGraph, lineage_figure
 from megatron_lopd.report.theme import css_variables
 
@@ -65,54 +67,21 @@ CURVES = {
         Curve("entropy", "Entropy", "nats per token", "of the student's next-token distribution"),
     ),
 }
-# What the loss of an objective is, and what its reverse KL is measured over.
-_OVER_ROLLOUTS = "mean of log π - log π_T over the rollouts"
-_OVER_TOP_K = "over the teacher's top k, the sampled token and all else as one event"
-LOSS_CAPTIONS = {
-    "sampled_reverse_kl": "-mean of A log π, with A held constant: its sign carries no meaning",
-    "topk_reverse_kl": f"KL(π ‖ π_T) {_OVER_TOP_K}: never below 0",
-    "topk_forward_kl": f"KL(π_T ‖ π) {_OVER_TOP_K}: never below 0",
-    "fixed_negative": "mean of log π: every sampled token is made less likely, whatever the teacher says",
-}
-REVERSE_KL_CAPTIONS = dict.fromkeys(LOSS_CAPTIONS, _OVER_ROLLOUTS) | {
-    "topk_reverse_kl": LOSS_CAPTIONS["topk_reverse_kl"]
-}
 ADVANTAGE_CAPTION = "A = log π_T - log π; the band holds the middle 90 % of response tokens"
 
-CSS = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:72rem;margin:0 auto;padding:1.25rem 1rem 3rem}
-h1{font-size:clamp(1.3rem,4.5vw,2rem);line-height:1.25;margin:.3rem 0 .6rem;text-wrap:balance}
-h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
-h3{font-size:1rem;margin:0}
-p{margin:.3rem 0;max-width:46rem}
-.quiet,figcaption{color:var(--muted);font-size:.875rem}
-.grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}
-figure,.card{margin:0;padding:.8rem .9rem;background:var(--surface);border:1px solid var(--rule);
-border-radius:.6rem;min-width:0}
-svg{display:block;width:100%;height:auto;margin-top:.4rem}
-svg *{stroke-linejoin:round;stroke-linecap:butt}
-svg text{font-family:system-ui,sans-serif!important}
-.lead{max-width:40rem}
-.lineage{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));
-align-items:start}
-.lineage svg{max-width:36rem;margin-inline:auto}
-ol{list-style:none;margin:0;padding:0}
-li{display:grid;grid-template-columns:2.6rem 1fr;padding:.5rem 0;border-top:1px solid var(--rule)}
-li:first-child{border-top:0}
-.proved{color:var(--proved)}.declared{color:var(--declared)}.overridden{color:var(--overridden)}
-.mark{font-weight:700}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.85rem;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.35rem .3rem;border-top:1px solid var(--rule);white-space:nowrap}
-th:first-child,td:first-child,.text td{text-align:left}
-.text td{white-space:normal;overflow-wrap:anywhere}
-thead th{border-top:0;color:var(--muted);font-weight:500}
-details{margin-top:.9rem}
-summary{cursor:pointer}
-code{font-size:.85em;overflow-wrap:anywhere}
-"""
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("megatron_lopd.report", "."), autoescape=True, undefined=StrictUndefined
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts of one stage's training, under a title and a note."""
+
+    title: str
+    note: str
+    figures: Sequence[Figure]
 
 
 def render_page(
@@ -137,24 +106,23 @@ def render_page(
                 "write the summary again with lopd report"
             )
     seconds, tokens = _by_stage(_need(summary, "seconds")), _by_stage(_need(summary, "tokens"))
-    title = headline(sets)
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{css_variables()}{CSS}</style></head><body><main>"
+    return _TEMPLATES.get_template("page.html.j2").render(
+        title=headline(sets),
+        colours=css_variables(),
+        status=status,
+        marks=MARKS,
+        claim=LINEAGE[status],
+        totals=f"{duration(sum(seconds.values()))} in all, {count(sum(tokens.values()))} tokens",
+        seed=_need(summary, "seed"),
+        accuracy=accuracy_section(sets),
+        accuracy_caption=CAPTION,
+        training=_training(histories, summary.get("objective", "")),
+        cost=_cost(seconds, tokens),
+        lineage_figure=_drawn(lineage),
+        proofs=lineage.proofs,
+        nodes=[(node.title, node.kind, node.digest, node.path) for node in lineage.nodes],
+        settings=list(summary.get("settings", {}).items()),
     )
-    body = [
-        '<p class="quiet">Lightning OPD on Megatron-Core</p>',
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{_mark(status)} Lineage {escape(status)}. {escape(LINEAGE[status])}</p>",
-        f'<p class="quiet">{_totals(seconds, tokens)}; seed {escape(str(_need(summary, "seed")))}.</p>',
-        accuracy_section(sets),
-        _training(histories, summary.get("objective", "")),
-        _cost(seconds, tokens),
-        _lineage(lineage),
-        _settings(summary.get("settings", {})),
-    ]
-    return head + "".join(body) + "</main></body></html>\n"
 
 
 def _need(summary: Mapping[str, Any], key: str) -> Any:
@@ -169,40 +137,44 @@ def _by_stage(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _caption(stage: str, curve: Curve, objective: str) -> str:
-    by_objective = {"loss": LOSS_CAPTIONS, "reverse_kl": REVERSE_KL_CAPTIONS}
-    if stage == "train" and curve.key in by_objective:
-        return by_objective[curve.key].get(objective, "")
-    return curve.caption
+    """The curve's own, or where it is a loss or a measure that `objective` defines, what that says of it."""
+    if stage != "train" or curve.caption:
+        return curve.caption
+    try:
+        known = OBJECTIVES[objective.partition(" ")[0]]  # a user's has its file's digest after it
+    except ConfigError:  # an earlier release's, or a user's that this command does not import
+        return ""
+    return str(known.caption if curve.key == "loss" else known.captions.get(curve.key, ""))
 
 
-def _training(histories: Mapping[str, History], objective: str) -> str:
-    parts = []
+def _training(histories: Mapping[str, History], objective: str) -> list[Section]:
+    sections = []
     for stage, title in (("sft", "SFT"), ("train", "Lightning OPD training")):
         rows = histories.get(stage, ())
         figures = [
-            figure(curve.title, curve_figure(stage, curve, rows), _caption(stage, curve, objective))
+            Figure(curve.title, curve_figure(stage, curve, rows), _caption(stage, curve, objective))
             for curve in CURVES[stage]
             if has(rows, curve.key)
         ]
         advantage = ("advantage_p05", "advantage_mean", "advantage_p95")
         if stage == "train" and all(has(rows, key) for key in advantage):
-            figures.insert(2, figure("Advantage spread", advantage_figure(rows), ADVANTAGE_CAPTION))
+            figures.insert(2, Figure("Advantage spread", advantage_figure(rows), ADVANTAGE_CAPTION))
         if figures:
             skipped = sum(1 for row in rows if row.get("skipped"))
             note = f"Steps: {len(rows):,}; skipped for gradients that were not finite: {skipped:,}."
-            parts.append(f'<h2>{title}</h2><p class="quiet">{note}</p>')
-            parts.append(f'<div class="grid">{"".join(figures)}</div>')
-    return "".join(parts)
+            sections.append(Section(title, note, figures))
+    return sections
 
 
-def _cost(seconds: Mapping[str, float], tokens: Mapping[str, float]) -> str:
+def _cost(seconds: Mapping[str, float], tokens: Mapping[str, float]) -> dict[str, Any]:
+    """The charts of what each stage took, and the lines of a table."""
     figures = []
     if seconds:
         texts = {stage: duration(value) for stage, value in seconds.items()}
-        figures.append(figure("Time", bars_figure("seconds", seconds, texts, "wall-clock seconds"), ""))
+        figures.append(Figure("Time", bars_figure("seconds", seconds, texts, "wall-clock seconds")))
     if tokens:
         texts = {stage: count(value) for stage, value in tokens.items()}
-        figures.append(figure("Tokens", bars_figure("tokens", tokens, texts, "tokens processed"), ""))
+        figures.append(Figure("Tokens", bars_figure("tokens", tokens, texts, "tokens processed")))
     rows = []
     for stage in _by_stage({**tokens, **seconds}):
         took, processed = seconds.get(stage), tokens.get(stage)
@@ -214,45 +186,12 @@ def _cost(seconds: Mapping[str, float], tokens: Mapping[str, float]) -> str:
                 f"{processed / took:,.0f}" if took and processed else "",
             )
         )
-    rows_table = table(("stage", "time", "tokens", "tokens/s"), rows)
-    return (
-        f'<h2>Time and tokens by stage</h2><div class="grid">{"".join(figures)}'
-        f'<div class="card scroll">{rows_table}</div></div>'
-    )
+    return {"figures": figures, "rows": rows}
 
 
-def _lineage(graph: LineageGraph) -> str:
-    proofs = "".join(
-        f'<li><span class="mark {proof.status}">{MARKS[proof.status]} {number}</span><div>'
-        f"{escape(proof.statement)}<br>"
-        f'<span class="quiet"><span class="{proof.status}">{proof.status}</span>: {escape(proof.detail)}'
-        "</span></div></li>"
-        for number, proof in enumerate(graph.proofs, start=1)
-    )
-    rows = [(node.title, node.kind, node.digest, node.path) for node in graph.nodes]
+def _drawn(graph: LineageGraph) -> Figure | None:
     caption = "Round: models. Square: artifacts. A mark carries the number of the claim it stands for."
-    drawn = figure("Made from", lineage_figure(graph), caption) if graph.nodes else ""
-    return (
-        f'<h2>Lineage</h2><div class="lineage">{drawn}'
-        f'<div class="card"><h3>Claims and their evidence</h3><ol>{proofs}</ol></div></div>'
-        '<details class="card"><summary>Digests and paths</summary><div class="scroll">'
-        f"{table(('what', 'kind', 'digest', 'path'), rows, text=True)}</div></details>"
-    )
-
-
-def _settings(settings: Mapping[str, str]) -> str:
-    if not settings:
-        return ""
-    rows_table = table(("setting", "value"), settings.items(), text=True)
-    return f'<h2>Settings</h2><div class="card scroll">{rows_table}</div>'
-
-
-def _mark(status: LineageStatus) -> str:
-    return f'<span class="mark {status}">{MARKS[status]}</span>'
-
-
-def _totals(seconds: Mapping[str, float], tokens: Mapping[str, float]) -> str:
-    return f"{duration(sum(seconds.values()))} in all, {count(sum(tokens.values()))} tokens"
+    return Figure("Made from", lineage_figure(graph), caption) if graph.nodes else None
 
 
 def duration(seconds: float) -> str:

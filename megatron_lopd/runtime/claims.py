@@ -5,16 +5,22 @@ Part `shard` is claimed by creating `.claims/shard.N`, N one more than the highe
 process can create it, and whoever has the highest owns the part. Its owner rewrites it at every heartbeat.
 
 A claim is stale when its process is known to be gone, or when its heartbeat has not changed for `lease`
-seconds by the clock of whoever watches: clocks of two machines are never compared.
+seconds by the clock of whoever watches: clocks of two machines are never compared. A heartbeat says that
+a process is there, not that it gets on: an owner whose work has not moved for its `patience` gives the claim
+up as failed, and ends, for the thread that works cannot be freed.
+
+Claims go with the directory that holds them, once the artifact is committed. Until then it is there from
+before the first claim: a worker that finds it gone knows that there is nothing left to do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
-import socket
+import sys
 import threading
 import time
 import uuid
@@ -23,45 +29,24 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, atomic_write_json, read_json
-from megatron_lopd.errors import DataError, LopdError
+from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, read_json
+from megatron_lopd.errors import DataError, LopdError, StopRequested
+from megatron_lopd.runtime.display import duration
+from megatron_lopd.runtime.owner import Owner
 
 CLAIMS = ".claims"
 PARTS = "parts"  # no dot in it, as there is in every claim
-LEASE_SECONDS = 60.0
+# A heartbeat seen over NFS may be as old as a client keeps a directory's entries (nfs(5): acdirmax, 60 s by
+# default), and is as old again when two looks meet it badly: three times that is silence.
+LEASE_SECONDS = 180.0
 BEATS_A_LEASE = 12
+# Without a record for so long an engine counts as hung. A big model may load for half an hour, and an engine
+# may give all the answers of a shard at its end.
+PATIENCE_SECONDS = 2 * 60 * 60.0
 POLL_SECONDS = 1.0  # between two looks at what others have claimed
 # A part that failed this often fails for good. Deaths do not count: a lost node is no fault of the part.
 ATTEMPTS = 3
 BACKOFF_SECONDS = 5.0  # after the first failure; twice as long after each further one
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process, told apart from every other one on any machine."""
-
-    host: str
-    boot: str
-    pid_namespace: int
-    pid: int
-    started: int  # clock ticks after boot
-
-    @staticmethod
-    def here() -> Owner:
-        """This process."""
-        return Owner(
-            host=socket.gethostname(),
-            boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
-            pid=os.getpid(),
-            started=_start_of(os.getpid()) or 0,
-        )
-
-    def is_gone(self, watcher: Owner) -> bool:
-        """Whether the process has ended for certain, which only one that can see it may say."""
-        if (self.host, self.boot, self.pid_namespace) != (watcher.host, watcher.boot, watcher.pid_namespace):
-            return False
-        return _start_of(self.pid) != self.started
 
 
 @dataclass(frozen=True)
@@ -93,14 +78,14 @@ class PartFailed(LopdError):  # noqa: N818
 
 def read_claims(directory: Path) -> dict[str, list[ClaimState]]:
     """The claims on each part of the artifact in `directory`, oldest first. DataError for a damaged one."""
-    parts = {path.stem for path in (directory / CLAIMS).glob("[!.]*.*")}
-    return {part: states for part in sorted(parts) if (states := _claims_on(directory, part))}
+    return {part: states for part in sorted(_newest(directory)) if (states := _claims_on(directory, part))}
 
 
 def announce(directory: Path, samples: Mapping[str, int]) -> None:
     """Tell whoever looks on which parts there are to be, with the samples of each."""
-    (directory / CLAIMS).mkdir(parents=True, exist_ok=True)
-    atomic_write_json(directory / CLAIMS / PARTS, dict(samples))
+    _make_directory(directory)
+    with contextlib.suppress(FileNotFoundError):  # committed, this moment
+        _write(directory, directory / CLAIMS / PARTS, json.dumps(dict(samples)))
 
 
 def announced(directory: Path) -> dict[str, int]:
@@ -116,8 +101,9 @@ def pause() -> None:
 
 def make_once(path: Path, make: Callable[[], None]) -> None:
     """Return once `path` is there: made here, by `make()`, or by another worker."""
-    claims = Claims(path.parent)
+    claims = None
     while not path.is_file():
+        claims = claims or Claims(path.parent)
         claim = claims.take(path.name)
         if claim is None:
             pause()
@@ -128,25 +114,35 @@ def make_once(path: Path, make: Callable[[], None]) -> None:
 
 
 def remove_claims(directory: Path) -> None:
-    """Forget all claims on the parts of an artifact, once they are all there."""
-    for path in directory.rglob(CLAIMS):
-        shutil.rmtree(path, ignore_errors=True)  # another worker may be doing the same
+    """Forget all claims on the parts of an artifact, once it is committed. Several may do so at once."""
+    for path in sorted(directory.rglob(CLAIMS)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def end_process(message: str) -> None:
+    """End this process, whose main thread is stuck, from another one: to be run again, as after a stop."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(StopRequested.exit_code)
 
 
 class Claim:
     """A part that this process works on. A context manager: leaving it gives the part back to anyone.
 
-    After `fail` it comes back as failed instead, to be tried again in a while.
+    After `made` there is nothing to give back; after `fail` it comes back as failed, to be tried again in a
+    while. `seconds` lie between two heartbeats. When `patience` seconds go by without a `progress` the claim
+    fails by itself, and `hung` is called with a line that says so.
     """
 
-    def __init__(self, directory: Path, state: ClaimState, seconds: float) -> None:
+    def __init__(
+        self, directory: Path, state: ClaimState, seconds: float, patience: float, hung: Callable[[str], None]
+    ) -> None:
         self._directory = directory
         self._state = state
         self._path = claim_path(directory, state.part, state.generation)
         self._next = claim_path(directory, state.part, state.generation + 1)
-        self._seconds = seconds
+        self._seconds, self._patience, self._hung = seconds, patience, hung
         self._lock = threading.Lock()
-        self._lost = False
+        self._lost = self._is_made = self._has_moved = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name=f"heartbeat {state.part}")
         self._thread.start()
@@ -168,6 +164,7 @@ class Claim:
             self._state = replace(
                 self._state, done=done, total=total, rate=rate, done_per_second=done_per_second
             )
+            self._has_moved = True
         if self._lost:
             raise ClaimLost(f"{self._state.part}: taken over by another worker")
 
@@ -175,6 +172,10 @@ class Claim:
         """Whether another worker has taken the part over, or has committed the whole artifact."""
         self._lost = self._lost or self._next.exists() or not self._path.exists()
         return self._lost
+
+    def made(self) -> None:
+        """The part is there: nobody will ask for it again, nor read what was said of making it."""
+        self._is_made = True
 
     def fail(self, error: str) -> None:
         """Give the part back as failed, with the one line that says why."""
@@ -185,21 +186,49 @@ class Claim:
             return
         self._ended.set()
         self._thread.join()
-        self._state = replace(self._state, status=status, error=error)
-        self._write()
+        self._say(status, error)
 
     def _beat(self) -> None:
+        quiet, before = 0.0, time.monotonic()
         while not self._ended.wait(self._seconds):
+            now = time.monotonic()
             with self._lock:
+                # While the process is suspended nothing can move, and that is no fault of the work's.
+                quiet = 0.0 if self._has_moved else quiet + min(now - before, 2 * self._seconds)
+                self._has_moved = False
                 self._state = replace(self._state, beat=self._state.beat + 1)
-            if not self.is_lost():
-                self._write()
+            before = now
+            if self.is_lost():
+                continue
+            if quiet >= self._patience:
+                self._give_up(duration(quiet))
+                return
+            self._write()
+
+    def _give_up(self, quiet: str) -> None:
+        self._lost = True
+        self._ended.set()
+        self._say("failed", f"no progress in {quiet}: it hangs")
+        self._hung(
+            f"lopd: {self._directory / self._state.part}: no progress in {quiet}: its engine "
+            "hangs: the shard is left to the other workers, and this one ends"
+        )
+
+    def _say(self, status: Literal["released", "failed"], error: str) -> None:
+        """The last word. A part made at the first try leaves none: thousands would be in the way."""
+        if self._is_made and self._state.generation == 1:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            return
+        with self._lock:
+            self._state = replace(self._state, status=status, error=error)
+        self._write()
 
     def _write(self) -> None:
         # Once the artifact is committed the directory is gone, and with it all there was to say. On a full
         # disk nothing can be said: the work will tell of it, and the next heartbeat may get through.
         with contextlib.suppress(OSError):
-            os.replace(_temporary(self._directory, self._state), self._path)
+            _write(self._directory, self._path, _text(self._state))
 
 
 @dataclass(frozen=True)
@@ -214,17 +243,26 @@ class _Watched:
 
 @dataclass
 class Claims:
-    """The claims on the parts of the artifact in `directory`, as one worker sees them."""
+    """The claims on the parts of the artifact in `directory`, as one worker sees them.
+
+    `patience`: seconds without progress after which a claim taken here is given up, and `hung` is called.
+    """
 
     directory: Path
     lease: float = LEASE_SECONDS
     backoff: float = BACKOFF_SECONDS
     owner: Owner = field(default_factory=Owner.here)
+    patience: float = math.inf
+    hung: Callable[[str], None] = end_process
 
     def __post_init__(self) -> None:
         self._watched: dict[str, _Watched] = {}
-        (self.directory / CLAIMS).mkdir(parents=True, exist_ok=True)
-        self._at_start = {part: len(states) for part, states in read_claims(self.directory).items()}
+        _make_directory(self.directory)
+        self._at_start = _newest(self.directory)
+
+    def is_over(self) -> bool:
+        """Whether the artifact is committed, which takes its claims away."""
+        return not (self.directory / CLAIMS).is_dir()
 
     def take(self, part: str) -> Claim | None:
         """Claim `part`; None while another has it, or while it waits after a failure.
@@ -235,7 +273,9 @@ class Claims:
         if states and not self._is_free(states):
             return None
         state = ClaimState(part, len(states) + 1, self.owner)
-        return Claim(self.directory, state, self.lease / BEATS_A_LEASE) if self._create(state) else None
+        if not self._create(state):
+            return None
+        return Claim(self.directory, state, self.lease / BEATS_A_LEASE, self.patience, self.hung)
 
     def delay(self, failures: int) -> float:
         """Seconds to wait before trying again what has failed so often: twice as long each time."""
@@ -273,7 +313,7 @@ class Claims:
     def _create(self, state: ClaimState) -> bool:
         """Whether this process, and no other, made the claim's file."""
         try:
-            temporary = _temporary(self.directory, state)
+            temporary = _temporary(self.directory, _text(state))
             try:
                 os.link(temporary, claim_path(self.directory, state.part, state.generation))
             finally:
@@ -308,21 +348,38 @@ def claim_path(directory: Path, part: str, generation: int) -> Path:
     return directory / CLAIMS / f"{part}.{generation}"
 
 
-def _temporary(directory: Path, state: ClaimState) -> Path:
-    """The state in a file of a name of its own, whole."""
+def _newest(directory: Path) -> dict[str, int]:
+    """The highest generation of claim on each part, from the files' names alone."""
+    newest: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(directory / CLAIMS):
+            part, _, generation = name.rpartition(".")
+            if generation.isdecimal() and not name.startswith(TEMPORARY_PREFIX):
+                newest[part] = max(newest.get(part, 0), int(generation))
+    return newest
+
+
+def _make_directory(directory: Path) -> None:
+    # "It is there already", and then it is not, when the artifact is committed this moment.
+    with contextlib.suppress(FileExistsError):
+        (directory / CLAIMS).mkdir(parents=True, exist_ok=True)
+
+
+def _text(state: ClaimState) -> str:
+    return json.dumps(asdict(state))
+
+
+def _write(directory: Path, path: Path, text: str) -> None:
+    """Put `text` into a file of the claims' directory, whole, whatever is there. Raises OSError."""
+    os.replace(_temporary(directory, text), path)
+
+
+def _temporary(directory: Path, text: str) -> Path:
+    """The text in a file of a name of its own, whole."""
     path = directory / CLAIMS / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
-        path.write_text(json.dumps(asdict(state)))
+        path.write_text(text)
     except OSError:
         path.unlink(missing_ok=True)
         raise
     return path
-
-
-def _start_of(pid: int) -> int | None:
-    """When a process began, in clock ticks after boot (Linux's proc(5)); None when it has ended."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state in "ZX" else int(fields[18])

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_lopd.artifacts.digest_cache import CACHE_VARIABLE, user_cache
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
 
@@ -159,6 +160,7 @@ def make_writable() -> None:
     for name, default in (
         ("TRITON_CACHE_DIR", f"{os.environ.get('TRITON_HOME', home)}/.triton/cache"),
         ("TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{getpass.getuser()}"),
+        (CACHE_VARIABLE, str(user_cache())),  # inherited: no process hashes again what another here has
     ):
         place = os.environ.get(name, default)
         if not _is_writable(Path(place)):

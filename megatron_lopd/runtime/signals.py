@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from megatron_lopd.errors import StopRequested
+from megatron_lopd.errors import LopdError, StopRequested
 
 # SIGTERM: a scheduler that takes the node back. SIGUSR1: SLURM's --signal, ahead of the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -83,6 +83,10 @@ def stopping_at_once(message: str) -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
+    except LopdError as error:
+        if raised and not isinstance(error, StopRequested):  # raised in an import, say, and taken for a fault
+            raise StopRequested(message) from error
+        raise
     finally:
         try:
             over.set()

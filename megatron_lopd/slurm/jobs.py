@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Cluster, EngineConfig, ParallelConfig, Recipe
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.pipeline.inputs import scoring_of
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.rounds import is_made, rounds_of
-from megatron_lopd.pipeline.stage import directory_of
+from megatron_lopd.pipeline.stage import SharedStage
 from megatron_lopd.stages.table import STAGES
 
-SHARED = tuple(stage.name for stage in STAGES if stage.share is not None)
+SHARED = tuple(stage.name for stage in STAGES if isinstance(stage, SharedStage))
 CPU_STAGES = ("tokenize", "export", "report")
 
 
@@ -39,22 +38,23 @@ def jobs_of(recipe: Recipe, cluster: Cluster) -> list[Job]:
 
     Raises ConfigError when the recipe asks for no stage, or its layout does not fit the nodes' GPUs.
     """
-    needed = [stage for stage in STAGES if stage.needed(recipe)]
+    run = ResolvedRun(recipe)
+    needed = [stage for stage in STAGES if stage.needed(run)]
     if not needed:
         raise ConfigError("the recipe asks for nothing: give a section sft, and train to go on to OPD")
     jobs: list[Job] = []
     for stage in needed:
-        if not is_committed(directory_of(recipe, stage.name)):
-            names = _rounds(recipe) if stage.name == "train" else [(stage.name, stage.name)]
+        if not run.is_committed(stage.name):
+            names = _rounds(run) if stage.name == "train" else [(stage.name, stage.name)]
             jobs += [_job(name, command, recipe, cluster) for name, command in names]
     return jobs
 
 
-def _rounds(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _rounds(run: ResolvedRun) -> Iterator[tuple[str, str]]:
     """Names and commands: train ends where its rollouts are used up, refresh makes more, train goes on."""
     yield "train", "train"
-    for each in rounds_of(recipe)[1:]:
-        if not is_made(recipe, each):
+    for each in rounds_of(run)[1:]:
+        if not is_made(run, each):
             yield f"refresh-{each.number}", "refresh"
             yield f"train-{each.number}", "train"
 
@@ -93,7 +93,7 @@ def _layout(command: str, recipe: Recipe) -> ParallelConfig | None:
         return recipe.parallel
     if command != "score":
         return None
-    scoring = scoring_of(recipe)
+    scoring = ResolvedRun(recipe).scoring
     second = scoring.agreement.engine if scoring.agreement is not None else None
     return scoring.engine.parallel or (second.parallel if second is not None else None)
 

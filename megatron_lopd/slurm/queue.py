@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_lopd.commands.run import check_run_dir
 from megatron_lopd.config import Cluster, Recipe
 from megatron_lopd.errors import ConfigError, EngineError, LopdError, NotInstalled
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.slurm.jobs import Job
 from megatron_lopd.slurm.script import Submission, render
 from megatron_lopd.stages.table import STAGES
@@ -109,13 +110,13 @@ def _check_image(cluster: Cluster) -> None:
 
 def _check_recipe(jobs: Sequence[Job], recipe: Recipe) -> list[str]:
     """Each stage's own check, but for what a login node, outside any container, cannot have."""
-    check_run_dir(recipe)
-    plain = dataclasses.replace(recipe, fp8=None)
+    run = ResolvedRun(dataclasses.replace(recipe, fp8=None))
+    check_run_dir(run)
     commands, unchecked = {job.command for job in jobs}, []
     for stage in STAGES:
         if stage.name in commands:
             try:
-                stage.check(plain)
+                stage.check(run)
             except (EngineError, NotInstalled) as error:
                 unchecked.append(f"{stage.name}: not checked here, the nodes will: {error}")
     return unchecked

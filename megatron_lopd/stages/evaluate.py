@@ -4,100 +4,117 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.artifacts.files import atomic_write_json
-from megatron_lopd.config import Recipe, deciding
-from megatron_lopd.data.dataset import open_shards
-from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.engines.library import library_versions, require_library
-from megatron_lopd.evaluation.grading import answering, check_sets, grade_answers, share_right
-from megatron_lopd.graders.grader import Grader, open_grader
-from megatron_lopd.pipeline import inputs
-from megatron_lopd.pipeline.shard_jobs import count_rollouts
-from megatron_lopd.pipeline.stage import Output, Plan, directory_of, parent_manifest
-from megatron_lopd.pipeline.workers import Work, make_parts
+from megatron_lopd.config import deciding
+from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
+from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
+
+if TYPE_CHECKING:
+    from megatron_lopd.graders.grader import Grader
+    from megatron_lopd.pipeline.workers import Work
 
 RESULTS = "results.json"
 
 
-def check(recipe: Recipe) -> list[str]:
-    models, k = ", ".join(_models(recipe)), recipe.evaluate.sampling.samples_per_prompt
-    require_library(recipe.evaluate.engine, "evaluate")
-    return [
-        f"grade {models} on {len(prompts)} prompts of {name}, {k} sampled and 1 greedy each"
-        for name, prompts in check_sets(recipe).items()
-    ]
+class Evaluate(SharedStage):
+    """The models' answers, and their grades."""
 
+    name, kind = "evaluate", "evaluation"
 
-def plan(recipe: Recipe) -> Plan:
-    parents = {_role(name): parent for name, (_, parent) in inputs.evaluation_sets(recipe).items()}
-    for name, directory in _models(recipe).items():
-        is_teacher = name == "teacher"
-        parents[name] = (
-            inputs.teacher_parent(recipe, "evaluate") if is_teacher else inputs.parent_of_model(directory)
-        )
-    stage = parent_manifest(recipe, "train" if recipe.train is not None else "sft")
-    return Plan(deciding(recipe.evaluate) | {"seed": recipe.seed}, parents, stage.lineage)
+    def needed(self, run: ResolvedRun) -> bool:
+        return run.recipe.prompts.eval is not None and run.recipe.sft is not None
 
+    def workers(self, run: ResolvedRun) -> int:
+        return run.recipe.evaluate.engine.workers
 
-def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
-    settings, seed = recipe.evaluate, recipe.seed
-    works: list[Work] = []
-    for model, model_dir in _models(recipe).items():
-        for name, (prompts, _) in inputs.evaluation_sets(recipe).items():
-            label = f"{model} on {name}"
-            works += answering(model_dir, prompts, settings, seed, directory / model / name, label)
-    make_parts(works)
+    def check(self, run: ResolvedRun) -> list[str]:
+        from megatron_lopd.engines.library import require_library
+        from megatron_lopd.evaluation.grading import check_sets
 
+        models, k = ", ".join(models_of(run)), run.recipe.evaluate.sampling.samples_per_prompt
+        require_library(run.recipe.evaluate.engine, "evaluate")
+        return [
+            f"grade {models} on {len(prompts)} prompts of {name}, {k} sampled and 1 greedy each"
+            for name, prompts in check_sets(run).items()
+        ]
 
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    accuracy: dict[str, dict[str, Any]] = {}
-    counts: Counter[str] = Counter()
-    with open_grader(recipe.evaluate.grader) as grader:
-        for name, (prompts, _) in inputs.evaluation_sets(recipe).items():
-            counts["prompts"] += len(prompts)
-            accuracy[name] = {}
-            for model, model_dir in _models(recipe).items():
-                place = directory / model / name
-                grades = grade_answers(place, model_dir, prompts, recipe.evaluate, grader)
-                print(f"lopd: {model} on {name}: {grades}", flush=True)
-                accuracy[name][model] = asdict(grades)
-                counts["ungraded"] += grades.ungraded
-                for mode in ("sampled", "greedy"):
-                    counts["tokens"] += count_rollouts(place / mode)["tokens"]
-        answers = _teacher_answers(recipe, grader)
-    results = {"accuracy": accuracy, "grader": recipe.evaluate.grader, "teacher_answers": answers}
-    atomic_write_json(directory / RESULTS, results)
-    files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.arrow"))
-    return Output([*files, RESULTS], dict(counts), library_versions(recipe.evaluate.engine))
+    def plan(self, run: ResolvedRun) -> Plan:
+        parents = {_role(name): each.parent for name, each in run.evaluation_sets.items()}
+        for name, model in models_of(run).items():
+            parents[name] = run.teacher_parent(self.name) if name == "teacher" else model.parent
+        made_by = run.manifest("train" if run.recipe.train is not None else "sft")
+        return Plan(deciding(run.recipe.evaluate) | {"seed": run.recipe.seed}, parents, made_by.lineage)
+
+    def share(self, run: ResolvedRun, plan: Plan) -> None:
+        from megatron_lopd.evaluation.grading import answering
+        from megatron_lopd.pipeline.workers import make_parts
+
+        settings, seed, directory = run.recipe.evaluate, run.recipe.seed, run.directory_of(self.name)
+        works: list[Work] = []
+        for model, where in models_of(run).items():
+            for name, each in run.evaluation_sets.items():
+                place, label = directory / model / name, f"{model} on {name}"
+                works += answering(where.directory, each.prompts, settings, seed, place, label)
+        make_parts(works)
+
+    def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.engines.library import library_versions
+        from megatron_lopd.evaluation.grading import grade_answers
+        from megatron_lopd.graders.grader import open_grader
+        from megatron_lopd.pipeline.shard_jobs import count_rollouts
+
+        settings, directory = run.recipe.evaluate, run.directory_of(self.name)
+        accuracy: dict[str, dict[str, Any]] = {}
+        counts: Counter[str] = Counter()
+        with open_grader(settings.grader) as grader:
+            for name, each in run.evaluation_sets.items():
+                counts["prompts"] += len(each.prompts)
+                accuracy[name] = {}
+                for model, where in models_of(run).items():
+                    place = directory / model / name
+                    grades = grade_answers(place, where.directory, each.prompts, settings, grader)
+                    print(f"lopd: {model} on {name}: {grades}", flush=True)
+                    accuracy[name][model] = asdict(grades)
+                    counts["ungraded"] += grades.ungraded
+                    for mode in ("sampled", "greedy"):
+                        counts["tokens"] += count_rollouts(place / mode)["tokens"]
+            answers = _teacher_answers(run, grader)
+        results = {"accuracy": accuracy, "grader": settings.grader, "teacher_answers": answers}
+        atomic_write_json(directory / RESULTS, results)
+        files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.arrow"))
+        return Output([*files, RESULTS], dict(counts), library_versions(settings.engine))
 
 
 def _role(name: str) -> str:
     """What a set is called among the parents: only the one that has no name of its own is just prompts."""
-    return "prompts" if name == inputs.ONLY_SET else f"prompts {name}"
+    return "prompts" if name == ONLY_SET else f"prompts {name}"
 
 
-def _models(recipe: Recipe) -> dict[str, Path]:
-    models = {"sft": inputs.reference_directory(recipe)}
-    if recipe.train is not None:
-        models["lightning_opd"] = directory_of(recipe, "export") / "model"
-    if recipe.evaluate.teacher:
-        models["teacher"] = inputs.teacher_directory(recipe)
+def models_of(run: ResolvedRun) -> dict[str, Model]:
+    """Who is graded, by name."""
+    models = {"sft": run.reference}
+    if run.recipe.train is not None:
+        models["lightning_opd"] = Model(run.directory_of("export") / "model")
+    if run.recipe.evaluate.teacher:
+        models["teacher"] = run.teacher
     return models
 
 
-def _teacher_answers(recipe: Recipe, grader: Grader) -> dict[str, Any] | None:
+def _teacher_answers(run: ResolvedRun, grader: Grader) -> dict[str, Any] | None:
     """How often the teacher's answers that SFT learned from are right; None unless generate ran.
 
     None too where the SFT prompts come without answers to grade by.
     """
-    directory = directory_of(recipe, "generate")
-    if recipe.prompts.sft is None or not (directory / "manifest.json").is_file():
+    from megatron_lopd.data.dataset import open_shards
+    from megatron_lopd.data.schemas import ROLLOUTS
+    from megatron_lopd.evaluation.grading import share_right
+
+    if run.recipe.prompts.sft is None or not run.is_committed("generate"):
         return None
-    prompts, _ = inputs.prompts_of(recipe, "sft")
+    prompts, directory = run.sft_prompts.prompts, run.directory_of("generate")
     if any(prompt.answer is None for prompt in prompts):
         return None
-    share = share_right(directory, directory / "tokenizer", prompts, recipe.evaluate, grader)
+    share = share_right(directory, directory / "tokenizer", prompts, run.recipe.evaluate, grader)
     return {"sampled": share, "n": len(open_shards(ROLLOUTS, directory))}

@@ -2,61 +2,51 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from megatron_lopd.config import Recipe, deciding
-from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
-from megatron_lopd.data.chat import Chat
-from megatron_lopd.engines.library import library_versions, require_library
-from megatron_lopd.pipeline import inputs
-from megatron_lopd.pipeline.shard_jobs import (
-    SamplingJob,
-    count_rollouts,
-    encode_prompts,
-    rollout_work,
-    shards_in,
-)
-from megatron_lopd.pipeline.stage import Output, Plan
-from megatron_lopd.pipeline.workers import make_parts
+from megatron_lopd.config import deciding
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
 
 
-def check(recipe: Recipe) -> list[str]:
-    prompts = inputs.prompts_of(recipe, "sft")[0]
-    per_prompt = recipe.generate.sampling.samples_per_prompt
-    teacher = inputs.teacher_directory(recipe)
-    limit = inputs.longest_prompt(teacher, recipe.generate.sampling, recipe.sft)
-    encode_prompts(prompts, Chat(str(teacher), recipe.generate.engine.trust_remote_code), limit)
-    require_library(recipe.generate.engine, "generate")
-    return [f"{teacher} answers {len(prompts)} prompts, {per_prompt} each"]
+class Generate(SharedStage):
+    """The teacher's answers, with its tokenizer."""
 
+    name, kind = "generate", "rollouts"
 
-def plan(recipe: Recipe) -> Plan:
-    return Plan(
-        config=deciding(recipe.generate) | {"seed": recipe.seed},
-        parents={
-            "prompts": inputs.prompts_of(recipe, "sft")[1],
-            "teacher": inputs.teacher_parent(recipe, "generate"),
-        },
-        lineage="proved",
-    )
+    def needed(self, run: ResolvedRun) -> bool:
+        sft = run.recipe.sft
+        return sft is not None and sft.data is None and sft.checkpoint is None
 
+    def workers(self, run: ResolvedRun) -> int:
+        return run.generate.config.engine.workers
 
-def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
-    settings, teacher = recipe.generate, inputs.teacher_directory(recipe)
-    job = SamplingJob(
-        model_dir=teacher,
-        prompts=inputs.prompts_of(recipe, "sft")[0],
-        max_prompt_tokens=inputs.longest_prompt(teacher, settings.sampling, recipe.sft),
-        sampling=settings.sampling,
-        engine=settings.engine,
-        seed=recipe.seed,
-        stream="generate",
-        label="generate",
-    )
-    make_parts([rollout_work(job, directory)])
+    def check(self, run: ResolvedRun) -> list[str]:
+        from megatron_lopd.engines.library import require_library
 
+        part = run.generate
+        part.check()
+        require_library(part.config.engine, "generate")
+        count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
+        return [f"{part.model.directory} answers {count} prompts, {each} each"]
 
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    voice = copy_files(inputs.teacher_directory(recipe), directory / "tokenizer", VOICE)
-    files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
-    return Output(files, count_rollouts(directory), library_versions(recipe.generate.engine))
+    def plan(self, run: ResolvedRun) -> Plan:
+        return Plan(
+            config=deciding(run.generate.config) | {"seed": run.recipe.seed},
+            parents={"prompts": run.generate.prompts.parent, "teacher": run.teacher_parent("generate")},
+            lineage="proved",
+        )
+
+    def share(self, run: ResolvedRun, plan: Plan) -> None:
+        from megatron_lopd.pipeline.shard_jobs import answering_job, rollout_work
+        from megatron_lopd.pipeline.workers import make_parts
+
+        make_parts([rollout_work(answering_job(run.generate), run.generate.directory)])
+
+    def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
+        from megatron_lopd.engines.library import library_versions
+        from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
+
+        directory = run.generate.directory
+        voice = copy_files(run.teacher.directory, directory / "tokenizer", VOICE)
+        files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
+        return Output(files, count_rollouts(directory), library_versions(run.generate.config.engine))

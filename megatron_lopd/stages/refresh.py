@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import artifact_parent
-from megatron_lopd.artifacts.manifest import Parent, is_committed
-from megatron_lopd.config import Recipe, deciding
-from megatron_lopd.engines.library import library_versions
+from megatron_lopd.artifacts.manifest import Parent
+from megatron_lopd.config import AgreementConfig, deciding
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline import proofs
+from megatron_lopd.pipeline.encoded import encode
+from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.rounds import (
     Round,
     checkpoint_of,
@@ -22,152 +21,138 @@ from megatron_lopd.pipeline.rounds import (
     rounds_of,
     train_identity,
 )
-from megatron_lopd.pipeline.shard_jobs import (
-    SamplingJob,
-    count_rollouts,
-    rollout_work,
-    sample_name,
-    score_output,
-    score_work,
-    shards_in,
-)
-from megatron_lopd.pipeline.stage import Output, Plan, Stage, directory_of, parent_manifest
-from megatron_lopd.pipeline.students import lineage_of, write_student
-from megatron_lopd.pipeline.workers import make_parts
+from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.stages.rollout import Rollout
+from megatron_lopd.stages.score import Score
+
+if TYPE_CHECKING:
+    from megatron_lopd.pipeline.shard_jobs import SamplingJob
 
 
-def check(recipe: Recipe) -> list[str]:
+def check(run: ResolvedRun) -> list[str]:
     """What `lopd refresh` would do next. ConfigError when the recipe asks for none, or cannot have one."""
-    if not rounds_of(recipe):
+    if not rounds_of(run):
         raise ConfigError("train.refresh_every is not set: there is nothing to refresh")
-    require_engines(recipe)
-    each = missing_round(recipe)
+    require_engines(run)
+    each = missing_round(run)
     if each is None:
         return ["nothing: every refresh is made"]
     return [
         f"the student at step {each.first_step} samples what steps {each.first_step + 1} to {each.end_step} "
-        f"visit, and {inputs.teacher_directory(recipe)} scores it"
+        f"visit, and {run.teacher.directory} scores it"
     ]
 
 
 def stages_of(each: Round) -> tuple[Stage, ...]:
     """The three stages that make a round's artifacts, in order."""
-    return (
-        _stage(each, "student", "model", _plan_student, _run_student),
-        _stage(each, "rollout", "rollouts", _plan_rollout, _run_rollout, _share_rollout),
-        _stage(each, "score", "scores", _plan_score, _run_score, _share_score),
-    )
+    return RefreshStudent(each), RefreshRollout(each), RefreshScore(each)
 
 
-def _stage(
-    each: Round,
-    part: str,
-    kind: str,
-    plan: Callable[[Recipe, Round], Plan],
-    run: Callable[[Recipe, Round, Plan, Path], Output],
-    share: Callable[[Recipe, Round, Path], None] | None = None,
-) -> Stage:
-    return Stage(
-        each.stage(part),
-        kind,
-        check,
-        lambda recipe: plan(recipe, each),
-        lambda recipe, made, directory: run(recipe, each, made, directory),
-        share=share and (lambda recipe, made, directory: share(recipe, each, directory)),
-    )
+class RefreshStudent(Stage):
+    """The student as it is where the round begins."""
+
+    kind = "model"
+
+    def __init__(self, each: Round) -> None:
+        self.round, self.name = each, each.stage("student")
+
+    def check(self, run: ResolvedRun) -> list[str]:
+        return check(run)
+
+    def plan(self, run: ResolvedRun) -> Plan:
+        config = deciding(run.recipe.export) | {"step": self.round.first_step}
+        if run.is_committed(self.name):  # train may have removed the checkpoint since
+            made, _ = prove_student(run, self.round, train_identity(run))
+            return Plan(config, {"checkpoint": made.parents["checkpoint"]}, made.lineage)
+        path, checkpoint = checkpoint_of(run, self.round, rehash=False)  # `commit` reads it, and does
+        digests = {"id": checkpoint.id, "identity": checkpoint.config["identity"]}
+        where = str(path.relative_to(run.directory))
+        return Plan(config, {"checkpoint": Parent("checkpoint", where, digests)}, checkpoint.lineage)
+
+    def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.pipeline.students import lineage_of, write_student
+
+        path, _ = checkpoint_of(run, self.round, rehash=True)
+        ancestors = {stage: run.manifest(stage) for stage in ("sft", "rollout", "score")}
+        lineage = lineage_of(self.name, plan.lineage, ancestors["score"].parents["teacher"], ancestors)
+        model = run.directory_of(self.name) / "model"
+        files = write_student(path, run.reference.directory, model, run.recipe.export, lineage)
+        return Output([f"model/{name}" for name in files], {"files": len(files)})
 
 
-def _plan_student(recipe: Recipe, each: Round) -> Plan:
-    config = deciding(recipe.export) | {"step": each.first_step}
-    stage = each.stage("student")
-    if is_committed(directory_of(recipe, stage)):  # train may have removed the checkpoint since
-        made, _ = prove_student(recipe, each, train_identity(recipe))
-        return Plan(config, {"checkpoint": made.parents["checkpoint"]}, made.lineage)
-    path, checkpoint = checkpoint_of(recipe, each, rehash=False)  # `_run_student` reads it, and does
-    digests = {"id": checkpoint.id, "identity": checkpoint.config["identity"]}
-    where = str(path.relative_to(recipe.run_dir))
-    return Plan(config, {"checkpoint": Parent("checkpoint", where, digests)}, checkpoint.lineage)
+class RefreshRollout(Rollout):
+    """The answers of the student as it then is. What will not be trained on is not sampled."""
 
+    def __init__(self, each: Round) -> None:
+        self.round, self.name = each, each.stage("rollout")
 
-def _run_student(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
-    path, _ = checkpoint_of(recipe, each, rehash=True)
-    ancestors = {stage: parent_manifest(recipe, stage) for stage in ("sft", "rollout", "score")}
-    lineage = lineage_of(
-        each.stage("student"), plan.lineage, ancestors["score"].parents["teacher"], ancestors
-    )
-    reference = inputs.reference_directory(recipe)
-    files = write_student(path, reference, directory / "model", recipe.export, lineage)
-    return Output([f"model/{name}" for name in files], {"files": len(files)})
+    def check(self, run: ResolvedRun) -> list[str]:
+        return check(run)
 
-
-def _plan_rollout(recipe: Recipe, each: Round) -> Plan:
-    made, student = prove_student(recipe, each, train_identity(recipe))
-    steps = {"first_step": each.first_step, "end_step": each.end_step}
-    return Plan(
-        config=deciding(recipe.rollout) | {"seed": recipe.seed} | steps,
-        parents={
-            "prompts": inputs.prompts_of(recipe, "opd")[1],
-            "model": artifact_parent(each.stage("student"), made),
-            "student": student,
-        },
-        lineage=made.lineage,
-    )
-
-
-def _share_rollout(recipe: Recipe, each: Round, directory: Path) -> None:
-    """What will not be trained is not sampled: the responses that this round's steps visit, and no others."""
-    settings, model = recipe.rollout, directory_of(recipe, each.stage("student")) / "model"
-    prompts, per_prompt = inputs.prompts_of(recipe, "opd")[0], settings.sampling.samples_per_prompt
-    part = part_of(recipe, each)
-    if part.plan.num_samples != len(prompts) * per_prompt:
-        raise DataError(
-            f"{directory_of(recipe, 'rollout')} holds {part.plan.num_samples} samples, and the recipe asks "
-            f"for {len(prompts)} x {per_prompt}: undo that"
+    def plan(self, run: ResolvedRun) -> Plan:
+        made, student = prove_student(run, self.round, train_identity(run))
+        steps = {"first_step": self.round.first_step, "end_step": self.round.end_step}
+        return Plan(
+            config=self.settings(run) | steps,
+            parents={
+                "prompts": run.rollout.prompts.parent,
+                "model": artifact_parent(self.round.stage("student"), made),
+                "student": student,
+            },
+            lineage=made.lineage,
         )
-    wanted = [divmod(int(position), per_prompt) for position in part.visited]
-    asked = sorted({prompt for prompt, _ in wanted})
-    job = SamplingJob(
-        model_dir=model,
-        prompts=[prompts[prompt] for prompt in asked],
-        max_prompt_tokens=inputs.longest_prompt(model, settings.sampling, recipe.train),
-        sampling=settings.sampling,
-        engine=settings.engine,
-        seed=recipe.seed,
-        stream=f"rollout {each.number}",
-        label=each.stage("rollout"),
-        only=frozenset(sample_name(prompts[prompt], index) for prompt, index in wanted),
-    )
-    make_parts([rollout_work(job, directory)])
+
+    def job(self, run: ResolvedRun) -> SamplingJob:
+        """The responses that this round's steps visit, and no others."""
+        from megatron_lopd.pipeline.shard_jobs import SamplingJob, sample_name
+
+        part, settings = run.rollout, run.rollout.config
+        prompts, per_prompt = part.prompts.prompts, settings.sampling.samples_per_prompt
+        steps = part_of(run, self.round)
+        if steps.plan.num_samples != len(prompts) * per_prompt:
+            raise DataError(
+                f"{part.directory} holds {steps.plan.num_samples} samples, and the recipe asks for "
+                f"{len(prompts)} x {per_prompt}: undo that"
+            )
+        wanted = [divmod(int(position), per_prompt) for position in steps.visited]
+        asked = [prompts[prompt] for prompt in sorted({prompt for prompt, _ in wanted})]
+        model = Model(run.directory_of(self.round.stage("student")) / "model")
+        trust = settings.engine.trust_remote_code
+        return SamplingJob(
+            model_dir=model.directory,
+            prompts=encode(asked, model.directory, part.limit(model), trust),
+            sampling=settings.sampling,
+            engine=settings.engine,
+            seed=run.recipe.seed,
+            stream=f"rollout {self.round.number}",
+            label=self.name,
+            only=frozenset(sample_name(prompts[prompt], index) for prompt, index in wanted),
+        )
 
 
-def _run_rollout(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
-    versions = library_versions(recipe.rollout.engine)
-    return Output(shards_in(directory), count_rollouts(directory), versions)
+class RefreshScore(Score):
+    """The teacher's log-probs of those answers."""
 
+    def __init__(self, each: Round) -> None:
+        self.round, self.name, self.rollouts = each, each.stage("score"), each.stage("rollout")
 
-def _plan_score(recipe: Recipe, each: Round) -> Plan:
-    stage = each.stage("score")
-    teacher = inputs.teacher_parent(recipe, stage)
-    rollout = parent_manifest(recipe, each.stage("rollout"))
-    proofs = [
-        *inputs.prove_teacher(recipe, parent_manifest(recipe, "sft"), teacher),
-        inputs.prove_tokens(recipe, teacher, rollout.parents["student"]),
-    ]
-    return Plan(
-        config=deciding(recipe.score),
-        parents={"rollouts": artifact_parent(each.stage("rollout"), rollout), "teacher": teacher},
-        lineage=inputs.status_of(proofs, rollout.lineage),
-    )
+    def check(self, run: ResolvedRun) -> list[str]:
+        return check(run)
 
+    def plan(self, run: ResolvedRun) -> Plan:
+        teacher, rollout = run.teacher_parent(self.name), run.manifest(self.rollouts)
+        found = [
+            *proofs.prove_teacher(run, run.manifest("sft"), teacher),
+            proofs.prove_tokens(run, teacher, rollout.parents["student"]),
+        ]
+        return Plan(
+            config=deciding(run.recipe.score),
+            parents={"rollouts": artifact_parent(self.rollouts, rollout), "teacher": teacher},
+            lineage=proofs.status_of(found, rollout.lineage),
+        )
 
-def _share_score(recipe: Recipe, each: Round, directory: Path) -> None:
-    stage, teacher = each.stage("rollout"), inputs.teacher_directory(recipe)
-    files = list(parent_manifest(recipe, stage).files)
-    scoring = inputs.scoring_of(recipe)
-    make_parts([score_work(teacher, scoring, directory_of(recipe, stage), files, directory)])
+    def share(self, run: ResolvedRun, plan: Plan) -> None:
+        self.score_shards(run, plan)  # in this one process: `require_engines` has seen to that
 
-
-def _run_score(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
-    stage = each.stage("rollout")
-    output = score_output(parent_manifest(recipe, stage), directory_of(recipe, stage), directory)
-    return replace(output, versions=library_versions(recipe.score.engine))
+    def gate(self, run: ResolvedRun) -> AgreementConfig | None:
+        return None  # the engines have agreed on the first rollouts

@@ -5,108 +5,119 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.artifacts.files import atomic_file, atomic_write_json, read_json
 from megatron_lopd.artifacts.lineage import Proof, artifact_parent, worst
-from megatron_lopd.artifacts.manifest import Manifest, is_committed, load_manifest
-from megatron_lopd.config import Recipe
+from megatron_lopd.artifacts.manifest import Manifest
 from megatron_lopd.errors import DataError
-from megatron_lopd.pipeline import inputs
+from megatron_lopd.pipeline import proofs as proved
+from megatron_lopd.pipeline.execute import seconds_of
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.rounds import PARTS, prove_round, rounds_of, train_identity
-from megatron_lopd.pipeline.stage import Output, Plan, directory_of, parent_manifest, seconds_of
-from megatron_lopd.report.accuracy import accuracy_sets
-from megatron_lopd.report.lineage_graph import Edge, LineageGraph, Node
-from megatron_lopd.report.page import render_page
+from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.stages.evaluate import models_of
+
+if TYPE_CHECKING:
+    from megatron_lopd.report.lineage_graph import LineageGraph
 
 SUMMARY, PAGE = "summary.json", "index.html"
 MADE_BEFORE = ("generate", "tokenize", "sft", "rollout", "score", "train", "export", "evaluate")
 
 
-def check(recipe: Recipe) -> list[str]:
-    return [f"write {directory_of(recipe, 'report') / PAGE}"]
+class Report(Stage):
+    """The summary and the page."""
+
+    name, kind = "report", "report"
+
+    def needed(self, run: ResolvedRun) -> bool:
+        return run.recipe.prompts.eval is not None and run.recipe.train is not None
+
+    def on_gpu(self, run: ResolvedRun) -> bool:
+        return False
+
+    def check(self, run: ResolvedRun) -> list[str]:
+        return [f"write {run.directory_of(self.name) / PAGE}"]
+
+    def plan(self, run: ResolvedRun) -> Plan:
+        evaluation = run.manifest("evaluate")
+        parents = {"evaluation": artifact_parent("evaluate", evaluation)}
+        return Plan({"seed": run.recipe.seed}, parents, evaluation.lineage)
+
+    def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.report.page import render_page
+
+        manifests, directory = _manifests(run), run.directory_of(self.name)
+        proofs = _proofs(run, manifests)
+        summary = _summary(run, manifests, proofs)
+        histories: dict[str, list[dict[str, Any]]] = {
+            stage: _history(run.directory_of(stage)) for stage in ("sft", "train") if stage in manifests
+        }
+        page = render_page(summary, histories, _graph(run, manifests, proofs))
+        atomic_write_json(directory / SUMMARY, summary)
+        with atomic_file(directory / PAGE, "w") as stream:
+            stream.write(page)
+        return Output([SUMMARY, PAGE], {})
 
 
-def plan(recipe: Recipe) -> Plan:
-    evaluation = parent_manifest(recipe, "evaluate")
-    return Plan(
-        {"seed": recipe.seed}, {"evaluation": artifact_parent("evaluate", evaluation)}, evaluation.lineage
-    )
-
-
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    manifests = _manifests(recipe)
-    proofs = _proofs(recipe, manifests)
-    summary = _summary(recipe, manifests, proofs)
-    histories: dict[str, list[dict[str, Any]]] = {
-        stage: _history(directory_of(recipe, stage)) for stage in ("sft", "train") if stage in manifests
-    }
-    page = render_page(summary, histories, _graph(recipe, manifests, proofs))
-    atomic_write_json(directory / SUMMARY, summary)
-    with atomic_file(directory / PAGE, "w") as stream:
-        stream.write(page)
-    return Output([SUMMARY, PAGE], {})
-
-
-def headline(recipe: Recipe) -> str:
+def headline(run: ResolvedRun) -> str:
     """What a finished run comes to, in a line."""
-    directory = directory_of(recipe, "report")
+    directory = run.directory_of("report")
     summary = read_json(directory / SUMMARY)
-    sets = accuracy_sets(_in_order(recipe, summary["accuracy"]))
+    sets = _in_order(run, summary["accuracy"])
     shares = [
-        f"{model}{f' on {name}' if len(sets) > 1 else ''} {100 * row['sampled']:.1f} % sampled, "
-        f"{100 * row['greedy']:.1f} % greedy"
+        f"{model}{f' on {name}' if len(sets) > 1 else ''} {100 * rows[model]['sampled']:.1f} % sampled, "
+        f"{100 * rows[model]['greedy']:.1f} % greedy"
         for name, rows in sets.items()
-        for model, row in rows.items()
+        for model in models_of(run)
     ]
     return f"{'; '.join(shares)}; lineage {summary['lineage']}: {directory / PAGE}"
 
 
-def _in_order(recipe: Recipe, accuracy: dict[str, Any]) -> dict[str, Any]:
+def _in_order(run: ResolvedRun, accuracy: dict[str, Any]) -> dict[str, Any]:
     """The sets as the recipe has them: a JSON file of ours has its keys sorted."""
-    return {name: accuracy[name] for name in recipe.prompts.eval or ()}
+    return {name: accuracy[name] for name in run.recipe.prompts.eval or ()}
 
 
-def _manifests(recipe: Recipe) -> dict[str, Manifest]:
+def _manifests(run: ResolvedRun) -> dict[str, Manifest]:
     """What is committed of this run, in the order it was made."""
-    directories = {stage: directory_of(recipe, stage) for stage in MADE_BEFORE}
-    made = {stage: load_manifest(path) for stage, path in directories.items() if is_committed(path)}
+    made = {stage: run.manifest(stage) for stage in MADE_BEFORE if run.is_committed(stage)}
     if "train" in made:
         at = list(made).index("train")
-        refreshed = [each.stage(part) for each in rounds_of(recipe)[1:] for part in PARTS]
-        between = {stage: load_manifest(directory_of(recipe, stage)) for stage in refreshed}
+        refreshed = [each.stage(part) for each in rounds_of(run)[1:] for part in PARTS]
+        between = {stage: run.manifest(stage) for stage in refreshed}
         made = dict([*list(made.items())[:at], *between.items(), *list(made.items())[at:]])
     return made
 
 
-def _proofs(recipe: Recipe, manifests: dict[str, Manifest]) -> list[Proof]:
+def _proofs(run: ResolvedRun, manifests: dict[str, Manifest]) -> list[Proof]:
     if "train" not in manifests:
         return []
-    proofs = inputs.prove_training(recipe, manifests["train"].parents["student"])
-    for each in rounds_of(recipe)[1:]:
-        proofs += prove_round(recipe, each, train_identity(recipe))[0]
+    proofs = proved.prove_training(run, manifests["train"].parents["student"])
+    for each in rounds_of(run)[1:]:
+        proofs += prove_round(run, each, train_identity(run))[0]
     return proofs
 
 
-def _summary(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) -> dict[str, Any]:
-    results = read_json(directory_of(recipe, "evaluate") / "results.json")
+def _summary(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proof]) -> dict[str, Any]:
+    results = read_json(run.directory_of("evaluate") / "results.json")
     statuses = [proof.status for proof in proofs] + [manifest.lineage for manifest in manifests.values()]
     seconds: dict[str, float] = {}
     tokens: Counter[str] = Counter()
     for stage, manifest in manifests.items():
-        seconds[_work(stage)] = seconds.get(_work(stage), 0.0) + seconds_of(directory_of(recipe, stage))
+        seconds[_work(stage)] = seconds.get(_work(stage), 0.0) + seconds_of(run.directory_of(stage))
         if "tokens" in manifest.counts:
             tokens[_work(stage)] += manifest.counts["tokens"]
     return {
-        "accuracy": _in_order(recipe, results["accuracy"]),
+        "accuracy": _in_order(run, results["accuracy"]),
         "seconds": {work: round(spent, 2) for work, spent in seconds.items()},
         "tokens": dict(tokens),
-        "refreshes": len(rounds_of(recipe)[1:]) if "train" in manifests else 0,
+        "refreshes": len(rounds_of(run)[1:]) if "train" in manifests else 0,
         "lineage": worst(statuses),
         "proofs": [vars(proof) for proof in proofs],
-        "seed": recipe.seed,
+        "seed": run.recipe.seed,
         "objective": manifests["train"].config["objective"] if "train" in manifests else "",
-        "settings": _settings(recipe, manifests, results["teacher_answers"]),
+        "settings": _settings(run, manifests, results["teacher_answers"]),
     }
 
 
@@ -116,9 +127,10 @@ def _work(stage: str) -> str:
 
 
 def _settings(
-    recipe: Recipe, manifests: dict[str, Manifest], answers: dict[str, Any] | None
+    run: ResolvedRun, manifests: dict[str, Manifest], answers: dict[str, Any] | None
 ) -> dict[str, str]:
     """What a reader wants to know of the run, flat."""
+    recipe = run.recipe
     layout = recipe.parallel
     settings = {
         "teacher": recipe.teacher.model if recipe.teacher else "none",
@@ -137,7 +149,7 @@ def _settings(
     if "train" in manifests:
         settings["train: objective"] = manifests["train"].config["objective"]
         settings["rollouts"] = f"{manifests['rollout'].counts['samples']} samples"
-        if refreshes := rounds_of(recipe)[1:]:
+        if refreshes := rounds_of(run)[1:]:
             sampled = sum(manifests[each.stage("rollout")].counts["samples"] for each in refreshes)
             every = manifests["train"].config["refresh_every"]
             settings["refreshes"] = f"{len(refreshes)}, every {every} steps, {sampled} samples in all"
@@ -157,28 +169,30 @@ def _history(directory: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: damaged ({error}): remove it to draw the report without it") from None
 
 
-def _graph(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) -> LineageGraph:
+def _graph(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proof]) -> LineageGraph:
     """Of the refreshes the last alone is drawn: all are alike, and many would not fit."""
-    earlier = {each.stage(part) for each in rounds_of(recipe)[1:-1] for part in PARTS}
+    from megatron_lopd.report.lineage_graph import Edge, LineageGraph, Node
+
+    earlier = {each.stage(part) for each in rounds_of(run)[1:-1] for part in PARTS}
     manifests = {stage: manifest for stage, manifest in manifests.items() if stage not in earlier}
     nodes: dict[str, Node] = {}
     edges = []
     for stage, manifest in manifests.items():
-        nodes[stage] = Node(stage, "artifact", stage, manifest.id, str(directory_of(recipe, stage)))
+        nodes[stage] = Node(stage, "artifact", stage, manifest.id, str(run.directory_of(stage)))
         for role, parent in manifest.parents.items():
             if parent.kind == "artifact" and parent.path in manifests:
                 edges.append(Edge(parent.path, stage, role))
             elif parent.kind == "model":
-                maker = _maker(parent.path, recipe, manifests)
+                maker = _maker(parent.path, run, manifests)
                 if maker is None:
                     weights = parent.digests["weights"]
                     nodes.setdefault(weights, Node(weights, "model", role, weights, parent.path))
                 if maker not in {edge.parent for edge in edges if edge.child == stage}:
                     edges.append(Edge(maker or parent.digests["weights"], stage, role))
     about = {
-        inputs.SAME_TEACHER: ("generate", "score"),
-        inputs.SAME_STUDENT: ("rollout", "train"),
-        inputs.SAME_TOKENS: ("rollout", "score"),
+        proved.SAME_TEACHER: ("generate", "score"),
+        proved.SAME_STUDENT: ("rollout", "train"),
+        proved.SAME_TOKENS: ("rollout", "score"),
     }
     known = {proof.statement for proof in proofs}
     return LineageGraph(
@@ -189,6 +203,6 @@ def _graph(recipe: Recipe, manifests: dict[str, Manifest], proofs: list[Proof]) 
     )
 
 
-def _maker(path: str, recipe: Recipe, manifests: dict[str, Manifest]) -> str | None:
+def _maker(path: str, run: ResolvedRun, manifests: dict[str, Manifest]) -> str | None:
     """The stage of this run that wrote the model at `path`, if one did."""
-    return next((stage for stage in manifests if path == str(directory_of(recipe, stage) / "model")), None)
+    return next((stage for stage in manifests if path == str(run.directory_of(stage) / "model")), None)

@@ -2,68 +2,75 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import artifact_parent
-from megatron_lopd.config import Recipe, deciding
-from megatron_lopd.data.chat import Chat
-from megatron_lopd.engines.library import library_versions, require_library
-from megatron_lopd.pipeline import inputs
-from megatron_lopd.pipeline.shard_jobs import (
-    SamplingJob,
-    count_rollouts,
-    encode_prompts,
-    rollout_work,
-    shards_in,
-)
-from megatron_lopd.pipeline.stage import Output, Plan, parent_manifest
-from megatron_lopd.pipeline.workers import make_parts
+from megatron_lopd.config import deciding
+from megatron_lopd.pipeline import proofs
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
+
+if TYPE_CHECKING:
+    from megatron_lopd.pipeline.shard_jobs import SamplingJob
 
 
-def check(recipe: Recipe) -> list[str]:
-    prompts, sampling = inputs.prompts_of(recipe, "opd")[0], recipe.rollout.sampling
-    student = inputs.reference_directory(recipe)
-    if not student.exists():  # sft has not run: it will speak like the teacher, and be shaped like the base
-        inputs.longest_prompt(Path(inputs.base_student(recipe).model), sampling, recipe.train)
-        student = inputs.teacher_directory(recipe)
-    chat = Chat(str(student), recipe.rollout.engine.trust_remote_code)
-    encode_prompts(prompts, chat, inputs.longest_prompt(student, sampling, recipe.train))
-    require_library(recipe.rollout.engine, "rollout")
-    return [f"the student after SFT answers {len(prompts)} prompts, {sampling.samples_per_prompt} each, once"]
+class Rollout(SharedStage):
+    """The student's answers."""
 
+    name, kind = "rollout", "rollouts"
 
-def plan(recipe: Recipe) -> Plan:
-    parent_manifest(recipe, "sft")  # or the error that says to run it
-    student = inputs.parent_of_model(inputs.reference_directory(recipe))
-    sft, proofs = inputs.prove_reference(recipe, student)
-    teacher = sft.parents.get("teacher")
-    if teacher is not None:
-        proofs.append(inputs.prove_tokens(recipe, teacher, student))
-    return Plan(
-        config=deciding(recipe.rollout) | {"seed": recipe.seed},
-        parents={
-            "prompts": inputs.prompts_of(recipe, "opd")[1],
-            "sft": artifact_parent("sft", sft),
-            "student": student,
-        },
-        lineage=inputs.status_of(proofs, sft.lineage),
-    )
+    def needed(self, run: ResolvedRun) -> bool:
+        return run.recipe.train is not None
 
+    def workers(self, run: ResolvedRun) -> int:
+        return run.rollout.config.engine.workers
 
-def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
-    settings, student = recipe.rollout, inputs.reference_directory(recipe)
-    job = SamplingJob(
-        model_dir=student,
-        prompts=inputs.prompts_of(recipe, "opd")[0],
-        max_prompt_tokens=inputs.longest_prompt(student, settings.sampling, recipe.train),
-        sampling=settings.sampling,
-        engine=settings.engine,
-        seed=recipe.seed,
-        stream="rollout",
-        label="rollout",
-    )
-    make_parts([rollout_work(job, directory)])
+    def check(self, run: ResolvedRun) -> list[str]:
+        from megatron_lopd.engines.library import require_library
 
+        part = run.rollout
+        part.check()
+        require_library(part.config.engine, "rollout")
+        count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
+        return [f"the student after SFT answers {count} prompts, {each} each, once"]
 
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    return Output(shards_in(directory), count_rollouts(directory), library_versions(recipe.rollout.engine))
+    def plan(self, run: ResolvedRun) -> Plan:
+        run.manifest("sft")  # or the error that says to run it
+        student = run.reference.parent
+        sft, found = proofs.prove_reference(run, student)
+        teacher = sft.parents.get("teacher")
+        if teacher is not None:
+            found.append(proofs.prove_tokens(run, teacher, student))
+        return Plan(
+            config=self.settings(run),
+            parents={
+                "prompts": run.rollout.prompts.parent,
+                "sft": artifact_parent("sft", sft),
+                "student": student,
+            },
+            lineage=proofs.status_of(found, sft.lineage),
+        )
+
+    def settings(self, run: ResolvedRun) -> dict[str, object]:
+        """What decides the answers, beside the models and prompts."""
+        return deciding(run.rollout.config) | {"seed": run.recipe.seed}
+
+    def share(self, run: ResolvedRun, plan: Plan) -> None:
+        from megatron_lopd.pipeline.shard_jobs import rollout_work
+        from megatron_lopd.pipeline.workers import make_parts
+
+        make_parts([rollout_work(self.job(run), run.directory_of(self.name))])
+
+    def job(self, run: ResolvedRun) -> SamplingJob:
+        """What is sampled."""
+        from megatron_lopd.pipeline.shard_jobs import answering_job
+
+        return answering_job(run.rollout)
+
+    def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.engines.library import library_versions
+        from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
+
+        directory = run.directory_of(self.name)
+        versions = library_versions(run.rollout.config.engine)
+        return Output(shards_in(directory), count_rollouts(directory), versions)

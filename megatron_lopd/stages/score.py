@@ -2,96 +2,127 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
-from megatron_lopd.config import EngineConfig, Recipe, ScoreConfig, deciding
-from megatron_lopd.engines.library import library_versions, require_library, score_advice
-from megatron_lopd.pipeline import inputs
-from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE, check_agreement, check_engine
-from megatron_lopd.pipeline.shard_jobs import score_output, score_work
-from megatron_lopd.pipeline.stage import OTHER_RANK, Output, Plan, directory_of, identity_of, parent_manifest
-from megatron_lopd.pipeline.workers import make_parts
+from megatron_lopd.config import AgreementConfig, EngineConfig, deciding
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.pipeline import proofs
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
 
 
-def check(recipe: Recipe) -> list[str]:
-    teacher, top_k, scoring = inputs.teacher_directory(recipe), recipe.score.top_k, inputs.scoring_of(recipe)
-    if teacher.exists():  # once it has scored, it may be gone
-        inputs.check_top_k(recipe)
-        for engine in _engines(scoring):
-            check_engine(engine, teacher)
-    kept = f", and its {top_k} likeliest tokens at each are kept" if top_k else ""
-    lines = [f"{teacher} scores every rollout token, once{kept}"]
-    if scoring.agreement is not None:
-        lines.append(
-            f"{scoring.engine.name} and {scoring.agreement.engine.name} must agree on "
-            f"{scoring.agreement.samples} rollouts first"
+class Score(SharedStage):
+    """The teacher's log-probs of the rollouts."""
+
+    name, kind = "score", "scores"
+    rollouts = "rollout"  # the stage that made what is scored
+
+    def needed(self, run: ResolvedRun) -> bool:
+        return run.recipe.train is not None
+
+    def workers(self, run: ResolvedRun) -> int:
+        return run.recipe.score.engine.workers
+
+    def processes(self, run: ResolvedRun) -> int:
+        """As many as the larger of its engines wants."""
+        return max(each.parallel.processes if each.parallel else 1 for each in _engines(run))
+
+    def check(self, run: ResolvedRun) -> list[str]:
+        from megatron_lopd.engines.library import require_library, score_advice
+        from megatron_lopd.pipeline.engine_gate import check_engine
+
+        teacher, top_k, gate = run.teacher.directory, run.scoring.top_k, run.scoring.agreement
+        if teacher.exists():  # once it has scored, it may be gone
+            check_top_k(run)
+            for engine in _engines(run):
+                check_engine(engine, teacher)
+        elif not run.is_committed(self.name):
+            run.teacher.require()
+        kept = f", and its {top_k} likeliest tokens at each are kept" if top_k else ""
+        lines = [f"{teacher} scores every rollout token, once{kept}"]
+        if gate is not None:
+            names = f"{run.scoring.engine.name} and {gate.engine.name}"
+            lines.append(f"{names} must agree on {gate.samples} rollouts first")
+            require_library(gate.engine, "score.agreement")
+        require_library(run.scoring.engine, "score")
+        return lines + score_advice(run.scoring.engine)
+
+    def plan(self, run: ResolvedRun) -> Plan:
+        teacher = run.teacher_parent("score")
+        sft, rollout = run.manifest("sft"), run.manifest("rollout")
+        found = [
+            prove_parent("rollout", "sft", rollout.parents["sft"], sft, run.directory_of("sft")),
+            *proofs.prove_teacher(run, sft, teacher),
+            proofs.prove_tokens(run, teacher, rollout.parents["student"]),
+        ]
+        return Plan(
+            config=deciding(run.recipe.score),
+            parents={"rollouts": artifact_parent("rollout", rollout), "teacher": teacher},
+            lineage=proofs.status_of(found, rollout.lineage),
         )
-    require_library(recipe.score.engine, "score")
-    if recipe.score.agreement is not None:
-        require_library(recipe.score.agreement.engine, "score.agreement")
-    return lines + score_advice(recipe.score.engine)
 
+    def share(self, run: ResolvedRun, plan: Plan) -> None:
+        with ExitStack() as leading_ranks:
+            if _has_ranks(run):
+                from megatron_lopd.engines.megatron import leading
 
-def plan(recipe: Recipe) -> Plan:
-    teacher = inputs.teacher_parent(recipe, "score")
-    sft, rollout = parent_manifest(recipe, "sft"), parent_manifest(recipe, "rollout")
-    proofs = [
-        prove_parent("rollout", "sft", rollout.parents["sft"], sft, directory_of(recipe, "sft")),
-        *inputs.prove_teacher(recipe, sft, teacher),
-        inputs.prove_tokens(recipe, teacher, rollout.parents["student"]),
-    ]
-    return Plan(
-        config=deciding(recipe.score),
-        parents={"rollouts": artifact_parent("rollout", rollout), "teacher": teacher},
-        lineage=inputs.status_of(proofs, rollout.lineage),
-    )
+                leading_ranks.enter_context(leading())
+            self.score_shards(run, plan)
 
+    def score_shards(self, run: ResolvedRun, plan: Plan) -> None:
+        """A score of every rollout; first, where the recipe wants that, the agreement of two engines."""
+        from megatron_lopd.pipeline.engine_gate import check_agreement
+        from megatron_lopd.pipeline.shard_jobs import score_work
+        from megatron_lopd.pipeline.workers import make_parts
 
-def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
-    scoring = inputs.scoring_of(recipe)
-    if not _has_ranks(scoring):
-        _share(recipe, scoring, plan, directory)
-        return
-    from megatron_lopd.engines.megatron import leading  # takes seconds, and no other engine needs it
+        scoring, teacher = run.scoring, run.teacher.directory
+        rollouts, directory = run.directory_of(self.rollouts), run.directory_of(self.name)
+        gate = self.gate(run)
+        if gate is not None:
+            check_agreement(scoring, gate, teacher, rollouts, directory, identity_of(plan))
+        files = list(run.manifest(self.rollouts).files)
+        make_parts([score_work(teacher, scoring, rollouts, files, directory)])
 
-    with leading():
-        _share(recipe, scoring, plan, directory)
+    def gate(self, run: ResolvedRun) -> AgreementConfig | None:
+        """A second engine that must agree first, if there is to be one."""
+        return run.scoring.agreement
 
+    def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.engines.library import library_versions
+        from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE
+        from megatron_lopd.pipeline.shard_jobs import score_output
 
-def _share(recipe: Recipe, scoring: ScoreConfig, plan: Plan, directory: Path) -> None:
-    files = list(parent_manifest(recipe, "rollout").files)
-    teacher, rollouts = inputs.teacher_directory(recipe), directory_of(recipe, "rollout")
-    if scoring.agreement is not None:
-        check_agreement(scoring, scoring.agreement, teacher, rollouts, directory, identity_of(plan))
-    make_parts([score_work(teacher, scoring, rollouts, files, directory)])
+        rollouts, directory = run.directory_of(self.rollouts), run.directory_of(self.name)
+        output = score_output(run.manifest(self.rollouts), rollouts, directory)
+        gate = [AGREEMENT_FILE] if self.gate(run) is not None else []
+        versions = library_versions(run.scoring.engine)
+        return replace(output, files=[*output.files, *gate], versions=versions)
 
-
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    scoring = inputs.scoring_of(recipe)
-    if plan is OTHER_RANK:
-        if _has_ranks(scoring):
+    def follow(self, run: ResolvedRun, plan: Plan) -> None:
+        """Take part in the engines that are made of ranks; in any other these have no part."""
+        if _has_ranks(run):
             from megatron_lopd.engines.megatron import serve
 
             serve()
-        return Output([], {})
-    output = score_output(parent_manifest(recipe, "rollout"), directory_of(recipe, "rollout"), directory)
-    gate = [AGREEMENT_FILE] if scoring.agreement is not None else []
-    return replace(output, files=[*output.files, *gate], versions=library_versions(scoring.engine))
 
 
-def _has_ranks(scoring: ScoreConfig) -> bool:
-    """Whether an engine is made of ranks that rank 0 leads; of any other, the other ranks have no part."""
-    return any(engine.name == "megatron" for engine in _engines(scoring))
+def check_top_k(run: ResolvedRun) -> None:
+    """Raise ConfigError when the teacher's vocabulary does not hold as many tokens as are to be kept."""
+    top_k, vocabulary = run.recipe.score.top_k, run.teacher.architecture.vocab_size
+    if top_k > vocabulary - 2:
+        raise ConfigError(
+            f"score.top_k={top_k} leaves none of the teacher's vocab_size={vocabulary} tokens over "
+            f"beside the response token: lower it to at most {vocabulary - 2}"
+        )
 
 
-def _engines(scoring: ScoreConfig) -> list[EngineConfig]:
+def _has_ranks(run: ResolvedRun) -> bool:
+    """Whether an engine is made of ranks that rank 0 leads."""
+    return any(engine.name == "megatron" for engine in _engines(run))
+
+
+def _engines(run: ResolvedRun) -> list[EngineConfig]:
+    scoring = run.scoring
     return [scoring.engine, *([scoring.agreement.engine] if scoring.agreement else [])]
-
-
-def processes(recipe: Recipe) -> int:
-    """As many as the larger of its engines wants."""
-    return max(
-        each.parallel.processes if each.parallel else 1 for each in _engines(inputs.scoring_of(recipe))
-    )

@@ -4,143 +4,152 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import WHOLE_MODEL, artifact_parent, prove_same, read_model_lineage
-from megatron_lopd.config import Recipe, SftConfig
-from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
-from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.dataset import TrainingData
+from megatron_lopd.config import SftConfig
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.pipeline import inputs
-from megatron_lopd.pipeline.stage import (
-    Output,
-    Plan,
-    directory_of,
-    identity_of,
-    is_main_rank,
-    parent_manifest,
-)
-from megatron_lopd.pipeline.students import (
-    check_budget,
-    check_trainable,
-    lineage_of,
-    train_to_checkpoint,
-    training_settings,
-    write_student,
-)
-from megatron_lopd.training.loop import TrainingJob
+from megatron_lopd.pipeline import proofs
+from megatron_lopd.pipeline.resolved import Model, ResolvedRun
+from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
+
+if TYPE_CHECKING:
+    from megatron_lopd.training.loop import TrainingJob
 
 
-def check(recipe: Recipe) -> list[str]:
-    config = inputs.sft_config(recipe)
-    if config.checkpoint is not None:
-        _check_elsewhere(recipe, config)
-        return [f"take {config.checkpoint} as the student after SFT"]
-    student = inputs.base_student(recipe)
-    Chat(student.model)
-    check_trainable(Path(student.model), recipe)
-    check_budget(recipe, config)
-    if config.data is not None and config.teacher is None and recipe.train is not None:
-        raise ConfigError(
-            f"sft.data: {config.data} does not say which teacher wrote its answers, and the same one must "
-            "score: declare it with sft.teacher=PATH"
-        )
-    if config.data is None:
-        inputs.prove_tokenizer(
-            recipe, inputs.teacher_parent(recipe, "generate"), inputs.base_student_parent(recipe)
-        )
-    length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
-    source = config.data or "the teacher's answers"
-    work = f"{length} of {config.global_batch_size} samples"
-    return [f"fine-tune {student.model} ({student.init}) on {source}: {work}"]
+class Sft(Stage):
+    """The student after SFT: trained here, or a checkpoint made elsewhere."""
+
+    name, kind = "sft", "model"
+
+    def needed(self, run: ResolvedRun) -> bool:
+        return run.recipe.sft is not None
+
+    def processes(self, run: ResolvedRun) -> int:
+        return run.recipe.parallel.processes
+
+    def check(self, run: ResolvedRun) -> list[str]:
+        from megatron_lopd.data.chat import Chat
+        from megatron_lopd.pipeline.students import check_budget, check_trainable, length_of
+
+        config = run.sft
+        if config.checkpoint is not None:
+            _check_elsewhere(run, config)
+            return [f"take {config.checkpoint} as the student after SFT"]
+        student = run.student
+        student.require()
+        Chat(str(student.directory))
+        check_trainable(student, run.recipe)
+        check_budget(run.recipe, config)
+        if config.data is not None and config.teacher is None and run.recipe.train is not None:
+            raise ConfigError(
+                f"sft.data: {config.data} does not say which teacher wrote its answers, and the same one "
+                "must score: declare it with sft.teacher=PATH"
+            )
+        if config.data is None:
+            proofs.prove_tokenizer(run, run.teacher_parent("generate"), run.student_parent)
+        source = config.data or "the teacher's answers"
+        work = f"{length_of(config)} of {config.global_batch_size} samples"
+        return [f"fine-tune {student.directory} ({run.student_config.init}) on {source}: {work}"]
+
+    def plan(self, run: ResolvedRun) -> Plan:
+        config = run.sft
+        if config.checkpoint is not None:
+            return _plan_elsewhere(run, config)
+        student = run.student_parent
+        data = run.manifest(_data_stage(config))
+        parents = {"data": artifact_parent(_data_stage(config), data), "student": student}
+        found = []
+        teacher = data.parents.get("teacher")
+        if teacher is not None:
+            parents["teacher"] = teacher
+            found.append(proofs.prove_tokenizer(run, teacher, student))
+        return Plan(run.training_settings(config), parents, proofs.status_of(found, data.lineage))
+
+    def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        config = run.sft
+        if config.checkpoint is not None:
+            return Output([], {"tokens": 0, "steps": 0})
+        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
+        from megatron_lopd.pipeline.students import lineage_of, train_to_checkpoint, write_student
+
+        checkpoint, counts = train_to_checkpoint(_job(run, plan))
+        directory, stage = run.directory_of(self.name), _data_stage(config)
+        # The student speaks the language it was taught in: its teacher's template and end token.
+        hf_dir = directory / "hf"
+        voice = copy_files(run.directory_of(stage) / "tokenizer", hf_dir, VOICE)
+        shutil.copyfile(run.student.directory / "config.json", hf_dir / "config.json")
+        lineage = lineage_of("sft", plan.lineage, plan.parents.get("teacher"), {stage: run.manifest(stage)})
+        files = write_student(checkpoint, hf_dir, directory / "model", run.recipe.export, lineage)
+        assert set(voice) <= set(files)
+        return Output([f"model/{name}" for name in files], counts)
+
+    def follow(self, run: ResolvedRun, plan: Plan) -> None:
+        if run.sft.checkpoint is None:
+            from megatron_lopd.pipeline.students import train_to_checkpoint
+
+            train_to_checkpoint(_job(run, plan))
 
 
-def plan(recipe: Recipe) -> Plan:
-    config = inputs.sft_config(recipe)
-    if config.checkpoint is not None:
-        return _plan_elsewhere(recipe, config)
-    student = inputs.base_student_parent(recipe)
-    data = parent_manifest(recipe, data_stage(config))
-    parents = {"data": artifact_parent(data_stage(config), data), "student": student}
-    proofs = []
-    teacher = data.parents.get("teacher")
-    if teacher is not None:
-        parents["teacher"] = teacher
-        proofs.append(inputs.prove_tokenizer(recipe, teacher, student))
-    return Plan(training_settings(recipe, config), parents, inputs.status_of(proofs, data.lineage))
+def _job(run: ResolvedRun, plan: Plan) -> TrainingJob:
+    from megatron_lopd.data.dataset import TrainingData
+    from megatron_lopd.training.loop import TrainingJob
 
-
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    config = inputs.sft_config(recipe)
-    if config.checkpoint is not None:
-        return Output([], {"tokens": 0, "steps": 0})
-    data = parent_manifest(recipe, data_stage(config))
-    data_dir = directory_of(recipe, data_stage(config))
-    student = inputs.base_student(recipe)
-    job = TrainingJob(
+    recipe = run.recipe
+    return TrainingJob(
         name="sft",
         identity=identity_of(plan),
         lineage=plan.lineage,
-        config=config,
+        config=run.sft,
         objective="sft",
         parallel=recipe.parallel,
         precision=recipe.precision,
         fp8=recipe.fp8,
         seed=recipe.seed,
-        model_dir=Path(student.model),
-        init=student.init,
-        data=TrainingData(data_dir),
-        work_dir=directory,
+        model_dir=run.student.directory,
+        init=run.student_config.init,
+        data=TrainingData(run.directory_of(_data_stage(run.sft))),
+        work_dir=run.directory_of("sft"),
     )
-    checkpoint, counts = train_to_checkpoint(job)
-    if not is_main_rank():
-        return Output([], counts)
-    # The student speaks the language it was taught in: its teacher's template and end token.
-    hf_dir = directory / "hf"
-    voice = copy_files(data_dir / "tokenizer", hf_dir, VOICE)
-    shutil.copyfile(Path(student.model) / "config.json", hf_dir / "config.json")
-    lineage = lineage_of("sft", plan.lineage, plan.parents.get("teacher"), {data_stage(config): data})
-    files = write_student(checkpoint, hf_dir, directory / "model", recipe.export, lineage)
-    assert set(voice) <= set(files)
-    return Output([f"model/{name}" for name in files], counts)
 
 
-def data_stage(config: SftConfig) -> str:
+def _data_stage(config: SftConfig) -> str:
     """The stage whose artifact is trained on."""
     return "generate" if config.data is None else "tokenize"
 
 
-def _check_elsewhere(recipe: Recipe, config: SftConfig) -> None:
-    assert config.checkpoint is not None
-    inputs.check_model(Path(config.checkpoint))
-    check_trainable(Path(config.checkpoint), recipe)
-    if config.teacher is None and read_model_lineage(config.checkpoint) is None:
+def _check_elsewhere(run: ResolvedRun, config: SftConfig) -> None:
+    from megatron_lopd.pipeline.students import check_trainable
+
+    run.reference.check()
+    check_trainable(run.reference, run.recipe)
+    if config.teacher is None and read_model_lineage(run.reference.directory) is None:
         raise ConfigError(
             f"sft.checkpoint: {config.checkpoint} does not say which teacher it was fine-tuned on: "
             "declare it with sft.teacher=PATH"
         )
 
 
-def _plan_elsewhere(recipe: Recipe, config: SftConfig) -> Plan:
+def _plan_elsewhere(run: ResolvedRun, config: SftConfig) -> Plan:
     """A checkpoint of this project proves its teacher by its lineage file; another is declared."""
-    assert config.checkpoint is not None
-    parents = {"student": inputs.parent_of_model(Path(config.checkpoint))}
-    declared = None if config.teacher is None else inputs.parent_of_model(Path(config.teacher))
-    carried = read_model_lineage(config.checkpoint)
+    settings = run.training_settings(config)
+    parents = {"student": run.reference.parent}
+    declared = None if config.teacher is None else Model(Path(config.teacher), "sft.teacher").parent
+    carried = read_model_lineage(run.reference.directory)
     if carried is None or carried.teacher is None:
         if declared is not None:
             parents["teacher"] = declared
-        return Plan(training_settings(recipe, config), parents, "declared")
+        return Plan(settings, parents, "declared")
     parents["teacher"] = carried.teacher
-    proofs = []
+    found = []
     if declared is not None:
-        proofs.append(
+        found.append(
             prove_same(
                 "the declared teacher is the one the checkpoint was fine-tuned on",
-                inputs.evidence(declared, "sft.teacher"),
-                inputs.evidence(carried.teacher, f"the lineage of {config.checkpoint}"),
+                proofs.evidence(declared, "sft.teacher"),
+                proofs.evidence(carried.teacher, f"the lineage of {config.checkpoint}"),
                 parts=WHOLE_MODEL,
-                allow=recipe.allow_teacher_mismatch,
+                allow=run.recipe.allow_teacher_mismatch,
             )
         )
-    return Plan(training_settings(recipe, config), parents, inputs.status_of(proofs, carried.status))
+    return Plan(settings, parents, proofs.status_of(found, carried.status))

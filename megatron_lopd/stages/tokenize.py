@@ -8,50 +8,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.files import sha256_file
 from megatron_lopd.artifacts.manifest import Parent
-from megatron_lopd.config import Recipe
-from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
-from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.dataset import shard_name
-from megatron_lopd.data.records import Rollout
-from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.data.shards import write_shard
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.pipeline import inputs
-from megatron_lopd.pipeline.shard_jobs import count_rollouts
-from megatron_lopd.pipeline.stage import Output, Plan
-from megatron_lopd.prompts.prompt import read_conversations
+from megatron_lopd.pipeline.resolved import Model, ResolvedRun
+from megatron_lopd.pipeline.stage import Output, Plan, Stage
+
+if TYPE_CHECKING:
+    from megatron_lopd.data.chat import Chat
+    from megatron_lopd.data.records import Rollout
 
 
-def check(recipe: Recipe) -> list[str]:
-    data = _data(recipe)
-    student = Path(inputs.base_student(recipe).model)
-    Chat(str(student))
-    return [f"tokenize {data} with {student}'s chat template"]
+class Tokenize(Stage):
+    """Conversations as prompt and response ids, with the student's tokenizer."""
 
+    name, kind = "tokenize", "rollouts"
 
-def plan(recipe: Recipe) -> Plan:
-    data, student = _data(recipe), inputs.base_student_parent(recipe)
-    parents = {"data": Parent("file", str(data), {"sha256": sha256_file(data)}), "student": student}
-    declared = inputs.sft_config(recipe).teacher
-    if declared is not None:
-        parents["teacher"] = inputs.parent_of_model(Path(declared))
-    return Plan({"max_tokens": inputs.sft_config(recipe).micro_batch_tokens}, parents, "declared")
+    def needed(self, run: ResolvedRun) -> bool:
+        return run.recipe.sft is not None and run.recipe.sft.data is not None
 
+    def on_gpu(self, run: ResolvedRun) -> bool:
+        return False
 
-def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    student = Path(inputs.base_student(recipe).model)
-    name = shard_name(ROLLOUTS, 0)
-    write_shard(
-        directory / name, ROLLOUTS, _tokenized(_data(recipe), Chat(str(student)), plan.config["max_tokens"])
-    )
-    voice = copy_files(student, directory / "tokenizer", VOICE)
-    return Output([name, *(f"tokenizer/{file}" for file in voice)], count_rollouts(directory))
+    def check(self, run: ResolvedRun) -> list[str]:
+        from megatron_lopd.data.chat import Chat
+
+        data, student = _data(run), run.student
+        student.require()
+        Chat(str(student.directory))
+        return [f"tokenize {data} with {student.directory}'s chat template"]
+
+    def plan(self, run: ResolvedRun) -> Plan:
+        data = _data(run)
+        parents = {
+            "data": Parent("file", str(data), {"sha256": sha256_file(data)}),
+            "student": run.student_parent,
+        }
+        if run.sft.teacher is not None:
+            parents["teacher"] = Model(Path(run.sft.teacher), "sft.teacher").parent
+        return Plan({"max_tokens": run.sft.micro_batch_tokens}, parents, "declared")
+
+    def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
+        from megatron_lopd.data.chat import Chat
+        from megatron_lopd.data.dataset import shard_name
+        from megatron_lopd.data.schemas import ROLLOUTS
+        from megatron_lopd.data.shards import write_shard
+        from megatron_lopd.pipeline.shard_jobs import count_rollouts
+
+        directory, student = run.directory_of(self.name), run.student.directory
+        name = shard_name(ROLLOUTS, 0)
+        records = _tokenized(_data(run), Chat(str(student)), plan.config["max_tokens"])
+        write_shard(directory / name, ROLLOUTS, records)
+        voice = copy_files(student, directory / "tokenizer", VOICE)
+        return Output([name, *(f"tokenizer/{file}" for file in voice)], count_rollouts(directory))
 
 
 def _tokenized(data: Path, chat: Chat, max_tokens: int) -> Iterator[Rollout]:
+    from megatron_lopd.data.records import Rollout
+    from megatron_lopd.prompts.prompt import read_conversations
+
     for conversation in read_conversations(data):
         prompt, response = chat.conversation(
             conversation.messages, f"{data}: sample {conversation.id}", max_tokens
@@ -59,8 +77,8 @@ def _tokenized(data: Path, chat: Chat, max_tokens: int) -> Iterator[Rollout]:
         yield Rollout(f"{conversation.id}/0", prompt, response, "stop", None)
 
 
-def _data(recipe: Recipe) -> Path:
-    data = inputs.sft_config(recipe).data
+def _data(run: ResolvedRun) -> Path:
+    data = run.sft.data
     if data is None:
         raise ConfigError("missing key sft.data: a JSONL file of {messages} to fine-tune on")
     if not Path(data).is_file():

@@ -26,8 +26,9 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 alone. Every rank gets its result, or raises its LopdError.
 
     An OSError becomes a DataError naming the file: left to itself it would end rank 0 and hang the others.
-    No process group is needed.
+    No process group is needed. Rank 0 meets the others first: they wait longer for its work than for it.
     """
+    messages = channel(CHANNEL)
     outcome: list[Any] = [None, None]
     if _rank_and_size()[0] == 0:
         try:
@@ -36,9 +37,11 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             outcome[1] = error
         except OSError as error:
             outcome[1] = DataError(f"{error.filename}: {error.strerror}: check the disk and its permissions")
-        channel(CHANNEL).send(outcome, last=True)  # each may be the last: an error ends rank 0
+        messages.send(outcome, last=True)  # each may be the last: an error ends rank 0
     else:
-        outcome = channel(CHANNEL).receive()
+        outcome = messages.receive()
+        if outcome[1] is not None:
+            outcome[1].said = True  # by rank 0
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]

@@ -21,10 +21,10 @@ from megatron_lopd.convert.gather import WeightGatherer
 from megatron_lopd.data.batch_plan import BatchPlan
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.packing import Padding
-from megatron_lopd.data.records import Rollout, Sample, Score
+from megatron_lopd.data.records import Sample, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.process import EngineProcess
-from megatron_lopd.engines.protocol import Engine, GenerateRequest, ScoreRequest
+from megatron_lopd.engines.protocol import Engine, Prompted
 from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import DataError, EngineDied, EngineError
 from megatron_lopd.families.architecture import Architecture
@@ -181,22 +181,9 @@ class LiveBatches:
         requests = self._requests(step)[self._ranks.rank :: self._ranks.world_size]
         try:
             self._student.load_weights(self._gatherer.weights())
-            completions = list(self._student.generate(requests, self._data.sampling, self._data.end_tokens))
+            rollouts = list(self._student.generate(requests, self._data.sampling, self._data.end_tokens))
             sampled = time.perf_counter()
-            rollouts = [
-                Rollout(
-                    request.sample_id,
-                    request.prompt_tokens,
-                    done.response_tokens,
-                    done.finish_reason,
-                    done.log_probs,
-                )
-                for request, done in zip(requests, completions, strict=True)
-            ]
-            asked = [
-                ScoreRequest(each.sample_id, each.prompt_tokens, each.response_tokens) for each in rollouts
-            ]
-            scores = list(self._teacher.score(asked, self._data.score.top_k))
+            scores = list(self._teacher.score(rollouts, self._data.score.top_k))
             for score in scores:
                 self._require_vocabulary(score)
             samples = [Sample(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
@@ -215,13 +202,13 @@ class LiveBatches:
                 "model whose vocab_size is not larger"
             )
 
-    def _requests(self, step: int) -> list[GenerateRequest]:
+    def _requests(self, step: int) -> list[Prompted]:
         repeats: Counter[int] = Counter()
         requests = []
         for position in self._plan.samples(step).tolist():
             question = self._data.questions[position]
             seed = self._data.seed_of(step, question.sample_id, repeats[position])
-            requests.append(GenerateRequest(question.sample_id, question.prompt_tokens, seed))
+            requests.append(Prompted(question.sample_id, question.prompt_tokens, seed))
             repeats[position] += 1
         return requests
 

@@ -126,7 +126,8 @@ def run_training(job: TrainingJob) -> Progress:
             checkpoints = replace(checkpoints, lineage=segment.lineage)
             _check_data(job, architecture)
         agree(compat.device())
-        model = build_model(architecture, job.parallel, job.precision, job.seed, job.fp8)
+        drawn = job.init == "random" and newest is None
+        model = build_model(architecture, job.parallel, job.precision, job.seed if drawn else None, job.fp8)
         if job.init == "pretrained" and newest is None:
             for chunk in model:
                 load_hf_weights(chunk, architecture, job.model_dir)
@@ -183,8 +184,9 @@ class _Run:
         live = isinstance(self.job.data, LiveData)
         if newest is None and not live:  # a checkpoint brings its own scales
             self._find_scales(self.loader.micro_batches(self.part.samples(0).tolist()))
-        if self.job.preflight is not None and progress.step == self.part.first_step and not live:
-            self._preflight_check(self.job.preflight).check_cached()
+        data, at_start = self.job.data, progress.step == self.part.first_step
+        if self.job.preflight is not None and at_start and not isinstance(data, LiveData):
+            self._preflight_check(self.job.preflight).check_cached(data)
         self.reporter.begin(progress.step, self.total_steps)
         try:
             with self._batches(progress.step) as batches:

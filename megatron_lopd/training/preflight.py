@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lopd.config import Sampling
 from megatron_lopd.data.collate import MicroBatch
+from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import DataError, NumericsError
 from megatron_lopd.mcore.loader import BatchLoader
 from megatron_lopd.mcore.process_groups import Ranks
@@ -96,28 +97,25 @@ class PreflightCheck:
     device: torch.device
     note: Callable[[str], None]
 
-    def check_cached(self) -> None:
-        """`check` samples spread evenly over the data."""
-        size = len(self.loader.data)
+    def check_cached(self, data: TrainingData) -> None:
+        """`check` samples spread evenly over the data; leave it out where they keep nothing to compare."""
+        if not data.keeps_behaviour(self.preflight.sampling):
+            self.note(
+                "preflight left out: an earlier release kept of these rollouts what temperature, top-p and "
+                "top-k made of the model's log-probs, and not its own: drift is measured against that, too"
+            )
+            return
+        size = len(data)
         count = min(self.preflight.samples, size)
         positions = [int(position) for position in np.linspace(0, size - 1, count)]
         self.check(self.loader.micro_batches(positions), CACHED_CAUSES)
 
     def check(self, micro_batches: Sequence[MicroBatch], causes: str) -> None:
-        """Forward this rank's `micro_batches`.
+        """Forward this rank's `micro_batches`: the trainer's log-probs against the sampling model's own.
 
-        The kept log-probs are at the sampler's temperature (1 where it was greedy), so the trainer's are
-        taken at it too. Top-p and top-k renormalise over sets of tokens that were not kept: then nothing is
-        compared, and `note` says so. Raises NumericsError, which names the likely `causes`, when they
-        disagree.
+        Raises NumericsError, which names the likely `causes`, when they disagree.
         """
-        sampling, tolerance = self.preflight.sampling, self.preflight.tolerance
-        if sampling.top_p < 1 or sampling.top_k > 0:
-            self.note(
-                "preflight left out: log-probs kept under top-p or top-k are of a truncated distribution and "
-                "cannot be compared with the trainer's"
-            )
-            return
+        tolerance = self.preflight.tolerance
         count = Counts.of(micro_batches, self.device).samples
         measured = self._measure(micro_batches)
         difference = measured["loss"]
@@ -147,7 +145,6 @@ class PreflightCheck:
                 self.loader.config.micro_batch_tokens,
                 self.device,
                 forward_only=True,
-                temperature=self.preflight.sampling.temperature or 1.0,
             )
         for chunk in self.chunks:
             chunk.train()

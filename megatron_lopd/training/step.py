@@ -24,17 +24,16 @@ def run_micro_batches(
     device: torch.device,
     *,
     forward_only: bool = False,
-    temperature: float = 1.0,
     rows: int | None = None,
 ) -> list[TokenValues]:
     """Forward each micro-batch, and backward unless `forward_only`; then finalize the gradients.
 
     `chunks` are this rank's wrapped PackedGPTModels. The gradients end up those of
-    `sum(loss_weights * token_weights * token_loss) / sum(loss_count)` over the global batch. `temperature`
-    divides the logits; `rows` as of `vocab_parallel_loss`. Returns the values of each micro-batch on the last
-    pipeline stage, nothing on the others.
+    `sum(loss_weights * token_weights * token_loss) / sum(loss_count)` over the global batch. `rows` as of
+    `vocab_parallel_loss`. Returns the values of each micro-batch on the last pipeline stage, nothing on the
+    others.
     """
-    finish = _Finish(objective, temperature, rows, with_gradient=not forward_only)
+    finish = _Finish(objective, rows, with_gradient=not forward_only)
     values: list[TokenValues] = run_schedule(
         chunks, micro_batches, token_budget, device, finish, forward_only=forward_only
     )
@@ -47,7 +46,6 @@ class _Finish:
     Megatron-Core's schedules want."""
 
     objective: Objective
-    temperature: float
     rows: int | None
     with_gradient: bool
 
@@ -57,7 +55,6 @@ class _Finish:
         needs = self.objective.needs
         places = TokenPlaces(batch.response_position, batch.prefix_discrepancy)
         weights = batch.loss_weights * self.objective.token_weights(places)
-        everywhere = slice(0, len(weights))
         # The loss may leave the output weight's gradient behind: not for a forward pass alone, which can have
         # gradients enabled for what the layers make of it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.with_gradient):
@@ -69,26 +66,31 @@ class _Finish:
                 batch.top_k_ids if "top_k" in needs else None,
                 lambda scored, rows: self.objective.token_loss(self._tokens(batch, scored, rows)),
                 weights,
-                temperature=self.temperature,
                 rows=self.rows,
             )
-        kept = _kept(self.objective, batch, everywhere)
-        values = TokenValues(
-            summed.token_loss, weights, summed.entropy, TokenLogProbs(summed.log_probs, *kept)
-        )
+        kept = TokenLogProbs(summed.log_probs, *self._kept(batch))
+        values = TokenValues(summed.token_loss, weights, summed.entropy, kept)
         count = torch.tensor(batch.loss_count, dtype=torch.int, device=hidden.device)
         return summed.total, count, values
 
     def _tokens(self, batch: MicroBatch, scored: ResponseLogProbs, rows: slice) -> TokenLogProbs:
-        top_k = _top_k(batch, scored, rows) if "top_k" in self.objective.needs else None
-        return TokenLogProbs(scored.log_probs, *_kept(self.objective, batch, rows), top_k)
+        teacher, behaviour = self._kept(batch)
+        sampled = None if behaviour is None else batch.sampled_log_probs
+        return TokenLogProbs(
+            scored.log_probs,
+            None if teacher is None else teacher[rows],
+            None if behaviour is None else behaviour[rows],
+            _top_k(batch, scored, rows) if "top_k" in self.objective.needs else None,
+            None if sampled is None else sampled[rows],
+        )
 
-
-def _kept(objective: Objective, batch: MicroBatch, rows: slice) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher's and the behaviour log-probs of `rows`, as far as the objective needs them."""
-    teacher = batch.teacher_log_probs if "teacher" in objective.needs else None
-    behaviour = batch.behaviour_log_probs if "behaviour" in objective.needs else None
-    return None if teacher is None else teacher[rows], None if behaviour is None else behaviour[rows]
+    def _kept(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
+        """The teacher's and the behaviour log-probs, as far as the objective needs them."""
+        needs = self.objective.needs
+        return (
+            batch.teacher_log_probs if "teacher" in needs else None,
+            batch.behaviour_log_probs if "behaviour" in needs else None,
+        )
 
 
 def _top_k(batch: MicroBatch, scored: ResponseLogProbs, rows: slice) -> TopKLogProbs | None:

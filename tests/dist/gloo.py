@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing as mp
 import os
 import pickle
 import time
@@ -14,9 +13,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-# The server imports these once; each worker is a fork of it, and starts in milliseconds.
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megatron_lopd.training.loop", "tests.training_zoo"])
+from tests.forks import CONTEXT
 
 
 class RankError(AssertionError):
@@ -31,9 +28,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     # The store is served from here, as by torchrun's agent, on a port that is taken the moment it is chosen.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        _CONTEXT.Process(target=_worker, args=(rank, world_size, store.port, send, function, args), daemon=True)
+        CONTEXT.Process(target=_worker, args=(rank, world_size, store.port, send, function, args), daemon=True)
         for rank, (_, send) in enumerate(pipes)
     ]
     for process in processes:

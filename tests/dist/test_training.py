@@ -57,33 +57,39 @@ def _train(root: Path, options: dict[str, Any]) -> Any:
 
 def _poisoned(root: Path, options: dict[str, Any]) -> Any:
     from megatron_lopd import objectives
+    from megatron_lopd.registry import OBJECTIVES
 
     done = _count_steps()
 
     class Poisoned(objectives.SampledReverseKl):
+        name = "poisoned"
+
         def token_loss(self, tokens: objectives.TokenLogProbs) -> torch.Tensor:
             loss = super().token_loss(tokens)
             return loss * float("nan") if os.environ["RANK"] == "1" and len(done) == 1 else loss
 
-    objectives.OBJECTIVES["poisoned"] = Poisoned
+    OBJECTIVES.add(Poisoned)
     return train(root, **options)
 
 
 def _stopped(root: Path, options: dict[str, Any]) -> str:
     from megatron_lopd import objectives
     from megatron_lopd.errors import StopRequested
+    from megatron_lopd.registry import OBJECTIVES
 
     done = _count_steps()
 
     class Stopping(objectives.SampledReverseKl):
+        name = "stopping"
+
         def token_loss(self, tokens: objectives.TokenLogProbs) -> torch.Tensor:
             if os.environ["RANK"] == "1" and len(done) == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return super().token_loss(tokens)
 
-    objectives.OBJECTIVES["sampled_reverse_kl"] = Stopping
+    OBJECTIVES.add(Stopping)
     try:
-        train(root, **options)
+        train(root, **options | {"objective": "stopping"})
     except StopRequested as stop:
         return type(stop).__name__
     return "finished"

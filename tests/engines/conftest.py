@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_lopd.config import EngineConfig
-from megatron_lopd.data.records import Score
-from megatron_lopd.engines import ScoreRequest, open_engine
+from megatron_lopd.data.records import Rollout, Score
+from megatron_lopd.engines import open_engine
+from tests.model_zoo import unsampled
 from tests.smollm2 import CLOSE, TEXTS, TOP_K, make_smollm2
 
 
@@ -23,19 +24,19 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_asked(smollm2: Path) -> list[ScoreRequest]:
+def smollm2_asked(smollm2: Path) -> list[Rollout]:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
 
     def tokens(text: str) -> NDArray[np.int32]:
         return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
     return [
-        ScoreRequest(f"text{at}", tokens(prompt), tokens(answer)) for at, (prompt, answer) in enumerate(TEXTS)
+        unsampled(f"text{at}", tokens(prompt), tokens(answer)) for at, (prompt, answer) in enumerate(TEXTS)
     ]
 
 
 @pytest.fixture(scope="session")
-def smollm2_scores(smollm2: Path, smollm2_asked: list[ScoreRequest]) -> list[Score]:
+def smollm2_scores(smollm2: Path, smollm2_asked: list[Rollout]) -> list[Score]:
     """The transformers engine's scores, which are first held to the model itself."""
     with closing(open_engine(EngineConfig(), str(smollm2))) as engine:
         scores = list(engine.score(smollm2_asked, TOP_K))

@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from megatron_lopd.config import EngineConfig, Sampling
-from megatron_lopd.engines import GenerateRequest, ScoreRequest, open_engine
+from megatron_lopd.engines import Prompted, open_engine
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.errors import EngineDied, EngineError
-from tests.model_zoo import Family, make_model_dir
+from tests.model_zoo import Family, make_model_dir, unsampled
 
 PROMPT = np.array([3, 14, 15, 92], dtype=np.int32)
 RESPONSE = np.array([6, 53, 58, 97, 93], dtype=np.int32)
-ASKED = [ScoreRequest("a", PROMPT, RESPONSE)]
+ASKED = [unsampled("a", PROMPT, RESPONSE)]
 
 
 def numbers(engine: Any) -> tuple[list[int], NDArray[np.float32]]:
     sampling = Sampling(max_new_tokens=8)
-    (sampled,) = engine.generate([GenerateRequest("a", PROMPT, 7)], sampling, frozenset({1}))
+    (sampled,) = engine.generate([Prompted("a", PROMPT, 7)], sampling, frozenset({1}))
     (scored,) = engine.score(ASKED)
     return sampled.response_tokens.tolist(), np.concatenate([sampled.log_probs, scored.log_probs])
 

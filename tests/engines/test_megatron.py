@@ -20,10 +20,10 @@ from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.config import EngineConfig, ParallelConfig, Sampling
 from megatron_lopd.data.dataset import open_scores
-from megatron_lopd.data.records import Score
-from megatron_lopd.engines import ScoreRequest, open_engine
+from megatron_lopd.data.records import Rollout, Score
+from megatron_lopd.engines import open_engine
 from megatron_lopd.errors import DataError, EngineError
-from tests.model_zoo import make_model_dir
+from tests.model_zoo import make_model_dir, unsampled
 from tests.pipeline import write_recipe
 
 VOCABULARY = 131
@@ -51,14 +51,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def requests(count: int = 23) -> list[ScoreRequest]:
+def requests(count: int = 23) -> list[Rollout]:
     """Random tokens, from 1 to 20 of prompt and 1 to 30 of response; every fourth response has one token."""
     rng = np.random.default_rng(0)
     made = []
     for number in range(count):
         prompt, response = rng.integers(1, 21), 1 if number % 4 == 0 else rng.integers(1, 31)
         tokens = rng.integers(0, VOCABULARY, prompt + response, dtype=np.int32)
-        made.append(ScoreRequest(f"s{number}", tokens[:prompt], tokens[prompt:]))
+        made.append(unsampled(f"s{number}", tokens[:prompt], tokens[prompt:]))
     return made
 
 
@@ -89,7 +89,7 @@ def megatron(parallel: ParallelConfig | None = None, tokens: int = 96) -> Engine
 
 
 def score_in_ranks(
-    config: EngineConfig, model_dir: str, batches: Sequence[Sequence[ScoreRequest]]
+    config: EngineConfig, model_dir: str, batches: Sequence[Sequence[Rollout]]
 ) -> list[list[Score]] | None:
     """In each rank: rank 0 scores, twice over, the others serve."""
     from megatron_lopd.engines.megatron import leading, serve
@@ -129,20 +129,20 @@ def test_packing_does_not_show(models: Path, expected: dict[str, list[Score]], t
 
 BAD_REQUESTS = {
     "longer than a micro-batch": (
-        ScoreRequest("long", np.zeros(60, np.int32), np.ones(37, np.int32)),
+        unsampled("long", np.zeros(60, np.int32), np.ones(37, np.int32)),
         "sample long has 97 tokens, which this layout pads to 97, above engine.micro_batch_tokens=96: "
         "raise it to at least 97",
     ),
     "longer than the model": (
-        ScoreRequest("longer", np.zeros(500, np.int32), np.ones(37, np.int32)),
+        unsampled("longer", np.zeros(500, np.int32), np.ones(37, np.int32)),
         "sample longer: 537 tokens and 0 new ones do not fit the 512 positions",
     ),
     "another vocabulary": (
-        ScoreRequest("alien", np.zeros(2, np.int32), np.array([VOCABULARY], np.int32)),
+        unsampled("alien", np.zeros(2, np.int32), np.array([VOCABULARY], np.int32)),
         f"sample alien: token {VOCABULARY} is outside the vocabulary of {VOCABULARY}",
     ),
     "no response": (
-        ScoreRequest("mute", np.zeros(2, np.int32), np.empty(0, np.int32)),
+        unsampled("mute", np.zeros(2, np.int32), np.empty(0, np.int32)),
         "sample mute: the response to score is empty",
     ),
 }
@@ -175,8 +175,8 @@ def test_a_score_that_is_not_finite_names_the_sample(models: Path, tmp_path: Pat
     weights = load_file(broken / "model.safetensors")
     weights["model.embed_tokens.weight"][130] = torch.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    fine = [ScoreRequest("fine", np.zeros(2, np.int32), np.ones(3, np.int32))]
-    ill = ScoreRequest("ill", np.array([130], np.int32), np.ones(3, np.int32))
+    fine = [unsampled("fine", np.zeros(2, np.int32), np.ones(3, np.int32))]
+    ill = unsampled("ill", np.array([130], np.int32), np.ones(3, np.int32))
     with closing(open_engine(megatron(), str(broken))) as engine:
         assert len(list(engine.score(fine, TOP_K))) == 1
         with pytest.raises(EngineError, match=r"sample ill: .* not finite in fp32: are its weights damaged"):

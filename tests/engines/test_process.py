@@ -17,11 +17,11 @@ import torch
 
 from megatron_lopd import engines
 from megatron_lopd.config import EngineConfig
-from megatron_lopd.engines import ScoreRequest, library, open_engine, process
+from megatron_lopd.engines import library, open_engine, process
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.errors import EngineDied, EngineError
 from megatron_lopd.training import live
-from tests.model_zoo import make_model_dir
+from tests.model_zoo import make_model_dir, unsampled
 
 PROMPT = np.array([1, 2, 3], dtype=np.int32)
 # In the place of a Python. $3 is the pipe: a byte is read before it closes, or sending would fail. What is
@@ -131,7 +131,7 @@ def test_a_crash_is_tried_again_and_full_memory_and_bad_input_are_not(
     monkeypatch.setattr(library, "_vllm", lambda python: ("0.0", True))
     monkeypatch.setattr(FakeLLM, "failure", failure)
     with pytest.raises(EngineError) as caught:
-        list(fake_vllm().score([ScoreRequest("a", PROMPT, PROMPT)]))
+        list(fake_vllm().score([unsampled("a", PROMPT, PROMPT)]))
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     is_memory = "memory" in str(failure).lower() or isinstance(failure, MemoryError)
@@ -183,7 +183,7 @@ def test_a_closed_engine_has_dropped_its_model_before_the_cache_is_emptied(
     """On a fake GPU: what torch's allocator holds can then be given back, whoever still has the engine."""
     model = str(make_model_dir(tmp_path / "model"))
     engine = open_engine(EngineConfig(name=name), model)
-    list(engine.score([ScoreRequest("a", PROMPT, PROMPT)], 3))
+    list(engine.score([unsampled("a", PROMPT, PROMPT)], 3))
     weights = [
         weakref.ref(each) for each in gc.get_objects() if isinstance(each, torch.nn.Parameter) and len(each)
     ]

@@ -11,8 +11,9 @@ from megatron_lopd.artifacts.lineage import read_model_lineage
 from megatron_lopd.commands import run
 from megatron_lopd.config import EngineConfig, Sampling, load_recipe
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.engines import GenerateRequest, open_engine
+from megatron_lopd.engines import Prompted, open_engine
 from megatron_lopd.families.architecture import check_layout, read_architecture
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.prompts.arithmetic import grade, problems
 from megatron_lopd.stages import table
 
@@ -25,9 +26,7 @@ def test_the_teacher_is_over_97_percent_accurate(temperature: float) -> None:
     chat = Chat(str(QUICKSTART / "teacher"))
     asked = list(problems(1000, seed=123, split="eval"))
     prompts = [chat.prompt([{"role": "user", "content": p.prompt}], p.id, 64) for p in asked]
-    requests = [
-        GenerateRequest(p.id, tokens, n) for n, (p, tokens) in enumerate(zip(asked, prompts, strict=True))
-    ]
+    requests = [Prompted(p.id, tokens, n) for n, (p, tokens) in enumerate(zip(asked, prompts, strict=True))]
     engine = open_engine(EngineConfig(batch_size=1000), str(QUICKSTART / "teacher"))
     answers = engine.generate(requests, Sampling(max_new_tokens=26, temperature=temperature), chat.end_tokens)
     right = [
@@ -64,7 +63,7 @@ def test_the_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         *([f"sft.data={data}"] if name == "make_teacher.yaml" else []),
     ]
     recipe = load_recipe(QUICKSTART / name, overrides)
-    assert run.describe(recipe, [stage.name for stage in table.STAGES])
+    assert run.describe(ResolvedRun(recipe), [stage.name for stage in table.STAGES])
 
 
 def test_the_student_splits_over_two_ranks_either_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from megatron_lopd.data.dataset import shard_name
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import write_shard
-from megatron_lopd.engines import ScoreRequest, open_engine
+from megatron_lopd.engines import open_engine
 from megatron_lopd.errors import NumericsError
 from megatron_lopd.pipeline import engine_gate as agreement
 from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE, check_agreement
@@ -55,7 +55,7 @@ def test_there_and_back_again_through_a_checkpoint(smollm2: Path, tmp_path: Path
 
 
 def test_one_rank_scores_as_transformers_does(
-    smollm2: Path, smollm2_asked: list[ScoreRequest], smollm2_scores: list[Score]
+    smollm2: Path, smollm2_asked: list[Rollout], smollm2_scores: list[Score]
 ) -> None:
     with closing(open_engine(EngineConfig("megatron"), str(smollm2))) as engine:
         assert_agree(list(engine.score(smollm2_asked, TOP_K)), smollm2_scores)
@@ -63,7 +63,7 @@ def test_one_rank_scores_as_transformers_does(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_split_it_has_the_same_weights_and_scores(
-    smollm2: Path, smollm2_asked: list[ScoreRequest], smollm2_scores: list[Score], layout: str
+    smollm2: Path, smollm2_asked: list[Rollout], smollm2_scores: list[Score], layout: str
 ) -> None:
     parallel = LAYOUTS[layout]
     config = EngineConfig("megatron", micro_batch_tokens=256, parallel=parallel)
@@ -74,7 +74,7 @@ def test_split_it_has_the_same_weights_and_scores(
 
 
 def split_in_ranks(
-    config: EngineConfig, smollm2: str, asked: list[ScoreRequest]
+    config: EngineConfig, smollm2: str, asked: list[Rollout]
 ) -> tuple[dict[str, str], list[Score]]:
     """The weights as every rank's parts make them up, and the scores; of rank 0."""
     from megatron_lopd.convert.gather import WeightGatherer
@@ -98,14 +98,10 @@ def split_in_ranks(
 
 
 @pytest.fixture
-def rollouts(smollm2_asked: list[ScoreRequest], tmp_path: Path) -> Path:
-    records = [
-        Rollout(each.sample_id, each.prompt_tokens, each.response_tokens, "length", None)
-        for each in smollm2_asked
-    ]
+def rollouts(smollm2_asked: list[Rollout], tmp_path: Path) -> Path:
     (tmp_path / "rollout").mkdir()
     (tmp_path / "score").mkdir()
-    write_shard(tmp_path / "rollout" / shard_name(ROLLOUTS, 0), ROLLOUTS, records)
+    write_shard(tmp_path / "rollout" / shard_name(ROLLOUTS, 0), ROLLOUTS, smollm2_asked)
     return tmp_path / "rollout"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +22,12 @@ from transformers import (
 )
 
 from megatron_lopd.config import EngineConfig, Sampling
-from megatron_lopd.engines import Completion, Engine, GenerateRequest, ScoreRequest, hf, open_engine
+from megatron_lopd.data.records import Rollout
+from megatron_lopd.engines import Engine, Prompted, hf, open_engine
 from megatron_lopd.engines import requests as engine_requests
 from megatron_lopd.engines.draw import BLOCK, draw, truncated_log_probs, uniforms
 from megatron_lopd.errors import EngineError
+from tests.model_zoo import unsampled
 
 VOCABULARY = 53
 END = frozenset({3, 7})
@@ -60,18 +61,11 @@ def prompts(count: int) -> list[NDArray[np.int32]]:
     return [rng.integers(0, VOCABULARY, rng.integers(1, 12), dtype=np.int32) for _ in range(count)]
 
 
-def requests(count: int) -> list[GenerateRequest]:
-    return [GenerateRequest(f"s{i}", tokens, seed=1000 + i) for i, tokens in enumerate(prompts(count))]
+def requests(count: int) -> list[Prompted]:
+    return [Prompted(f"s{i}", tokens, seed=1000 + i) for i, tokens in enumerate(prompts(count))]
 
 
-def to_score(asked: Sequence[GenerateRequest], done: Sequence[Completion]) -> list[ScoreRequest]:
-    return [
-        ScoreRequest(request.sample_id, request.prompt_tokens, completion.response_tokens)
-        for request, completion in zip(asked, done, strict=True)
-    ]
-
-
-def distributions(model_dir: str, request: ScoreRequest) -> NDArray[np.float64]:
+def distributions(model_dir: str, request: Rollout) -> NDArray[np.float64]:
     """Log-probs of the whole vocabulary at each response position [T, V]: one sample alone, in float64."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager")
     tokens = torch.tensor(np.concatenate([request.prompt_tokens, request.response_tokens])[None]).long()
@@ -80,7 +74,7 @@ def distributions(model_dir: str, request: ScoreRequest) -> NDArray[np.float64]:
     return log_probs[len(request.prompt_tokens) - 1 : -1].numpy()
 
 
-def oracle(model_dir: str, request: ScoreRequest) -> NDArray[np.float64]:
+def oracle(model_dir: str, request: Rollout) -> NDArray[np.float64]:
     """Log-probs of the response tokens [T], in float64."""
     rows = distributions(model_dir, request)
     return np.array([row[token] for row, token in zip(rows, request.response_tokens, strict=True)])
@@ -116,7 +110,7 @@ def test_scores_are_those_of_each_sample_alone_in_float64(model_dir: str, engine
     # Responses of very different lengths share a batch: the short ones' FIRST positions must be kept.
     lengths = [1, 60, 2, 1, 30, 5, 60, 1, 17, 9]
     asked = [
-        ScoreRequest(f"s{i}", prompt, rng.integers(0, VOCABULARY, length, dtype=np.int32))
+        unsampled(f"s{i}", prompt, rng.integers(0, VOCABULARY, length, dtype=np.int32))
         for i, (prompt, length) in enumerate(zip(prompts(len(lengths)), lengths, strict=True))
     ]
     for request, score in zip(asked, engine.score(asked), strict=True):
@@ -134,7 +128,7 @@ def test_top_k_scores_are_those_of_the_whole_distribution_in_float64(
 ) -> None:
     rng = np.random.default_rng(2)
     asked = [
-        ScoreRequest(f"s{i}", prompt, rng.integers(0, VOCABULARY, length, dtype=np.int32))
+        unsampled(f"s{i}", prompt, rng.integers(0, VOCABULARY, length, dtype=np.int32))
         for i, (prompt, length) in enumerate(zip(prompts(4), [1, 30, 3, 17], strict=True))
     ]
     for request, score in zip(asked, engine.score(asked, top_k), strict=True):
@@ -156,11 +150,11 @@ def test_top_k_scores_are_those_of_the_whole_distribution_in_float64(
 
 def test_a_top_k_that_leaves_no_tail_is_refused(engine: Engine) -> None:
     with pytest.raises(EngineError, match=rf"score\.top_k=52 .* lower it to at most {VOCABULARY - 2}$"):
-        engine.score([ScoreRequest("s", *prompts(2))], VOCABULARY - 1)
+        engine.score([unsampled("s", *prompts(2))], VOCABULARY - 1)
 
 
 def test_scores_do_not_depend_on_how_much_is_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [ScoreRequest(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(30))]
+    asked = [unsampled(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(30))]
     whole = list(engine.score(asked, 3))
     monkeypatch.setattr(hf, "LOGITS_ELEMENTS", 4 * VOCABULARY)
     monkeypatch.setattr(engine_requests, "SCORED_BYTES", 1)
@@ -173,13 +167,23 @@ def test_scores_do_not_depend_on_how_much_is_held(engine: Engine, monkeypatch: p
         np.testing.assert_allclose(one.top_k.log_probs, other.top_k.log_probs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_behaviour_log_probs_are_the_scores_of_what_was_sampled(engine: Engine, temperature: float) -> None:
-    asked = requests(20)
-    done = list(engine.generate(asked, Sampling(max_new_tokens=40, temperature=temperature), END))
-    for completion, scores in zip(done, engine.score(to_score(asked, done)), strict=True):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.0, top_p=0.9),
+        Sampling(),
+        Sampling(temperature=0.6, top_p=0.95, top_k=20),
+        Sampling(temperature=1.5),
+        Sampling(top_k=5),
+    ],
+)
+def test_behaviour_log_probs_are_the_scores_of_what_was_sampled(engine: Engine, sampling: Sampling) -> None:
+    done = list(engine.generate(requests(20), replace(sampling, max_new_tokens=40), END))
+    for rollout, scores in zip(done, engine.score(done), strict=True):
+        assert (rollout.untruncated_log_probs is None) == sampling.is_plain
+        assert rollout.behaviour_log_probs is not None
         # Cached and padded attention against whole sequences, both fp32.
-        np.testing.assert_allclose(completion.log_probs, scores.log_probs, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(rollout.behaviour_log_probs, scores.log_probs, rtol=0, atol=2e-5)
 
 
 def test_the_end_token_is_kept_and_nothing_after_it(engine: Engine) -> None:
@@ -228,14 +232,14 @@ def test_tokens_come_as_often_as_their_log_probs_say(
 ) -> None:
     draws, prompt = 4000, np.array([11, 12, 13], dtype=np.int32)
     engine = open_engine(EngineConfig(batch_size=1000), model_dir)
-    asked = [GenerateRequest(str(seed), prompt, seed) for seed in range(draws)]
+    asked = [Prompted(str(seed), prompt, seed) for seed in range(draws)]
     counts, said = np.zeros(VOCABULARY), np.full(VOCABULARY, -np.inf)
     for completion in engine.generate(asked, sampling, END):
         counts[completion.response_tokens[0]] += 1
         said[completion.response_tokens[0]] = completion.log_probs[0]
     score = np.array(
         [
-            oracle(model_dir, ScoreRequest("", prompt, np.array([t], dtype=np.int32)))[0]
+            oracle(model_dir, unsampled("", prompt, np.array([t], dtype=np.int32)))[0]
             for t in range(VOCABULARY)
         ]
     )
@@ -279,6 +283,7 @@ def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token() -> None:
     tokens, log_probs = draw(logits, Sampling(), torch.tensor([2.0**-53, 1.0], dtype=torch.float64))
     assert tokens.tolist() == [1, 4]
     assert bool(log_probs.isfinite().all())
+    assert log_probs.shape == (1, 2)
 
 
 def test_draws_are_a_stream_by_seed() -> None:
@@ -294,7 +299,7 @@ def test_draws_are_a_stream_by_seed() -> None:
 
 
 def test_bf16_scores_are_near_those_in_fp32(model_dir: str, engine: Engine) -> None:
-    asked = [ScoreRequest(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(9))]
+    asked = [unsampled(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(9))]
     exact = np.concatenate([score.log_probs for score in engine.score(asked)])
     bf16 = open_engine(EngineConfig(dtype="bf16"), model_dir)
     rounded = np.concatenate([score.log_probs for score in bf16.score(asked)])
@@ -306,14 +311,14 @@ def test_bf16_scores_are_near_those_in_fp32(model_dir: str, engine: Engine) -> N
 def test_an_output_bias_and_untied_embeddings_are_scored(tmp_path: Path) -> None:
     torch.manual_seed(1)
     Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)).save_pretrained(tmp_path)
-    (request,) = [ScoreRequest("s", *prompts(2))]
+    (request,) = [unsampled("s", *prompts(2))]
     (score,) = open_engine(EngineConfig(), str(tmp_path)).score([request])
     np.testing.assert_allclose(score.log_probs, oracle(str(tmp_path), request), rtol=0, atol=2e-5)
 
 
 def test_bad_requests_name_the_sample(engine: Engine) -> None:
     def generate(tokens: list[int], new: int = 1) -> None:
-        request = GenerateRequest("s7", np.array(tokens, dtype=np.int32), 0)
+        request = Prompted("s7", np.array(tokens, dtype=np.int32), 0)
         list(engine.generate([request], Sampling(max_new_tokens=new), END))
 
     with pytest.raises(EngineError, match="sample s7: token 53 is outside the vocabulary of 53"):
@@ -326,7 +331,7 @@ def test_bad_requests_name_the_sample(engine: Engine) -> None:
         EngineError, match=r"sample s7: 2 tokens and 319 new ones do not fit the 320 positions"
     ):
         generate([1, 2], new=319)
-    empty = ScoreRequest("s7", np.ones(1, dtype=np.int32), np.ones(0, dtype=np.int32))
+    empty = unsampled("s7", np.ones(1, dtype=np.int32), np.ones(0, dtype=np.int32))
     with pytest.raises(EngineError, match="sample s7: the response to score is empty"):
         engine.score([empty])
 
@@ -337,7 +342,7 @@ def test_running_out_of_memory_says_what_to_lower(engine: Engine, monkeypatch: p
 
     monkeypatch.setattr(engine, "_hidden", fail)
     with pytest.raises(EngineError, match=r"out of memory .*batch_size=7\): lower engine\.batch_size$"):
-        list(engine.score([ScoreRequest("s", *prompts(2))]))
+        list(engine.score([unsampled("s", *prompts(2))]))
     with pytest.raises(EngineError, match=r"lower engine\.batch_size or sampling.max_new_tokens"):
         list(engine.generate(requests(1), Sampling(max_new_tokens=2), END))
 
@@ -404,7 +409,7 @@ def test_a_gpus_output_layer_is_the_models_own_and_multiplied_into_fp32(model_di
     cpu = open_engine(EngineConfig(dtype="bf16"), model_dir)
     assert isinstance(cpu, hf.TransformersEngine)
     weight = cpu._head.weight.detach()
-    asked = [ScoreRequest("a", np.array([1, 2], dtype=np.int32), np.arange(20, dtype=np.int32))]
+    asked = [unsampled("a", np.array([1, 2], dtype=np.int32), np.arange(20, dtype=np.int32))]
     (expected,) = cpu.score(asked, 4)
     assert cpu._head_weight.dtype == torch.float32
     cpu._head_weight = hf._head_weight(weight, torch.device("cuda"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.config import EngineConfig, Sampling
-from megatron_lopd.data.records import Score
-from megatron_lopd.engines import Completion, GenerateRequest, ScoreRequest, open_engine
+from megatron_lopd.data.records import Rollout, Score
+from megatron_lopd.engines import Prompted, open_engine
 from megatron_lopd.engines.library import library_versions
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.errors import EngineDied, EngineError
-from tests.model_zoo import make_model_dir
+from tests.model_zoo import make_model_dir, unsampled
 from tests.pipeline import SMALL, write_recipe
 from tests.smollm2 import TOP_K, assert_agree
 from tests.vllm_python import VLLM_PYTHON
@@ -61,16 +61,9 @@ def prompts(count: int) -> list[NDArray[np.int32]]:
     return [rng.integers(1, VOCABULARY, rng.integers(1, 12), dtype=np.int32) for _ in range(count)]
 
 
-def requests(count: int) -> list[GenerateRequest]:
+def requests(count: int) -> list[Prompted]:
     """Seeds over the whole range that ours have."""
-    return [GenerateRequest(f"s{i}", each, seed=i * (2**63 // 64)) for i, each in enumerate(prompts(count))]
-
-
-def to_score(asked: Sequence[GenerateRequest], done: Sequence[Completion]) -> list[ScoreRequest]:
-    return [
-        ScoreRequest(request.sample_id, request.prompt_tokens, completion.response_tokens)
-        for request, completion in zip(asked, done, strict=True)
-    ]
+    return [Prompted(f"s{i}", each, seed=i * (2**63 // 64)) for i, each in enumerate(prompts(count))]
 
 
 def test_samples_are_the_samplers_own_and_scored_alike_by_both_engines(
@@ -86,13 +79,9 @@ def test_samples_are_the_samplers_own_and_scored_alike_by_both_engines(
         assert each.finish_reason == "stop" or len(each.response_tokens) == HORIZON
     assert {each.finish_reason for each in done} == {"stop", "length"}
 
-    scored = [
-        ScoreRequest(a.sample_id, a.prompt_tokens, d.response_tokens)
-        for a, d in zip(asked, done, strict=True)
-    ]
-    reference = list(open_engine(EngineConfig(), model_dir).score(scored, 5))
+    reference = list(open_engine(EngineConfig(), model_dir).score(done, 5))
     for completion, alone, score, expected in zip(
-        done, engine.score(scored), engine.score(scored, 5), reference, strict=True
+        done, engine.score(done), engine.score(done, 5), reference, strict=True
     ):
         # At temperature 1 what was sampled from is what is scored.
         np.testing.assert_allclose(completion.log_probs, expected.log_probs, atol=NATS, rtol=0)
@@ -117,7 +106,7 @@ def test_a_sample_depends_on_its_seed_and_on_nothing_beside_it(engine: EnginePro
     for one, other in zip(together, backwards, strict=True):
         np.testing.assert_array_equal(one.response_tokens, other.response_tokens)
     prompt = asked[0].prompt_tokens
-    same_prompt = [GenerateRequest(f"t{seed}", prompt, seed) for seed in range(8)]
+    same_prompt = [Prompted(f"t{seed}", prompt, seed) for seed in range(8)]
     drawn = {tuple(each.response_tokens) for each in engine.generate(same_prompt, sampling, END)}
     assert len(drawn) > 4, "other seeds draw other tokens"
 
@@ -125,21 +114,20 @@ def test_a_sample_depends_on_its_seed_and_on_nothing_beside_it(engine: EnginePro
 def test_log_probs_of_another_temperature_and_of_a_cut_distribution(
     engine: EngineProcess, model_dir: str
 ) -> None:
-    """The sampler's own distribution, of a model that both engines score alike: its whole vocabulary."""
+    """The sampler's own distribution, of a model that both engines score alike: its whole vocabulary. And the
+    model's own beside it."""
     asked = requests(6)
     sampling = Sampling(max_new_tokens=4, temperature=0.7, top_k=3)
     done = list(engine.generate(asked, sampling, END))
-    scored = [
-        ScoreRequest(a.sample_id, a.prompt_tokens, d.response_tokens)
-        for a, d in zip(asked, done, strict=True)
-    ]
-    for completion, score in zip(done, open_engine(EngineConfig(), model_dir).score(scored, 3), strict=True):
+    for completion, score in zip(done, open_engine(EngineConfig(), model_dir).score(done, 3), strict=True):
         assert score.top_k is not None
         warmed = score.top_k.log_probs.astype(np.float64) / 0.7
         warmed -= np.log(np.exp(warmed).sum(axis=1, keepdims=True))
         at = score.top_k.ids == completion.response_tokens[:, None]
         assert at.any(axis=1).all(), "only the likeliest three are drawn"
         np.testing.assert_allclose(completion.log_probs, warmed[at], atol=NATS, rtol=0)
+        assert completion.untruncated_log_probs is not None
+        np.testing.assert_allclose(completion.untruncated_log_probs, score.log_probs, atol=NATS, rtol=0)
 
 
 def test_greedy_is_the_other_engines_and_has_the_log_probs_of_temperature_1(
@@ -153,7 +141,7 @@ def test_greedy_is_the_other_engines_and_has_the_log_probs_of_temperature_1(
 
 
 def test_a_real_model_is_scored_as_by_transformers(
-    smollm2: Path, smollm2_asked: list[ScoreRequest], smollm2_scores: list[Score]
+    smollm2: Path, smollm2_asked: list[Rollout], smollm2_scores: list[Score]
 ) -> None:
     """SmolLM2-135M on text; test_smollm2.py holds the megatron engine to the same scores."""
     with closing(open_engine(CONFIG, str(smollm2))) as opened:
@@ -172,9 +160,7 @@ def test_a_bf16_model_has_its_output_layer_in_fp32(tmp_path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
     rng = np.random.default_rng(4)
     prompt = np.array([1, 2, 3], dtype=np.int32)
-    asked = [
-        ScoreRequest(f"s{at}", prompt, rng.integers(1, VOCABULARY, 40, dtype=np.int32)) for at in range(4)
-    ]
+    asked = [unsampled(f"s{at}", prompt, rng.integers(1, VOCABULARY, 40, dtype=np.int32)) for at in range(4)]
     config = replace(CONFIG, dtype="bf16")
     assert library_versions(config)["vllm output layer"] == "fp32"
     with closing(open_engine(config, str(tmp_path))) as opened:
@@ -198,10 +184,10 @@ def test_a_killed_worker_is_an_engine_that_died_and_none_is_left(
         children = psutil.Process(opened.pid).children(recursive=True)
         workers = [child for child in children if "Worker" in child.name()]
         assert len(workers) == 2
-        assert len(list(opened.score([ScoreRequest("a", prompt, prompt)]))) == 1
+        assert len(list(opened.score([unsampled("a", prompt, prompt)]))) == 1
         workers[1].kill()
         with pytest.raises(EngineDied, match="vLLM failed"):
-            list(opened.score([ScoreRequest("a", prompt, prompt)]))
+            list(opened.score([unsampled("a", prompt, prompt)]))
     _, left = psutil.wait_procs(children, timeout=0)
     assert not [child for child in left if child.status() != "zombie"]
 
@@ -210,19 +196,19 @@ def test_what_cannot_be_run_is_refused_in_a_line(engine: EngineProcess) -> None:
     prompt = np.array([1, 2, 3], dtype=np.int32)
     beyond = np.array([1, VOCABULARY], dtype=np.int32)
     with pytest.raises(EngineError, match=f"sample a: token {VOCABULARY} is outside the vocabulary"):
-        list(engine.score([ScoreRequest("a", prompt, beyond)]))
+        list(engine.score([unsampled("a", prompt, beyond)]))
     with pytest.raises(EngineError, match="sample b: 3 tokens and 62 new ones do not fit the 64 positions"):
-        list(engine.generate([GenerateRequest("b", prompt, 1)], Sampling(max_new_tokens=62), END))
+        list(engine.generate([Prompted("b", prompt, 1)], Sampling(max_new_tokens=62), END))
     with pytest.raises(EngineError, match=r"score\.top_k=130 leaves none of the 131 tokens"):
-        list(engine.score([ScoreRequest("c", prompt, prompt)], 130))
+        list(engine.score([unsampled("c", prompt, prompt)], 130))
     sampling = Sampling(max_new_tokens=2, temperature=0.001)
     with pytest.raises(EngineError, match=r"sampling\.temperature=0\.001 is less than vLLM can do"):
-        list(engine.generate([GenerateRequest("d", prompt, 1)], sampling, END))
+        list(engine.generate([Prompted("d", prompt, 1)], sampling, END))
     # All 64 positions can be used, to sample and to score.
-    (done,) = engine.generate([GenerateRequest("e", prompt, 1)], Sampling(max_new_tokens=61), frozenset())
+    (done,) = engine.generate([Prompted("e", prompt, 1)], Sampling(max_new_tokens=61), frozenset())
     assert len(done.response_tokens) == 61
     assert done.finish_reason == "length"
-    (score,) = engine.score([ScoreRequest("e", prompt, done.response_tokens)])
+    (score,) = engine.score([unsampled("e", prompt, done.response_tokens)])
     np.testing.assert_allclose(score.log_probs, done.log_probs, atol=NATS, rtol=0)
 
 
@@ -260,6 +246,6 @@ def test_killed_it_says_so_and_leaves_nothing_behind(engine: EngineProcess) -> N
     os.kill(engine.pid, signal.SIGKILL)
     prompt = np.array([1, 2, 3], dtype=np.int32)
     with pytest.raises(EngineDied, match=rf"vLLM's process \(pid {engine.pid}\) was killed by SIGKILL"):
-        list(engine.score([ScoreRequest("a", prompt, prompt)]))
+        list(engine.score([unsampled("a", prompt, prompt)]))
     psutil.wait_procs(children, timeout=10)
     assert not [child for child in children if child.is_running() and child.status() != "zombie"]

@@ -19,7 +19,8 @@ from megatron_lopd.artifacts.manifest import MANIFEST, load_manifest
 from megatron_lopd.config import load_recipe
 from megatron_lopd.errors import DataError
 from megatron_lopd.families.architecture import read_architecture
-from megatron_lopd.pipeline.stage import execute
+from megatron_lopd.pipeline.execute import execute
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.stages.table import TRAIN
 from megatron_lopd.training.checkpoints import Checkpoints
 from megatron_lopd.training.saving import newest_checkpoint
@@ -48,14 +49,14 @@ def test_no_flip_in_what_is_trained_on_goes_unseen(
     root = shutil.copytree(finished, tmp_path / "copy")
     shutil.rmtree(root / "run/train")
     monkeypatch.chdir(root)
-    recipe = load_recipe(Path("recipe.yaml"), [])
+    run = ResolvedRun(load_recipe(Path("recipe.yaml"), []))
     rng = random.Random(0)
     seen = set()
     for number in range(FLIPS[stage]):
         with flipped(Path("run", stage), rng) as path:
             seen.add(path.name)
             with pytest.raises(DataError, match=str(path)):
-                execute(TRAIN, recipe)
+                execute(TRAIN, run)
             assert not Path("run/train/checkpoints").exists(), f"flip {number}: training began"
     assert seen == {MANIFEST, *load_manifest(Path("run", stage)).files}, "every file had its flips"
 

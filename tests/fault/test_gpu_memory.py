@@ -90,9 +90,9 @@ class LLM:
 
     def generate(self, asked, parameters, use_tqdm):
         from megatron_lopd.config import Sampling
-        from megatron_lopd.engines import GenerateRequest
+        from megatron_lopd.engines import Prompted
         requests = [
-            GenerateRequest("x", np.array(tokens, dtype=np.int32), each.seed)
+            Prompted("x", np.array(tokens, dtype=np.int32), each.seed)
             for tokens, each in zip(asked, parameters)
         ]
         first = parameters[0]

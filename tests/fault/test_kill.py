@@ -14,15 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.forks import Command
 from tests.pipeline import write_recipe
 
 COMMAND = [sys.executable, "-m", "megatron_lopd.cli", "run", "recipe.yaml"]
-SECONDS = 120.0  # a start imports torch and Megatron-Core; a hang is what this bounds
+SECONDS = 120.0  # what ranks and engines start anew imports torch and Megatron-Core; this bounds a hang
 
 
-def start(root: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    log = (root / "log").open("ab")
-    return subprocess.Popen([*COMMAND, *overrides], cwd=root, stdout=log, stderr=log)
+def start(root: Path, *overrides: str) -> Command:
+    return Command(root, ["run", "recipe.yaml", *overrides])
 
 
 def finish(root: Path) -> None:
@@ -31,7 +31,15 @@ def finish(root: Path) -> None:
 
 def interrupt(root: Path, reached: Callable[[Path], bool], number: signal.Signals, *overrides: str) -> int:
     """Start the run, send `number` as soon as `reached`, and return how it ended."""
-    process = start(root, *overrides)
+    return disturb(start(root, *overrides), root, reached, number)
+
+
+def disturb(
+    process: Command | subprocess.Popen[bytes],
+    root: Path,
+    reached: Callable[[Path], bool],
+    number: signal.Signals,
+) -> int:
     deadline = time.monotonic() + SECONDS
     while not reached(root / "run"):
         assert process.poll() is None, (root / "log").read_text()
@@ -70,7 +78,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.timeout(600)  # nine starts of the command, each importing torch and Megatron-Core
+@pytest.mark.timeout(600)  # ten starts of the command
 def test_kill_9_anywhere_changes_nothing(tmp_path: Path) -> None:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     write_recipe(undisturbed)
@@ -100,9 +108,12 @@ def test_sigterm_saves_a_checkpoint_and_asks_to_be_run_again(tmp_path: Path, lay
 
 
 def test_kill_9_of_the_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
+    """Started as a user does: nothing of a fork's."""
     write_recipe(tmp_path)
-    moment = MOMENTS["an odd step of sft"]
-    assert interrupt(tmp_path, moment, signal.SIGKILL, "sft.steps=5000", *TWO_RANKS) == -signal.SIGKILL
+    with (tmp_path / "log").open("ab") as log:
+        command = [*COMMAND, "sft.steps=5000", *TWO_RANKS]
+        launcher = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    assert disturb(launcher, tmp_path, MOMENTS["an odd step of sft"], signal.SIGKILL) == -signal.SIGKILL
     time.sleep(0.5)
     ranks = [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == str(tmp_path)]
     assert ranks == []
@@ -119,4 +130,3 @@ def test_two_runs_do_not_write_into_one_directory(tmp_path: Path) -> None:
         assert "run/sft: another lopd is at work here" in (tmp_path / "log").read_text()
     finally:
         first.kill()
-        first.wait()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_lopd.artifacts.fingerprint import CACHE_NAME
+from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.lineage import read_model_lineage
 from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
 from megatron_lopd.cli import main

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing as mp
 import os
 import random
 import re
@@ -22,18 +21,14 @@ import pytest
 
 from megatron_lopd.cli import main
 from megatron_lopd.engines.hf import TransformersEngine
-from megatron_lopd.engines.protocol import GenerateRequest
+from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied
 from megatron_lopd.pipeline import workers as sharing
 from megatron_lopd.runtime import claims as claims_module
 from megatron_lopd.runtime.claims import Claims, read_claims
+from tests.forks import CONTEXT
 from tests.pipeline import write_recipe
 
-# As tests/dist/gloo.py: the server imports these once, and a worker starts in milliseconds.
-CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["megatron_lopd.commands.run", "megatron_lopd.engines.hf", "tests.fault.test_workers"]
-)
 KILLS, WORKERS = 100, 4
 SAMPLES, SHARD = 120, 2
 SECONDS = 120.0
@@ -207,7 +202,7 @@ def deaths(monkeypatch: pytest.MonkeyPatch) -> Deaths:
     deaths = Deaths(at=lambda sample: False)
     generate = TransformersEngine.generate
 
-    def dying(self: TransformersEngine, requests: Sequence[GenerateRequest], *rest: Any) -> Any:
+    def dying(self: TransformersEngine, requests: Sequence[Prompted], *rest: Any) -> Any:
         if deaths.at(requests[0].sample_id):
             deaths.count += 1
             raise EngineDied("the student's process was killed by SIGKILL")

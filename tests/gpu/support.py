@@ -218,7 +218,7 @@ def _oracle(model_dir: Path, objective: str) -> Outcome:
     arch = read_architecture(model_dir)
     hf = {name: value.grad for name, value in model.named_parameters()}
     gradient = {
-        item.megatron: merge_parts(item.layout, [hf[name] for name in item.parts], arch.num_kv_heads).float()
+        item.megatron: merge_parts(item.split, [hf[name] for name in item.parts], arch.num_kv_heads).float()
         for item in tensor_maps(arch)
         if all(name in hf and hf[name] is not None for name in item.parts)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from megatron_lopd.artifacts import fingerprint
+from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.files import atomic_file
-from megatron_lopd.artifacts.fingerprint import CACHE_NAME, fingerprint_model
+from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import (
     Evidence,
     ModelLineage,
@@ -146,13 +149,37 @@ def test_fingerprint_cache_is_used_and_dropped_when_a_file_changes(tmp_path: Pat
     model = make_model(tmp_path / "model")
     before = fingerprint_model(model)
     cache = json.loads((model / CACHE_NAME).read_text())
-    (model / CACHE_NAME).write_text(json.dumps(cache | {"weights": "0" * 64}))
+    cache["weights"]["digest"] = "0" * 64
+    (model / CACHE_NAME).write_text(json.dumps(cache))
     assert fingerprint_model(model).weights == "0" * 64
     changed = TENSORS | {"model.norm.weight": torch.zeros(3, dtype=torch.bfloat16)}
     save_file(changed, model / "model.safetensors")
     after = fingerprint_model(model)
     assert after.weights not in (before.weights, "0" * 64)
     assert after.config == before.config
+
+
+def test_a_store_that_cannot_be_written_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in the cache's place stands for a read-only file system, which root would not notice."""
+    model = make_model(tmp_path / "model")
+    (model / CACHE_NAME).mkdir()
+    monkeypatch.setenv("LOPD_CACHE", str(tmp_path / "cache"))
+    hashed = []
+    hash_weights = fingerprint._hash_weights
+    monkeypatch.setattr(
+        fingerprint, "_hash_weights", lambda *given: hashed.append(given) or hash_weights(*given)
+    )
+    before = fingerprint_model(model)
+    assert fingerprint_model(model) == before  # as another process would: all that is kept is in files
+    assert len(hashed) == 1
+    content = bytearray((model / "model.safetensors").read_bytes())
+    times = (model / "model.safetensors").stat()
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint_model(model).weights != before.weights, "what is kept was taken for a proof"
 
 
 def test_fingerprint_parts_move_one_by_one(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from megatron_lopd.runtime.claims import (
     CLAIMS,
     Claims,
     ClaimState,
-    Owner,
     PartFailed,
     claim_path,
     read_claims,
     remove_claims,
 )
+from megatron_lopd.runtime.owner import Owner
 
 CONTEXT = mp.get_context("fork")
 LEASE = 0.6
@@ -207,4 +207,4 @@ def _elsewhere(directory: Path, work: Callable[[Any], None]) -> int:
 def _write(directory: Path, state: ClaimState) -> None:
     path = claim_path(directory, state.part, state.generation)
     path.parent.mkdir(exist_ok=True)
-    os.replace(claims_module._temporary(directory, state), path)
+    claims_module._write(directory, path, claims_module._text(state))

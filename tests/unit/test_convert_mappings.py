@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lopd.families.weight_rules import RULES, Layout, merge_parts, split_parts
-from tests.model_zoo import FAMILIES
+from megatron_lopd.families.weight_rules import Split, merge_parts, split_parts
 
 
 @settings(max_examples=60)
@@ -25,18 +24,14 @@ def test_qkv_of_the_ranks_is_the_qkv_of_the_whole(
     kv_rows = groups * head_dim
     whole = torch.arange(kv_rows * (heads_per_group + 2) * (columns or (1,))[0]).reshape(-1, *columns)
     parts = list(torch.split(whole, [kv_rows * heads_per_group, kv_rows, kv_rows]))
-    merged = merge_parts(Layout.QKV, parts, groups)
+    merged = merge_parts(Split.QKV, parts, groups)
     # What Megatron does with the whole: rank r's slice is its r-th block of rows.
     slices = [[part.chunk(tp)[rank] for part in parts] for rank in range(tp)]
-    assert torch.equal(torch.cat([merge_parts(Layout.QKV, mine, groups_per_rank) for mine in slices]), merged)
-    for back, part in zip(split_parts(Layout.QKV, merged, groups, heads_per_group), parts, strict=True):
+    assert torch.equal(torch.cat([merge_parts(Split.QKV, mine, groups_per_rank) for mine in slices]), merged)
+    for back, part in zip(split_parts(Split.QKV, merged, groups, heads_per_group), parts, strict=True):
         assert torch.equal(back, part)
 
 
 def test_qkv_order_is_per_group_its_queries_its_key_its_value() -> None:
     query, key, value = (torch.tensor(rows) for rows in ([0, 1, 2, 3], [10, 11], [20, 21]))
-    assert merge_parts(Layout.QKV, [query, key, value], groups=2).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-
-
-def test_every_family_has_a_table() -> None:
-    assert set(RULES) == set(FAMILIES)
+    assert merge_parts(Split.QKV, [query, key, value], groups=2).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.data.collate import MicroBatch, collate
-from megatron_lopd.data.context_parallel import slice_micro_batch
+from megatron_lopd.data.context_parallel import fields_by_rows, slice_micro_batch
 from megatron_lopd.data.packing import Padding
 from tests.unit.test_data_collate import sample
 
@@ -69,3 +70,26 @@ def test_what_is_not_there_stays_so() -> None:
     part = slice_micro_batch(bare, 2, 1)
     assert part.teacher_log_probs is None
     assert part.top_k_ids is None
+
+
+def test_a_field_that_does_not_say_what_its_rows_are_is_refused() -> None:
+    """It would be cut as if it had a row for each response token, under context parallelism alone."""
+    assert set(fields_by_rows(MicroBatch)) == {field.name for field in fields(MicroBatch)}
+
+    @dataclass(frozen=True)
+    class Wider(MicroBatch):
+        lengths: torch.Tensor
+
+    with pytest.raises(TypeError, match=r"Wider\.lengths does not say what its rows are.*= rows_of\("):
+        fields_by_rows(Wider)
+
+
+def test_what_counts_documents_stays_whole() -> None:
+    """Of one tensor each: a row a position is cut, a row a document is not."""
+    whole = collate([sample(0, 3, 9), sample(1, 2, 14)], "token_mean", Padding(4, 4))
+    part = slice_micro_batch(whole, 2, 1)
+    rows = fields_by_rows(MicroBatch)
+    for name, value in vars(part).items():
+        if isinstance(value, torch.Tensor):
+            before = len(getattr(whole, name))
+            assert (len(value) == before) == (rows[name] == "documents"), name

@@ -17,7 +17,9 @@ from megatron_lopd.data.shards import RECORDS_PER_BATCH, ShardReader, write_shar
 from megatron_lopd.errors import DataError
 
 
-def rollout(index: int, prompt: int = 3, response: int = 4, sampled: bool = True) -> Rollout:
+def rollout(
+    index: int, prompt: int = 3, response: int = 4, sampled: bool = True, truncated: bool = False
+) -> Rollout:
     rng = np.random.default_rng(index)
     return Rollout(
         sample_id=f"prompt-é{index}/0",
@@ -25,6 +27,7 @@ def rollout(index: int, prompt: int = 3, response: int = 4, sampled: bool = True
         response_tokens=rng.integers(0, 200_000, response, dtype=np.int32),
         finish_reason="stop" if index % 2 else "length",
         log_probs=-rng.exponential(size=response).astype(np.float32) if sampled else None,
+        untruncated_log_probs=-rng.exponential(size=response).astype(np.float32) if truncated else None,
     )
 
 
@@ -38,7 +41,7 @@ def score(index: int, response: int, top_k: int, vocabulary: int = 151_936) -> S
 
 def assert_same(left: Rollout, right: Rollout) -> None:
     assert (left.sample_id, left.finish_reason) == (right.sample_id, right.finish_reason)
-    for name in ("prompt_tokens", "response_tokens", "log_probs"):
+    for name in ("prompt_tokens", "response_tokens", "log_probs", "untruncated_log_probs"):
         one, other = getattr(left, name), getattr(right, name)
         assert (one is None) == (other is None)
         if one is not None:
@@ -227,6 +230,24 @@ def test_a_bad_record_that_got_into_a_file_is_refused_on_read(tmp_path: Path) ->
     assert_same(reader.record(0), rollout(0))
     with pytest.raises(DataError, match=r"r.arrow: sample prompt-é1/0: log-prob 1 of 4 is nan"):
         reader.record(1)
+
+
+def test_untruncated_log_probs_are_a_column_only_where_they_differ(tmp_path: Path) -> None:
+    plain, truncated = rollout(0), rollout(1, truncated=True)
+    for name, record in (("plain", plain), ("truncated", truncated)):
+        write_shard(tmp_path / name, ROLLOUTS, [record])
+    assert pa.ipc.open_file(tmp_path / "plain").schema == ROLLOUTS.schema
+    reader = ShardReader(ROLLOUTS, [tmp_path / "plain", tmp_path / "truncated"])
+    for record, expected in zip(reader, (plain, truncated), strict=True):
+        assert_same(record, expected)
+    assert reader.max_token == max(each.prompt_tokens.max() for each in (plain, truncated))
+    write_shard(tmp_path / "mixed", ROLLOUTS, [truncated, plain])
+    assert_same(ShardReader(ROLLOUTS, [tmp_path / "mixed"]).record(1), plain)
+    with pytest.raises(DataError, match="sample prompt-é1/0 has untruncated_log_probs, and the first"):
+        write_shard(tmp_path / "lost", ROLLOUTS, [plain, truncated])
+    short = replace(truncated, untruncated_log_probs=np.zeros(1, dtype=np.float32))
+    with pytest.raises(DataError, match="1 untruncated log-probs for 4 response tokens"):
+        write_shard(tmp_path / "short", ROLLOUTS, [short])
 
 
 def test_repeated_and_absent_samples(tmp_path: Path) -> None:

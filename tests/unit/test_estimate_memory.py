@@ -21,9 +21,11 @@ from megatron_lopd.estimate.memory import (
     training_memory,
 )
 from megatron_lopd.estimate.stages import CHECKPOINT, ROLLOUT, SCORE, SCORE_TAIL, SCORE_TOP_K
-from megatron_lopd.families.memory_shapes import PUBLISHED, Shape, read_shape
+from megatron_lopd.families.memory_shapes import Shape, published, read_shape
 from tests.training_zoo import make_root, train
 from tools.bench.plan import DENSE, compare_activations, compare_flops
+
+PUBLISHED = published()
 
 MICRO_BATCH = Training(16384, "bf16", fp8=False)
 

@@ -12,7 +12,9 @@ from megatron_lopd.estimate.gpu_kinds import GPUS
 from megatron_lopd.estimate.hours import TokenWork
 from megatron_lopd.estimate.memory import Training, training_memory
 from megatron_lopd.estimate.micro_batches import STEP, MicroBatches, fitting_tokens, micro_batches
-from megatron_lopd.families.memory_shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import published
+
+PUBLISHED = published()
 
 MICRO_BATCH = Training(16384, "bf16", fp8=False)
 BATCH = TokenWork(256, prompt=150, response=4096)

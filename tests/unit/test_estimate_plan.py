@@ -14,7 +14,9 @@ from megatron_lopd.estimate.layouts import candidates, own_layout, smallest_layo
 from megatron_lopd.estimate.memory import Training
 from megatron_lopd.estimate.run_plan import make_plan
 from megatron_lopd.families.architecture import check_layout
-from megatron_lopd.families.memory_shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import published
+
+PUBLISHED = published()
 
 RECIPE = "examples/qwen3_8b/recipe.yaml"
 MICRO_BATCH = Training(16384, "bf16", fp8=False)

@@ -10,7 +10,9 @@ from megatron_lopd.cli import main
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.estimate.memory import Training
 from megatron_lopd.estimate.saves import save_estimate
-from megatron_lopd.families.memory_shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import published
+
+PUBLISHED = published()
 
 BF16 = Training(16384, "bf16", fp8=False)
 

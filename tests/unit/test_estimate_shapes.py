@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.families.memory_shapes import PUBLISHED, Shape, read_shape
+from megatron_lopd.families.memory_shapes import Shape, published, read_shape
 from tests.model_zoo import FAMILIES, Family, make_config
+
+PUBLISHED = published()
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,13 +16,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_lopd.config import Fp8Config, ParallelConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.families.architecture import Experts, read_architecture
-from megatron_lopd.families.memory_shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import published
 from megatron_lopd.mcore import compat, spec
 from megatron_lopd.mcore.capabilities import FP8_RECIPES
 from megatron_lopd.mcore.model import transformer_config
 from megatron_lopd.mcore.precision import check_fp8, require_fp8, token_alignment
 from tests.machines import BLACKWELL, CPU, GPU_ALONE, H100, fake_kernels
 from tests.training_zoo import assert_agree, make_root, train
+
+PUBLISHED = published()
 
 QWEN3_06B = read_architecture(Path(__file__).parents[2] / "tools" / "bench" / "qwen3_0.6b")
 

@@ -16,11 +16,13 @@ from megatron_lopd.config import Fp8Config, ParallelConfig, Recompute
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.estimate.hours import TokenWork, forward_flops, training_flops
 from megatron_lopd.estimate.memory import Training, layer_activations, training_memory
-from megatron_lopd.families.memory_shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import published
 from megatron_lopd.mcore.model import transformer_config
 from megatron_lopd.mcore.recompute import check_recompute, recompute_options
 from tests.machines import fake_kernels
 from tests.model_zoo import make_model_dir
+
+PUBLISHED = published()
 
 DENSE, EXPERTS = PUBLISHED["Qwen3-8B"], PUBLISHED["Qwen3-30B-A3B"]
 # A layer's parts, and how often each runs in one forward and backward.

@@ -54,7 +54,7 @@ def test_weights_are_of_the_whole_response_on_every_rank(
     lengths: list[int], position: float, horizon: int | None, size: int
 ) -> None:
     samples = [make_sample(number, length) for number, length in enumerate(lengths)]
-    objective = SampledReverseKl(WeightsConfig(position=position, horizon=horizon))
+    objective = SampledReverseKl(weights=WeightsConfig(position=position, horizon=horizon))
     whole = collate(samples, "sequence_mean", Padding(2 * size, 2 * size))
     parts = [slice_micro_batch(whole, size, rank) for rank in range(size)] if size > 1 else [whole]
     found: dict[tuple[int, int], float] = {}
@@ -74,7 +74,7 @@ def test_a_teacher_that_agrees_throughout_leaves_every_prefix_as_good_as_the_fir
     assert sample.rollout.log_probs is not None
     same = Sample(sample.rollout, Score("0", sample.rollout.log_probs))
     batch = collate([same], "sequence_mean", Padding())
-    weights = SampledReverseKl(WeightsConfig(position=1.5)).token_weights(
+    weights = SampledReverseKl(weights=WeightsConfig(position=1.5)).token_weights(
         TokenPlaces(batch.response_position, batch.prefix_discrepancy)
     )
     assert weights.tolist() == [1.5] * 4

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from megatron_lopd.config import TrainConfig, WeightsConfig
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.objectives import (
-    EntropyAwareKl,
     FixedNegative,
     Objective,
     SampledReverseKl,
@@ -21,10 +20,12 @@ from megatron_lopd.objectives import (
     TopKForwardKl,
     TopKLogProbs,
     TopKReverseKl,
-    _quantiles,
     drift,
     get_objective,
 )
+from megatron_lopd.objectives.advantages import quantiles
+from megatron_lopd.objectives.sampled_reverse_kl import SampledReverseKlOptions
+from megatron_lopd.objectives.topk_reverse_kl import TopKReverseKlOptions
 from megatron_lopd.ops.log_probs import vocab_parallel_log_probs
 
 # fp64 with a few additions each: 1e-12 leaves three digits above rounding.
@@ -40,7 +41,7 @@ def logits_and_tokens(
 
 
 def test_sampled_reverse_kl_has_the_closed_form_gradient() -> None:
-    """DESIGN section 1: the gradient with respect to the logits is A_t (p_v - 1[v = a_t])."""
+    """With respect to the logits: A_t (p_v - 1[v = a_t])."""
     logits, tokens = logits_and_tokens()
     teacher = -torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 5
     log_probs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -100,7 +101,7 @@ def top_k_tokens(logits: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tens
 
 @given(st.integers(0, 10_000), st.integers(0, 9), st.floats(0.1, 8))
 def test_topk_reverse_kl_has_the_closed_form_gradient(seed: int, k: int, sharpness: float) -> None:
-    """DESIGN section 1: p_v (c_v - D); and the same by autograd on the whole fp64 logits."""
+    """p_v (c_v - D); and the same by autograd on the whole fp64 logits."""
     logits, tokens = logits_and_tokens(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     teacher = (torch.randn(7, 11, dtype=torch.float64, generator=generator) * sharpness).log_softmax(-1)
@@ -225,7 +226,7 @@ def test_forward_kl_is_added_where_the_teachers_entropy_is_high(case: Case, thre
         kl(p, q) + (kl(q, p) if entropy > threshold else 0)
         for (p, q), entropy in zip(pairs, entropies, strict=True)
     ]
-    check(EntropyAwareKl(WeightsConfig(entropy=threshold)), case, torch.stack(expected))
+    check(TopKReverseKl(TopKReverseKlOptions(entropy=threshold)), case, torch.stack(expected))
     whole = -(case.teacher.exp() * case.teacher).sum(-1)
     assert (torch.tensor(entropies, dtype=torch.float64) <= whole + 1e-10).all(), "a lower bound"
 
@@ -237,14 +238,8 @@ def test_sampled_loss_with_importance_and_extrapolation(case: Case, clip: float,
     behaviour = -torch.rand(len(case.tokens), dtype=torch.float64, generator=generator) * 6
     current = case.logits.log_softmax(-1).gather(1, case.tokens[:, None])[:, 0]
     teacher = case.teacher.gather(1, case.tokens[:, None])[:, 0]
-    config = TrainConfig(
-        steps=1,
-        objective="sampled_reverse_kl",
-        importance="clipped",
-        importance_clip=clip,
-        weights=WeightsConfig(extrapolation=factor),
-    )
-    loss = get_objective("sampled_reverse_kl", config).token_loss(TokenLogProbs(current, teacher, behaviour))
+    options = SampledReverseKlOptions("clipped", importance_clip=clip, extrapolation=factor)
+    loss = SampledReverseKl(options).token_loss(TokenLogProbs(current, teacher, behaviour))
     (gradient,) = torch.autograd.grad(loss.sum(), case.logits, retain_graph=True)
 
     student = current.detach()
@@ -307,7 +302,7 @@ def test_a_teacher_tail_too_small_for_fp32_adds_nothing(tail: float) -> None:
     expected = kl(teacher, student[:, :2].detach())
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, torch.tensor([[-0.25, -0.75, 0.0]]), rtol=1e-6, atol=1e-30)
-    undecided = EntropyAwareKl(WeightsConfig(entropy=0.0)).token_loss(tokens)
+    undecided = TopKReverseKl(TopKReverseKlOptions(entropy=0.0)).token_loss(tokens)
     assert undecided.isfinite().all() or tail == -1e30  # where the reverse KL is 1e30 by itself
 
 
@@ -342,7 +337,7 @@ def test_every_distillation_objective_has_the_same_metrics() -> None:
     others = {
         FixedNegative(): {},
         TopKForwardKl(): {"forward_kl": 0.375},
-        EntropyAwareKl(WeightsConfig(entropy=1.0)): {},
+        TopKReverseKl(TopKReverseKlOptions(entropy=1.0)): {},
     }
     for objective, own in others.items():
         assert objective.metrics(tokens, loss) == sampled | own
@@ -387,7 +382,7 @@ def test_quantiles_are_those_of_torch(values: list[float], probability: float) -
     tensor = torch.tensor(values, dtype=torch.float64)
     expected = torch.quantile(tensor, torch.tensor(probability, dtype=torch.float64)).item()
     # Interpolating between values up to 50 in fp64 costs a few units of 1e-14.
-    assert _quantiles(tensor, (probability,)) == [pytest.approx(expected, abs=1e-12)]
+    assert quantiles(tensor, (probability,)) == [pytest.approx(expected, abs=1e-12)]
 
 
 def test_missing_log_probs_and_unknown_names_are_refused() -> None:
@@ -396,12 +391,16 @@ def test_missing_log_probs_and_unknown_names_are_refused() -> None:
         SampledReverseKl().token_loss(TokenLogProbs(current, None, current))
     with pytest.raises(DataError, match="no behaviour log-probs"):
         SampledReverseKl().metrics(TokenLogProbs(current, current, None), current)
-    for objective in (TopKReverseKl(), TopKForwardKl(), EntropyAwareKl(WeightsConfig(entropy=1.0))):
+    for objective in (TopKReverseKl(), TopKForwardKl(), TopKReverseKl(TopKReverseKlOptions(entropy=1.0))):
         with pytest.raises(DataError, match=r"score\.top_k above 0"):
             objective.token_loss(TokenLogProbs(current, current, current))
     with pytest.raises(DataError, match="no behaviour log-probs"):
-        SampledReverseKl(importance_clip=2.0).token_loss(TokenLogProbs(current, current, None))
+        SampledReverseKl(SampledReverseKlOptions("clipped")).token_loss(TokenLogProbs(current, current, None))
     with pytest.raises(DataError, match=r"train\.weights\.position needs"):
-        SampledReverseKl(WeightsConfig(position=2.0)).token_weights(TokenPlaces(torch.arange(2), None))
-    with pytest.raises(ConfigError, match="fixed_negative, sampled_reverse_kl, sft, topk_forward_kl"):
+        SampledReverseKl(weights=WeightsConfig(position=2.0)).token_weights(
+            TokenPlaces(torch.arange(2), None)
+        )
+    with pytest.raises(
+        ConfigError, match=r"unknown objective 'reverse_kl' .*: use one of sampled_reverse_kl, topk"
+    ):
         get_objective("reverse_kl")

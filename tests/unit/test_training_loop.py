@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,25 +95,26 @@ def test_metrics_of_a_first_step_on_rollouts_of_the_model_itself(tmp_path: Path)
 
 
 def test_preflight_passes_its_own_rollouts_and_refuses_shifted_ones(tmp_path: Path) -> None:
-    def options(**sampling: Any) -> dict[str, Any]:
-        # fp32 against fp32: anything above rounding is a mistake.
-        return {"steps": 1, "preflight": Preflight(16, 1e-4, Sampling(**sampling))}
-
     root = make_root(tmp_path, temperature=0.7)
-    run_ranks(1, _train, root, options(temperature=0.7))
-    with pytest.raises(RankError, match=r"NumericsError: preflight: over 16 rollouts .* likely causes"):
-        run_ranks(1, _train, root, {"work": "at-1", **options()})
-    run_ranks(1, _train, root, {"work": "truncated", **options(temperature=0.7, top_p=0.9)})
+    # fp32 against fp32: anything above rounding is a mistake.
+    options: dict[str, Any] = {"steps": 1, "preflight": Preflight(16, 1e-4, Sampling(temperature=0.7))}
 
-    rollouts = TrainingData(root / "data")
-    shifted = [rollouts.sample(number).rollout for number in range(len(rollouts))]
-    shifted = [
-        Rollout(r.sample_id, r.prompt_tokens, r.response_tokens, r.finish_reason, np.roll(r.log_probs, 1))
-        for r in shifted
-    ]
-    write_shard(root / "data" / "rollouts-00000.arrow", ROLLOUTS, shifted)
-    with pytest.raises(RankError, match="log-probs shifted by one token"):
-        run_ranks(1, _train, root, {"work": "shifted", **options(temperature=0.7)})
+    def rewrite(change: Callable[[Rollout], Rollout]) -> None:
+        data = TrainingData(root / "data")
+        changed = [change(data.sample(number).rollout) for number in range(len(data))]
+        write_shard(root / "data" / "rollouts-00000.arrow", ROLLOUTS, changed)
+
+    run_ranks(1, _train, root, options)
+    rewrite(lambda each: replace(each, untruncated_log_probs=np.roll(each.untruncated_log_probs, 1)))
+    with pytest.raises(
+        RankError, match=r"NumericsError: preflight: over 16 rollouts .* shifted by one token"
+    ):
+        run_ranks(1, _train, root, {"work": "shifted", **options})
+    # An earlier release kept the log-probs of temperature 0.7 alone.
+    rewrite(lambda each: replace(each, untruncated_log_probs=None))
+    run_ranks(1, _train, root, {"work": "early", **options})
+    with pytest.raises(RankError, match="preflight: over 16 rollouts"):
+        run_ranks(1, _train, root, {"work": "wrong", **options, "preflight": Preflight(16, 1e-4, Sampling())})
 
 
 def test_preflight_reports_percentiles_and_leaves_no_trace(tmp_path: Path) -> None:

@@ -83,9 +83,10 @@ def test_data_without_top_k_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_reach_the_loss_and_the_gradient_and_not_the_metrics(tmp_path: Path) -> None:
+    """Drawn at another temperature: only importance is of what was drawn from, all else of pi_ref itself."""
     from transformers import AutoModelForCausalLM
 
-    root = make_root(tmp_path)
+    root = make_root(tmp_path, temperature=0.8)
     plain = [sample for sample, _ in samples(root)]
     config = TrainConfig(
         steps=1,
@@ -99,13 +100,12 @@ def test_weights_reach_the_loss_and_the_gradient_and_not_the_metrics(tmp_path: P
     for sample in plain:
         rollout, score = sample.rollout, sample.score
         current = hf_log_probs(model, rollout.prompt_tokens, rollout.response_tokens)
-        assert rollout.log_probs is not None
         assert score is not None
-        teacher, behaviour = torch.tensor(score.log_probs), torch.tensor(rollout.log_probs)
+        teacher, behaviour = torch.tensor(score.log_probs), torch.tensor(rollout.untruncated_log_probs)
         distances, student = (teacher - behaviour).abs(), current.detach()
         advantage = 1.5 * (teacher - behaviour) - (student - behaviour)
         weight = 3 - 2 * (distances.cumsum(0) - distances) / distances.sum()
-        weight *= (student - behaviour).exp().clamp(max=0.9)
+        weight *= (student - torch.tensor(rollout.log_probs)).exp().clamp(max=0.9)
         each.append((-advantage * weight * current)[:4].sum() / len(current))
         reverse_kl.append(student - teacher)
     loss = torch.stack(each).mean()
@@ -119,6 +119,7 @@ def test_weights_reach_the_loss_and_the_gradient_and_not_the_metrics(tmp_path: P
     error = (gradient[:VOCABULARY] - reference).norm() / reference.norm()
     assert error < 1e-5  # of the whole: entries near 0 are differences of large terms
     assert measured["reverse_kl"] == pytest.approx(torch.cat(reverse_kl).mean().item(), rel=1e-5)
+    assert measured["kept_mass"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_forward_pass_alone_leaves_no_gradient(tmp_path: Path) -> None:

@@ -29,11 +29,13 @@ from megatron_lopd.estimate.hours import (
 )
 from megatron_lopd.estimate.memory import Training, layer_activations, training_memory
 from megatron_lopd.families.architecture import Architecture, Experts
-from megatron_lopd.families.memory_shapes import PUBLISHED
+from megatron_lopd.families.memory_shapes import published
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.model import PackedGPTModel, build_model
 from megatron_lopd.mcore.optimizer import Optimization, build_optimization
 from megatron_lopd.mcore.process_groups import model_parallel
+
+PUBLISHED = published()
 
 TOKENS = 256
 PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")

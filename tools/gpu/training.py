@@ -133,7 +133,11 @@ def make_samples(job: Job) -> list[Sample]:
         tokens = rng.integers(1, job.arch.vocab_size, prompt + response, dtype=np.int32)
         kept = -rng.exponential(0.5, response).astype(np.float32)
         rollout = Rollout(f"sample-{number}", tokens[:prompt], tokens[prompt:], "stop", kept)
-        top_k = _top_k(rng, response, job.arch.vocab_size) if job.objective.startswith("topk") else None
+        top_k = (
+            _top_k(rng, response, job.arch.vocab_size)
+            if "top_k" in get_objective(job.objective).needs
+            else None
+        )
         samples.append(Sample(rollout, Score(f"sample-{number}", kept * np.float32(0.9), top_k)))
     return samples
 

@@ -1,0 +1,57 @@
+"""Prompts as a model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lopd.config import Sampling, TrainingConfig
+from megatron_lopd.errors import ConfigError
+from megatron_lopd.families.architecture import read_architecture
+from megatron_lopd.prompts.prompt import Prompt
+
+if TYPE_CHECKING:
+    from megatron_lopd.data.chat import Tokens
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """`tokens`: ids of each prompt, int32 [P]. `end_tokens`: the model's ids that end a response."""
+
+    prompts: Sequence[Prompt]
+    tokens: Sequence[Tokens]
+    end_tokens: frozenset[int]
+
+
+def encode(
+    prompts: Sequence[Prompt], model_dir: Path, max_tokens: int, trust_remote_code: bool
+) -> EncodedPrompts:
+    """By the model's tokenizer and chat template. DataError naming the first that does not fit `max_tokens`.
+
+    Raises ConfigError where the model cannot be talked to.
+    """
+    from megatron_lopd.data.chat import Chat
+
+    chat = Chat(str(model_dir), trust_remote_code)
+    tokens = [chat.prompt(prompt.messages, f"prompt {prompt.id}", max_tokens) for prompt in prompts]
+    return EncodedPrompts(prompts, tokens, chat.end_tokens)
+
+
+def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig | None) -> int:
+    """Tokens a prompt may have, so that it and its response fit the model and, if trained on, a micro-batch.
+
+    Raises ConfigError when that leaves none.
+    """
+    limits = {"the model's max_position_embeddings": read_architecture(model_dir).max_positions}
+    if training is not None:
+        limits[f"{training.section}.micro_batch_tokens"] = training.micro_batch_tokens
+    name = min(limits, key=lambda each: limits[each])
+    left = limits[name] - sampling.max_new_tokens
+    if left < 1:
+        raise ConfigError(
+            f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt within {name}="
+            f"{limits[name]}: lower the one or raise the other"
+        )
+    return left

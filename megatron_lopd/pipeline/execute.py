@@ -1,0 +1,203 @@
+"""Running one stage: skip it if it is committed, else run or resume it, and commit."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO
+
+import megatron_lopd
+from megatron_lopd.artifacts.files import atomic_write_json, read_json
+from megatron_lopd.artifacts.manifest import (
+    MANIFEST,
+    Manifest,
+    clear_temporaries,
+    commit,
+    is_committed,
+    load_manifest,
+)
+from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
+from megatron_lopd.pipeline.plan_file import begin, begun_plan, refuse_change
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import Plan, SharedStage, Stage
+from megatron_lopd.pipeline.verified import verify_unless_told
+from megatron_lopd.runtime.claims import make_once, remove_claims
+from megatron_lopd.runtime.signals import stopping_at_once
+
+TIMING_FILE = "timing.json"
+LOCK_FILE = ".lock"
+
+
+def execute(stage: Stage, run: ResolvedRun) -> bool:
+    """Run `stage` unless it is committed. Returns whether anything was done.
+
+    Every rank of a stage that has several calls: rank 0 plans, proves and commits, the others follow.
+    Raises LineageError when what is committed, or was begun, is not what the recipe now asks for.
+    """
+    directory = run.directory_of(stage.name)
+    if is_committed(directory):
+        if is_main_rank():
+            check_unchanged(stage, run)
+        return False
+    if not is_main_rank():
+        _follow(stage, run)
+    elif isinstance(stage, SharedStage):
+        _execute_shared(stage, run, stage.plan(run))
+    else:
+        plan = stage.plan(run)
+        with _sole_worker(directory):
+            clear_temporaries(directory)
+            begin(stage.name, directory, plan)
+            _verify_together(run, plan)
+            _make(stage, run, plan, time.monotonic())
+    return True
+
+
+def _follow(stage: Stage, run: ResolvedRun) -> None:
+    """As a rank above 0. Of a shared stage it knows no plan: rank 0 alone is one of its workers."""
+    nothing = Plan({}, {}, "proved")
+    stage.follow(run, nothing if isinstance(stage, SharedStage) else _verify_together(run, nothing))
+
+
+def _make(stage: Stage, run: ResolvedRun, plan: Plan, started: float) -> None:
+    """Do the stage's work and commit what it made. `started`: when this process began with it."""
+    directory = run.directory_of(stage.name)
+    try:
+        output = stage.commit(run, plan)
+    except StopRequested:
+        _record_seconds(directory, time.monotonic() - started)
+        raise
+    _record_seconds(directory, time.monotonic() - started)
+    plan = stage.complete(run, plan)
+    commit(
+        directory,
+        stage.kind,
+        files=output.files,
+        config=plan.config,
+        counts=output.counts,
+        versions=base_versions() | output.versions,
+        parents=plan.parents,
+        lineage=plan.lineage,
+    )
+
+
+def _execute_shared(stage: SharedStage, run: ResolvedRun, plan: Plan) -> None:
+    """As one worker of however many there are: return once the stage is committed, by whichever of them."""
+    directory, started = run.directory_of(stage.name), time.monotonic()
+    with stopping_at_once(f"{stage.name}: stopped on request: the shards that were whole are kept"):
+        _open_lock(directory).close()
+        begin(stage.name, directory, plan)
+        verify_unless_told(parents_of(run, plan))
+        try:
+            stage.share(run, plan)
+        except StopRequested:
+            _record_seconds(directory, time.monotonic() - started)
+            raise
+        make_once(directory / MANIFEST, lambda: _make(stage, run, plan, started))
+    remove_claims(directory)
+    clear_temporaries(directory)
+
+
+def parents_of(run: ResolvedRun, plan: Plan) -> dict[Path, Manifest]:
+    """The artifacts about to be read, by directory."""
+    names = [parent.path for parent in plan.parents.values() if parent.kind == "artifact"]
+    directories = [run.directory_of(name) for name in names]
+    return {directory: load_manifest(directory) for directory in directories}
+
+
+def _verify_together(run: ResolvedRun, plan: Plan) -> Plan:
+    """Re-hash every file of the artifacts about to be read, each rank its share. Every rank calls.
+
+    Returns rank 0's plan. DataError, in every rank, naming a file that is damaged.
+    """
+    # Here, for it imports torch, which `lopd status` need not wait for.
+    from megatron_lopd.training.consensus import on_rank_zero, verify_together
+
+    plan, artifacts = on_rank_zero(lambda: (plan, parents_of(run, plan)))
+    verify_together(artifacts)
+    return plan
+
+
+@contextmanager
+def _sole_worker(directory: Path) -> Iterator[None]:
+    """Hold the stage's directory against a second run of it. The lock goes with the process."""
+    with _open_lock(directory) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LopdError(f"{directory}: another lopd is at work here: wait for it, or end it") from None
+        yield
+
+
+def _open_lock(directory: Path) -> IO[str]:
+    """The stage's lock file, its directory made if need be. ConfigError where that cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return (directory / LOCK_FILE).open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {directory} cannot be written: {error.strerror}") from None
+
+
+def check_unchanged(stage: Stage, run: ResolvedRun) -> None:
+    """A committed stage must be what the recipe would make now, and its files what it committed.
+
+    Raises LineageError or DataError.
+    """
+    directory = run.directory_of(stage.name)
+    manifest = run.unchanged_manifest(stage.name, stage.kind)
+    plan = stage.complete(run, stage.plan(run))
+    if run.recipe.allow_teacher_mismatch and "teacher" in manifest.parents:
+        plan.parents["teacher"] = manifest.parents["teacher"]  # the one that made it, whoever comes after
+    refuse_change(stage.name, directory, manifest.config, manifest.parents, plan)
+
+
+def check_begun(stage: Stage, run: ResolvedRun) -> None:
+    """What was begun of a stage must be what the recipe would make now. Raises LineageError or DataError."""
+    directory = run.directory_of(stage.name)
+    begun = begun_plan(directory)
+    if begun is not None:
+        refuse_change(stage.name, directory, begun.config, begun.parents, stage.plan(run))
+
+
+def why_changed(stage: Stage, run: ResolvedRun) -> LopdError | None:
+    """What `check_unchanged` would raise of a committed stage; None where it is as the recipe says."""
+    try:
+        check_unchanged(stage, run)
+    except LopdError as error:
+        return error
+    return None
+
+
+def is_main_rank() -> bool:
+    """Whether this process writes: the only one, or rank 0 of a training job."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def base_versions() -> dict[str, str]:
+    """The versions that every stage's numbers depend on."""
+    versions = {"megatron-lopd": megatron_lopd.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "megatron-core", "transformer-engine"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return versions
+
+
+def seconds_of(directory: Path) -> float:
+    """Seconds a stage has taken over all its attempts, as far as they ended; 0 when unknown."""
+    path = directory / TIMING_FILE
+    try:
+        return float(read_json(path)["seconds"])
+    except (DataError, TypeError, KeyError, ValueError):
+        return 0.0  # a duration is not worth stopping a run for
+
+
+def _record_seconds(directory: Path, seconds: float) -> None:
+    atomic_write_json(directory / TIMING_FILE, {"seconds": seconds_of(directory) + seconds})

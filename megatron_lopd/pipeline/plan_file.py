@@ -1,0 +1,74 @@
+"""The plan that a stage was begun with, kept in its directory, and the refusal to go on with another."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, atomic_write_json, publish, read_json
+from megatron_lopd.artifacts.lineage import short
+from megatron_lopd.artifacts.manifest import Parent
+from megatron_lopd.errors import DataError, LineageError
+from megatron_lopd.pipeline.stage import Plan
+
+PLAN_FILE = "plan.json"
+
+
+def begin(stage: str, directory: Path, plan: Plan) -> None:
+    """Note what is being made, or check that what was begun here before is the same thing."""
+    if begun_plan(directory) is None:
+        parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
+        private = directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        atomic_write_json(private, {"config": plan.config, "parents": parents_plain})
+        publish(private, directory / PLAN_FILE)  # of two workers that begin, the first
+    begun = begun_plan(directory)
+    if begun is not None:
+        refuse_change(stage, directory, begun.config, begun.parents, plan)
+
+
+def begun_plan(directory: Path) -> Plan | None:
+    """What a stage was begun with, but for its lineage; None when it was not. DataError when damaged."""
+    path = directory / PLAN_FILE
+    if not path.is_file():
+        return None
+    begun = read_json(path)
+    try:
+        parents = {role: Parent(**parent) for role, parent in begun["parents"].items()}
+        return Plan(begun["config"], parents, "proved")
+    except (TypeError, KeyError, AttributeError):
+        raise DataError(f"{path}: damaged: remove {directory} to make it again") from None
+
+
+def refuse_change(
+    stage: str, directory: Path, config: Mapping[str, Any], parents: Mapping[str, Parent], plan: Plan
+) -> None:
+    """LineageError, naming what changed, unless `config` and `parents`, as recorded, are those of `plan`."""
+    remedy = f"undo that, or remove {directory} and what follows to make it again, or set another run_dir"
+    for role in sorted(parents.keys() | plan.parents.keys()):
+        before, now = parents.get(role), plan.parents.get(role)
+        if before is None or now is None:
+            raise LineageError(
+                f"refused: {directory} was made {'without' if before is None else 'with'} {role}: {remedy}"
+            )
+        for part in sorted(before.digests.keys() | now.digests.keys()):
+            was, is_now = before.digests.get(part, "none"), now.digests.get(part, "none")
+            if was != is_now:
+                raise LineageError(
+                    f"refused: the {role} that {stage} was made from has changed: {part} was {short(was)} "
+                    f"({before.path}), is now {short(is_now)} ({now.path}): {remedy}"
+                )
+    for name, was, is_now in _differences(config, plan.config):
+        raise LineageError(
+            f"refused: {directory} was made with {name}={was!r}, the recipe now says {is_now!r}: {remedy}"
+        )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for name in sorted(old.keys() | new.keys()):
+            found += _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        return found
+    return [] if old == new else [(prefix, old, new)]
