@@ -1,34 +1,208 @@
-"""What the documents say is so: commands run, recipes load, messages exist, README stays short."""
+"""What the documents say is so: commands run, recipes load, the messages that are explained are ours."""
 
 from __future__ import annotations
 
+import ast
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_lopd import cli
+from megatron_lopd.config import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-README_LINES = 150
-# What cannot run here, and what else holds it.
+PAGES += [*sorted((ROOT / "examples").glob("*/README.md")), ROOT / "launcher" / "README.md"]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+# Programs in fenced commands that are not here, and what else tries those lines.
 ELSEWHERE = {
-    "make": "tests are made by make; tests/unit/test_docs_make.py has its targets",
-    "docker": "no Docker here; make lint has the Dockerfile read by hadolint",
-    "enroot": "no enroot here",
-    "torchrun": "tests/unit/test_environment.py runs ranks of torchrun",
-    "python launcher/submit.py": "tests/slurm and tests/launcher",
+    "docker": "make lint has hadolint read the Dockerfile",
+    "enroot": "nothing: neither Docker nor enroot is here",
+    "torchrun": "tests/unit/test_environment.py starts ranks by it",
     "tools/gpu/check.sh": "tests/unit/test_gpu_checks.py",
+    "squeue": "tests/slurm asks SLURM itself",
+    "tail": "a log of a cluster",
+}
+# A recipe that a page's fragment is put into, so that it can be loaded.
+WHOLE: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "teacher": {"model": "t"},
+    "student": {"model": "s"},
+    "sft": {"steps": 1},
+    "train": {"steps": 1},
 }
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced code of a page in one language, each as its text."""
-    pattern = rf"^( *)```{language}\n(.*?)^\1```$"
-    found = re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    return ["\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found]
+def fenced(page: Path, language: str = r"\w*") -> Iterator[str]:
+    """The code between fences of `language`, without the page's indent."""
+    text = page.read_text(encoding="utf-8")
+    for indent, body in re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, flags=re.M | re.S):
+        yield "".join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
 
 
-def commands() -> Iterator[tuple[Path, str]]:
+def command_lines(page: Path) -> Iterator[str]:
+    """The shell's lines of a page, without what a `#` says of them, those that a backslash parts as one."""
+    for language in ("bash", ""):
+        for block in fenced(page, language):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.partition("  #")[0].strip()
+                if re.match(
+                    r"(lopd|make|python|tools/|launcher/|docker|enroot|torchrun|squeue|tail) ?\S*", line
+                ):
+                    yield line
+
+
+def inline(page: Path) -> Iterator[str]:
+    """`lopd ...` in the text, where it has more than the command's name."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    yield from re.findall(r"`(lopd [a-z][^`]*)`", text)
+
+
+def main(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """A command of ours, as a shell in `directory` would run it."""
+    words = shlex.split(line)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_lopd.cli", *words[1:]]
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the pages' paths name, the quickstart at a size that takes seconds."""
+    house = tmp_path_factory.mktemp("house")
+    shutil.copytree(ROOT / "examples", house / "examples")
+    path = house / "examples" / "quickstart" / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    for source in recipe["prompts"].values():
+        source["count"] = 48
+    for section in ("sft", "train"):
+        recipe[section] |= {"steps": 3, "global_batch_size": 16, "checkpoint_every": 2}
+    recipe["sft"]["optimizer"]["warmup_steps"] = 1
+    recipe["train"]["guard"] = {"min_kept_mass": None}
+    path.write_text(yaml.safe_dump(recipe))
+    return house
+
+
+def test_the_tutorial_runs_from_its_first_line_to_its_last(house: Path) -> None:
+    """`make quickstart` is the run that the Makefile says; the rest as it stands, Python too."""
+    lines = [line for line in command_lines(TUTORIAL) if line.startswith(("lopd", "make"))]
+    assert lines[0] == "make quickstart"
+    for line in lines:
+        ended = main(line.replace("make quickstart", "lopd run examples/quickstart/recipe.yaml"), house)
+        assert ended.returncode == 0, (line, ended.stderr[-2000:])
+    (program,) = fenced(TUTORIAL, "python")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", program], cwd=house, env=environment, check=True, timeout=200)
+    for line in [
+        *command_lines(ROOT / "docs" / "artifacts.md"),
+        *command_lines(ROOT / "docs" / "scaling.md"),
+    ]:
+        if line.startswith("lopd"):
+            assert main(line, house).returncode == 0, line
+
+
+def test_every_program_that_a_page_calls_is_here_or_accounted_for() -> None:
+    targets = set(re.findall(r"^([\w.$()/-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    targets |= {".venv/.dev"}
     for page in PAGES:
-        for block in blocks(page, "bash"):
-            for line in block.splitlines():
-                yield page, line.partition("  #")[0].strip()
+        for line in command_lines(page):
+            words = shlex.split(line)
+            if words[0] == "make":
+                assert {word for word in words[1:] if "=" not in word} <= targets, (page, line)
+            elif words[0] == "lopd":
+                cli.parse(words[1:])
+            elif words[0] == "python":
+                assert (ROOT / words[1]).is_file(), (page, line)
+            else:
+                assert words[0] in ELSEWHERE, (page, line)
+
+
+def test_commands_in_the_text_are_commands() -> None:
+    stand_ins = {"RECIPE": "recipe.yaml", "PATH": "runs/x", "[RECIPE]": "recipe.yaml"}
+    for page in PAGES:
+        for text in inline(page):
+            words = [stand_ins.get(word, word) for word in shlex.split(text)[1:]]
+            if len(words) == 1:
+                assert words[0] in cli.command_names(), (page, text)
+            else:
+                cli.parse(words)
+
+
+def test_recipes_and_their_fragments_load(tmp_path: Path) -> None:
+    seen = 0
+    for page in PAGES:
+        for block in fenced(page, "yaml"):
+            part = yaml.safe_load(block)
+            whole = {**WHOLE, **{name: {**WHOLE.get(name, {}), **_of(part[name])} for name in part}}
+            whole |= {name: value for name, value in part.items() if not isinstance(value, dict)}
+            if "fp8" in part or "score" in part:
+                whole.setdefault("precision", "bf16")
+            path = tmp_path / "recipe.yaml"
+            path.write_text(yaml.safe_dump(whole))
+            load_recipe(path)
+            seen += 1
+    assert seen >= 5
+
+
+def _of(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def test_messages_that_are_explained_are_ours() -> None:
+    """By the words of the source, its pieces of text put together as Python does."""
+    texts = [node for path in (ROOT / "megatron_lopd").rglob("*.py") for node in _texts(path)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^- `(.*?)`:", page, flags=re.M)
+    assert len(explained) >= 15
+    for message in explained:
+        assert any(message in text for text in texts), message
+
+
+def _texts(path: Path) -> Iterator[str]:
+    source = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(map(_piece, node.values))
+
+
+def _piece(part: ast.expr) -> str:
+    """Of an f-string, as it is written."""
+    if isinstance(part, ast.FormattedValue):
+        return f"{{{ast.unparse(part.value)}{'!r' if part.conversion == ord('r') else ''}}}"
+    assert isinstance(part, ast.Constant)
+    return str(part.value)
+
+
+def test_readme_is_a_page_and_the_pages_are_all_there() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    listed = set(re.findall(r"(\w+\.md)", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_links_lead_somewhere() -> None:
+    """Those that mkdocs does not see: of pages outside docs/, and into the repository."""
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page, target)
+
+
+def test_the_tree_of_the_package_is_the_one_described() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^  (\w+/|\w+\.py) +\S", page, flags=re.M))
+    package = ROOT / "megatron_lopd"
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    files = {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
+    assert described == folders | files
