@@ -33,7 +33,7 @@ from megatron_lopd.training.checkpoints import checkpoint_name
 
 if TYPE_CHECKING:
     from megatron_lopd.data.batch_plan import PlanPart
-    from megatron_lopd.training.sources import CachedData
+    from megatron_lopd.training.data_sources import CachedData
 
 PARTS = ("student", "rollout", "score")
 RECORD = "refreshes.json"  # in train's directory: the artifacts it has trained from
@@ -131,7 +131,7 @@ def data_of(run: ResolvedRun, each: Round) -> CachedData:
     """The samples of a round. DataError when they are not just those that its steps visit."""
     from megatron_lopd.data.dataset import open_shards
     from megatron_lopd.data.schemas import ROLLOUTS
-    from megatron_lopd.training.sources import CachedData
+    from megatron_lopd.training.data_sources import CachedData
 
     rollout_dir = run.directory_of(each.stage("rollout"))
     data = CachedData(rollout_dir, run.directory_of(each.stage("score")))

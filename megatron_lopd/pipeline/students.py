@@ -26,7 +26,7 @@ from megatron_lopd.training.checkpoints import checkpoint_name
 from megatron_lopd.training.job import ModelSetup, Segment, TrainingJob
 from megatron_lopd.training.loop import run_training
 from megatron_lopd.training.preflight import TOLERANCES, Preflight
-from megatron_lopd.training.sources import DataSource
+from megatron_lopd.training.data_sources import DataSource
 
 
 def check_trainable(model: Model, recipe: Recipe) -> None:

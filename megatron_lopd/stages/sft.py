@@ -94,7 +94,7 @@ class SftStage(Stage):
 def _job(run: ResolvedRun, plan: Plan) -> TrainingJob:
     from megatron_lopd.pipeline.students import model_setup
     from megatron_lopd.training.job import Segment, TrainingJob
-    from megatron_lopd.training.sources import CachedData
+    from megatron_lopd.training.data_sources import CachedData
 
     recipe = run.recipe
     return TrainingJob(

@@ -84,7 +84,7 @@ class TrainStage(Stage):
 def _train(run: ResolvedRun, plan: Plan) -> tuple[Path, dict[str, int]]:
     """Train through every round; the last checkpoint, and what was consumed. Every rank calls."""
     from megatron_lopd.pipeline.students import opd_job, train_to_checkpoint
-    from megatron_lopd.training.sources import CachedData
+    from megatron_lopd.training.data_sources import CachedData
 
     job = opd_job(
         run,

@@ -13,7 +13,7 @@ from megatron_lopd.data.batch_plan import PlanPart
 
 if TYPE_CHECKING:
     from megatron_lopd.training.preflight import Preflight
-    from megatron_lopd.training.sources import DataSource
+    from megatron_lopd.training.data_sources import DataSource
 
 
 @dataclass(frozen=True)

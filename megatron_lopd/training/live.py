@@ -30,7 +30,7 @@ from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import DataError, EngineDied, EngineError
 from megatron_lopd.mcore.loader import ListedSamples
 from megatron_lopd.training.preflight import LIVE_CAUSES, check_rollouts
-from megatron_lopd.training.sources import ready
+from megatron_lopd.training.data_sources import ready
 
 if TYPE_CHECKING:
     from megatron_lopd.training.trainer import Trainer

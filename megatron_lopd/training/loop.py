@@ -47,7 +47,7 @@ from megatron_lopd.training.job import TrainingJob
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint, newest_checkpoint
-from megatron_lopd.training.sources import Batches
+from megatron_lopd.training.data_sources import Batches
 from megatron_lopd.training.step import run_micro_batches
 from megatron_lopd.training.trainer import Trainer
 
