@@ -26,7 +26,7 @@ from megatron_lopd.config import Recipe
 from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.engines.library import require_library
+from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError, LineageError
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.stage import (
@@ -160,14 +160,15 @@ def require_engines(recipe: Recipe) -> None:
             "anew: restore it, or leave train.refresh_every empty to train from the cached scores alone"
         )
     inputs.check_model(teacher)
-    split = inputs.scoring_of(recipe).engine.options.layout
+    engine = inputs.scoring_of(recipe).engine
+    split = engine.options.layout
     if split is not None and split.ranks_multiple > 1:
         raise ConfigError(
-            f"train.refresh_every scores in one process, and its layout makes it "
+            f"train.refresh_every scores in one process, and score.engine.{engine.name} makes it "
             f"{split.ranks_multiple} ({split.product}): set its sizes to 1, or score.engine.name to another"
         )
     for section, engine in (("rollout", recipe.rollout.engine), ("score", recipe.score.engine)):
-        require_library(engine, section)
+        kind_of(engine).require(engine, section)
 
 
 def prove_student(recipe: Recipe, each: Round, identity: str) -> tuple[Manifest, Parent]:

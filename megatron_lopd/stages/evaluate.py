@@ -11,7 +11,7 @@ from megatron_lopd.artifacts.files import atomic_write_json
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.engines.library import library_versions, require_library
+from megatron_lopd.engines import kind_of
 from megatron_lopd.evaluation.grading import answering, check_sets, grade_answers, share_right
 from megatron_lopd.graders.grader import Grader, open_grader
 from megatron_lopd.pipeline import inputs
@@ -24,7 +24,7 @@ RESULTS = "results.json"
 
 def check(recipe: Recipe) -> list[str]:
     models, k = ", ".join(_models(recipe)), recipe.evaluate.sampling.samples_per_prompt
-    require_library(recipe.evaluate.engine, "evaluate")
+    kind_of(recipe.evaluate.engine).require(recipe.evaluate.engine, "evaluate")
     return [
         f"grade {models} on {len(prompts)} prompts of {name}, {k} sampled and 1 greedy each"
         for name, prompts in check_sets(recipe).items()
@@ -71,7 +71,9 @@ def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     results = {"accuracy": accuracy, "grader": recipe.evaluate.grader, "teacher_answers": answers}
     atomic_write_json(directory / RESULTS, results)
     files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.arrow"))
-    return Output([*files, RESULTS], dict(counts), library_versions(recipe.evaluate.engine))
+    return Output(
+        [*files, RESULTS], dict(counts), kind_of(recipe.evaluate.engine).versions(recipe.evaluate.engine)
+    )
 
 
 def _role(name: str) -> str:

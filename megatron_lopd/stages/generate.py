@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.engines.library import library_versions, require_library
+from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.shard_jobs import (
     SamplingJob,
@@ -26,7 +26,7 @@ def check(recipe: Recipe) -> list[str]:
     teacher = inputs.teacher_directory(recipe)
     limit = inputs.longest_prompt(teacher, recipe.generate.sampling, recipe.sft)
     encode_prompts(prompts, Chat(str(teacher), recipe.generate.engine.trust_remote_code), limit)
-    require_library(recipe.generate.engine, "generate")
+    kind_of(recipe.generate.engine).require(recipe.generate.engine, "generate")
     return [f"{teacher} answers {len(prompts)} prompts, {per_prompt} each"]
 
 
@@ -59,4 +59,6 @@ def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     voice = copy_files(inputs.teacher_directory(recipe), directory / "tokenizer", VOICE)
     files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
-    return Output(files, count_rollouts(directory), library_versions(recipe.generate.engine))
+    return Output(
+        files, count_rollouts(directory), kind_of(recipe.generate.engine).versions(recipe.generate.engine)
+    )

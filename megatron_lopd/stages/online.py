@@ -10,6 +10,7 @@ from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.artifacts.manifest import is_committed
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.chat import Chat
+from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.evaluation.grading import check_sets, grade_model
 from megatron_lopd.graders.grader import open_grader
@@ -27,6 +28,7 @@ from megatron_lopd.pipeline.students import (
     training_settings,
     write_student,
 )
+from megatron_lopd.registry import ENGINES
 from megatron_lopd.training.live import LiveData, Question
 
 RESULTS = "results.json"
@@ -40,20 +42,7 @@ def check(recipe: Recipe) -> list[str]:
         raise ConfigError(
             f"train.refresh_every={config.refresh_every}: online samples anew at every step: drop that key"
         )
-    if recipe.rollout.engine.name == "vllm":
-        raise ConfigError(
-            "rollout.engine.name=vllm: it takes no new weights, which online hands over at every step: set "
-            "rollout.engine.name=transformers"
-        )
-    if recipe.score.engine.name == "megatron":
-        raise ConfigError(
-            "score.engine.name=megatron: each rank of online has a teacher of its own: set another engine"
-        )
-    if recipe.score.engine.options.devices > 1 and recipe.parallel.processes > 1:
-        raise ConfigError(
-            f"score.engine.vllm.tensor={recipe.score.engine.options.devices}: each rank of online has its "
-            "teacher on its own GPU: drop that key, or set parallel.processes=1"
-        )
+    _check_engines(recipe)
     prompts, teacher = inputs.prompts_of(recipe, "opd")[0], inputs.teacher_directory(recipe)
     inputs.check_model(teacher)
     inputs.check_top_k(recipe)
@@ -74,6 +63,27 @@ def check(recipe: Recipe) -> list[str]:
         f"train with {config.objective}, {teacher} scoring what the student samples as it goes: {length} of "
         f"{config.global_batch_size} samples of {len(prompts)} prompts, {sampling.samples_per_prompt} each"
     ]
+
+
+def _check_engines(recipe: Recipe) -> None:
+    """Raise ConfigError unless the engines can do what online asks of them."""
+    student, teacher = recipe.rollout.engine, recipe.score.engine
+    if not kind_of(student).takes_weights:
+        able = ", ".join(name for name, kind in ENGINES.things().items() if kind.takes_weights)
+        raise ConfigError(
+            f"rollout.engine.name={student.name}: it takes no new weights, which online hands over at every "
+            f"step: set rollout.engine.name to one that does: {able}"
+        )
+    if teacher.options.over(recipe.parallel).layout is not None:
+        raise ConfigError(
+            f"score.engine.name={teacher.name}: each rank of online has a teacher of its own, and it is made "
+            "of ranks: set another engine"
+        )
+    if teacher.options.devices > 1 and recipe.parallel.processes > 1:
+        raise ConfigError(
+            f"score.engine.name={teacher.name}: each rank of online has its teacher on its own GPU, and this "
+            f"one takes {teacher.options.devices}: give it one, or set parallel.processes=1"
+        )
 
 
 def plan(recipe: Recipe) -> Plan:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.artifacts.manifest import Parent, is_committed
 from megatron_lopd.config import Recipe, deciding
-from megatron_lopd.engines.library import library_versions
+from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.rounds import (
@@ -141,7 +141,7 @@ def _share_rollout(recipe: Recipe, each: Round, directory: Path) -> None:
 
 
 def _run_rollout(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
-    versions = library_versions(recipe.rollout.engine)
+    versions = kind_of(recipe.rollout.engine).versions(recipe.rollout.engine)
     return Output(shards_in(directory), count_rollouts(directory), versions)
 
 
@@ -170,4 +170,4 @@ def _share_score(recipe: Recipe, each: Round, directory: Path) -> None:
 def _run_score(recipe: Recipe, each: Round, plan: Plan, directory: Path) -> Output:
     stage = each.stage("rollout")
     output = score_output(parent_manifest(recipe, stage), directory_of(recipe, stage), directory)
-    return replace(output, versions=library_versions(recipe.score.engine))
+    return replace(output, versions=kind_of(recipe.score.engine).versions(recipe.score.engine))

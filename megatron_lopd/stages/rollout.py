@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import Recipe, deciding
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.engines.library import library_versions, require_library
+from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.shard_jobs import (
     SamplingJob,
@@ -28,7 +28,7 @@ def check(recipe: Recipe) -> list[str]:
         student = inputs.teacher_directory(recipe)
     chat = Chat(str(student), recipe.rollout.engine.trust_remote_code)
     encode_prompts(prompts, chat, inputs.longest_prompt(student, sampling, recipe.train))
-    require_library(recipe.rollout.engine, "rollout")
+    kind_of(recipe.rollout.engine).require(recipe.rollout.engine, "rollout")
     return [f"the student after SFT answers {len(prompts)} prompts, {sampling.samples_per_prompt} each, once"]
 
 
@@ -66,4 +66,8 @@ def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
 
 
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
-    return Output(shards_in(directory), count_rollouts(directory), library_versions(recipe.rollout.engine))
+    return Output(
+        shards_in(directory),
+        count_rollouts(directory),
+        kind_of(recipe.rollout.engine).versions(recipe.rollout.engine),
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import EngineConfig, Recipe, ScoreConfig, deciding
-from megatron_lopd.engines.library import library_versions, require_library, score_advice
+from megatron_lopd.engines import EngineKind, kind_of
 from megatron_lopd.pipeline import inputs
 from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE, check_agreement, check_engine
 from megatron_lopd.pipeline.shard_jobs import score_output, score_work
@@ -28,10 +29,10 @@ def check(recipe: Recipe) -> list[str]:
             f"{scoring.engine.name} and {scoring.agreement.engine.name} must agree on "
             f"{scoring.agreement.samples} rollouts first"
         )
-    require_library(recipe.score.engine, "score")
+    kind_of(recipe.score.engine).require(recipe.score.engine, "score")
     if recipe.score.agreement is not None:
-        require_library(recipe.score.agreement.engine, "score.agreement")
-    return lines + score_advice(recipe.score.engine)
+        kind_of(recipe.score.agreement.engine).require(recipe.score.agreement.engine, "score.agreement")
+    return lines + kind_of(recipe.score.engine).score_advice(recipe.score.engine)
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -51,12 +52,8 @@ def plan(recipe: Recipe) -> Plan:
 
 def share(recipe: Recipe, plan: Plan, directory: Path) -> None:
     scoring = inputs.scoring_of(recipe)
-    if not _has_ranks(scoring):
-        _share(recipe, scoring, plan, directory)
-        return
-    from megatron_lopd.engines.megatron import leading  # takes seconds, and no other engine needs it
-
-    with leading():
+    ranks = _of_ranks(scoring)
+    with ranks.leading() if ranks is not None else nullcontext():
         _share(recipe, scoring, plan, directory)
 
 
@@ -71,19 +68,20 @@ def _share(recipe: Recipe, scoring: ScoreConfig, plan: Plan, directory: Path) ->
 def run(recipe: Recipe, plan: Plan, directory: Path) -> Output:
     scoring = inputs.scoring_of(recipe)
     if plan is OTHER_RANK:
-        if _has_ranks(scoring):
-            from megatron_lopd.engines.megatron import serve
-
-            serve()
+        ranks = _of_ranks(scoring)
+        if ranks is not None:
+            ranks.serve()
         return Output([], {})
     output = score_output(parent_manifest(recipe, "rollout"), directory_of(recipe, "rollout"), directory)
     gate = [AGREEMENT_FILE] if scoring.agreement is not None else []
-    return replace(output, files=[*output.files, *gate], versions=library_versions(scoring.engine))
+    return replace(
+        output, files=[*output.files, *gate], versions=kind_of(scoring.engine).versions(scoring.engine)
+    )
 
 
-def _has_ranks(scoring: ScoreConfig) -> bool:
-    """Whether an engine is made of ranks that rank 0 leads; of any other, the other ranks have no part."""
-    return any(engine.options.layout is not None for engine in _engines(scoring))
+def _of_ranks(scoring: ScoreConfig) -> EngineKind | None:
+    """The engine that is made of ranks, which rank 0 leads; of any other, the other ranks have no part."""
+    return next((kind_of(each) for each in _engines(scoring) if each.options.layout is not None), None)
 
 
 def _engines(scoring: ScoreConfig) -> list[EngineConfig]:

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from megatron_lopd.cli import main
-from megatron_lopd.engines.hf import TransformersEngine
 from megatron_lopd.engines.protocol import Prompted
+from megatron_lopd.engines.transformers_engine import TransformersEngine
 from megatron_lopd.errors import EngineDied
 from megatron_lopd.pipeline import workers as sharing
 from megatron_lopd.runtime import claims as claims_module
@@ -32,7 +32,7 @@ from tests.pipeline import write_recipe
 # As tests/dist/gloo.py: the server imports these once, and a worker starts in milliseconds.
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["megatron_lopd.commands.run", "megatron_lopd.engines.hf", "tests.fault.test_workers"]
+    ["megatron_lopd.commands.run", "megatron_lopd.engines.transformers_engine", "tests.fault.test_workers"]
 )
 KILLS, WORKERS = 100, 4
 SAMPLES, SHARD = 120, 2
