@@ -20,7 +20,7 @@ from pathlib import Path
 # that it cannot import and says nothing: a module that has moved would only make every test slower.
 PRELOADED = [
     "megatron_lopd.commands.run",
-    "megatron_lopd.engines.hf",
+    "megatron_lopd.engines.transformers_engine",
     "megatron_lopd.training.loop",
     "matplotlib.figure",
     "transformers.models.qwen3.modeling_qwen3",

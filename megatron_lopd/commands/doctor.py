@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from megatron_lopd.commands.run import describe
 from megatron_lopd.config import EngineConfig, ParallelConfig, Recipe
-from megatron_lopd.engines.library import library_versions, require_library, vllm_version
+from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat, gpus
 from megatron_lopd.mcore.capabilities import (
@@ -27,7 +28,7 @@ from megatron_lopd.mcore.capabilities import (
 from megatron_lopd.mcore.precision import require_fp8
 from megatron_lopd.pipeline.execute import base_versions
 from megatron_lopd.pipeline.resolved import ResolvedRun
-from megatron_lopd.registry import DOORS
+from megatron_lopd.registry import DOORS, ENGINES
 from megatron_lopd.stages.table import STAGES
 
 WIDTH = 18  # of the column of names
@@ -68,7 +69,8 @@ def _machine(recipe: Recipe | None) -> Iterator[tuple[str, str]]:
         unusable = gpus.why_unusable()
         yield "GPU", f"torch cannot use it: {unusable}" if unusable else "none: everything runs on the CPU"
     yield "versions", ", ".join(f"{name} {text}" for name, text in base_versions().items())
-    yield "vLLM", vllm_version("") or "absent from this Python"
+    for name, kind in ENGINES.things().items():
+        yield f"engine {name}", kind.here()
     yield "modelopt", "installed" if find_spec("modelopt") else "absent: no export.quantization=fp8"
 
 
@@ -155,10 +157,11 @@ def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
 
 def _engine(engine: EngineConfig, section: str) -> str:
     """What would run a stage's model. ConfigError when it is not installed."""
-    require_library(engine, section)
-    versions = ", ".join(f"{name} {version}" for name, version in library_versions(engine).items())
-    python = getattr(engine.options, "python", "")
-    place = f" of {python}" if python else ""
+    kind = kind_of(engine)
+    kind.require(engine, section)
+    versions = ", ".join(f"{name} {version}" for name, version in kind.versions(engine).items())
+    python = kind.python(engine)
+    place = f" of {python}" if python != sys.executable else ""
     shared = f", {engine.workers} workers on each machine" if engine.workers > 1 else ""
     return f"{versions or engine.name}{place}, {engine.dtype}{shared}"
 

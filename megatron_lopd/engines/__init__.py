@@ -1,33 +1,48 @@
-"""Engines: generate() and score() behind one protocol."""
+"""Engines: generate() and score() behind one protocol; which there are, and how one is opened.
+
+Imports nothing that computes.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_lopd.config import EngineConfig
+from megatron_lopd.engines.kind import EngineKind, EngineOptions, kind_of
+from megatron_lopd.engines.megatron import Megatron
 from megatron_lopd.engines.protocol import Engine, Prompted
-from megatron_lopd.engines.requests import give_back_memory
+from megatron_lopd.engines.transformers import Transformers
+from megatron_lopd.engines.vllm import Vllm
 from megatron_lopd.errors import EngineError
-from megatron_lopd.mcore.gpus import require_usable
-from megatron_lopd.ops.products import without_tf32
+from megatron_lopd.registry import ENGINES
 
-__all__ = ["Engine", "Prompted", "open_engine"]
-
-
-def open_engine(config: EngineConfig, model_dir: str) -> Engine:
-    """Load a Hugging Face checkpoint into the engine that `config.name` asks for; `close` it when done.
-
-    vLLM runs in a process of its own, under the Python of `config.python`. What this process has kept of GPU
-    memory, and no longer uses, is given back first. Raises EngineError when the model does not load, and
-    ConfigError where the CPU would do the work of a GPU that torch cannot use.
-    """
-    give_back_memory()
-    if config.name != "vllm":  # which says itself what it lacks
-        require_usable()
-        return load_engine(config, model_dir)
+if TYPE_CHECKING:
     from megatron_lopd.engines.process import EngineProcess
 
-    process = EngineProcess("vLLM", config, model_dir, torch.get_num_threads())
+ENGINES.add(Transformers(), Vllm(), Megatron())
+
+__all__ = ["Engine", "EngineKind", "EngineOptions", "Prompted", "kind_of", "load_engine", "open_engine"]
+
+
+def open_engine(config: EngineConfig, model_dir: str) -> Engine | EngineProcess:
+    """Load a Hugging Face checkpoint into the engine that `config.name` asks for; `close` it when done.
+
+    In this process, or in one of its own where its kind is so. What this process has kept of GPU memory, and
+    no longer uses, is given back first. Raises EngineError when the model does not load, and ConfigError
+    where the CPU would do the work of a GPU that torch cannot use.
+    """
+    import torch
+
+    from megatron_lopd.engines.process import EngineProcess
+    from megatron_lopd.engines.requests import give_back_memory
+    from megatron_lopd.mcore.gpus import require_usable
+
+    give_back_memory()
+    kind = kind_of(config)
+    if not kind.own_process:  # which says itself what it lacks
+        require_usable()
+        return load_engine(config, model_dir)
+    process = EngineProcess(kind.name, config, model_dir, torch.get_num_threads())
     try:
         process.ready()
     except EngineError:
@@ -38,16 +53,7 @@ def open_engine(config: EngineConfig, model_dir: str) -> Engine:
 
 def load_engine(config: EngineConfig, model_dir: str) -> Engine:
     """`open_engine`, in this process whatever the engine."""
+    from megatron_lopd.ops.products import without_tf32
+
     without_tf32()
-    # Here, for importing any takes seconds.
-    if config.name == "vllm":
-        from megatron_lopd.engines.vllm import VllmEngine
-
-        return VllmEngine(config, model_dir)
-    if config.name == "megatron":
-        from megatron_lopd.engines.megatron import MegatronEngine
-
-        return MegatronEngine(config, model_dir)
-    from megatron_lopd.engines.hf import TransformersEngine
-
-    return TransformersEngine(config, model_dir)
+    return kind_of(config).open(config, model_dir)

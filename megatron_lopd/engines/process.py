@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Rollout, Score
+from megatron_lopd.engines.kind import kind_of
 from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied, EngineError
 from megatron_lopd.runtime import environment
@@ -48,7 +49,7 @@ class EngineProcess:
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    config.options.python or sys.executable,
+                    kind_of(config).python(config),
                     "-m",
                     "megatron_lopd.engines.process",
                     str(theirs.fileno()),

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_lopd.config import Sampling
-from megatron_lopd.data.records import Rollout, Score
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from megatron_lopd.config import Sampling
+    from megatron_lopd.data.records import Rollout, Score
 
 
 @dataclass(frozen=True)

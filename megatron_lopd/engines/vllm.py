@@ -1,249 +1,160 @@
-"""The `vllm` engine: offline `vllm.LLM`, token ids in and out. Run in a process of its own (process.py)."""
+"""The `vllm` engine's kind, and what it asks of vLLM in another Python's environment."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+import functools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-from transformers import AutoConfig
+from megatron_lopd.config import Count, EngineConfig, Share, key
+from megatron_lopd.engines.kind import EngineKind, EngineOptions
+from megatron_lopd.errors import NotInstalled
 
-from megatron_lopd.config import EngineConfig, Sampling
-from megatron_lopd.data.records import FinishReason, Rollout, Score, TopK
-from megatron_lopd.engines.library import head_precision
-from megatron_lopd.engines.protocol import Prompted
-from megatron_lopd.engines.requests import check_finite, check_scoring, check_tokens
-from megatron_lopd.errors import EngineDied, EngineError, is_out_of_memory
+if TYPE_CHECKING:
+    from megatron_lopd.engines.protocol import Engine
 
-# The engine core in this process: it ends with it, and its errors are raised here.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the token that scoring has to generate; see LLM below
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU alone
-
-# Tokens run at once. Scoring holds [tokens, vocabulary] in fp32, some copies of it, that vLLM does not count.
-BATCHED_TOKENS = 2048
-
-# Log-probs that vLLM holds as Python numbers before they become arrays, about 100 bytes each.
-HELD_LOG_PROBS = 1 << 22
-
-# Below this vLLM takes another temperature than the one it is given, with a warning.
-LEAST_TEMPERATURE = 1e-2
-
-LONGEST_REASON = 400  # characters of vLLM's own words in an error
-
-# The least mass that 1 minus a sum of fp32 probabilities can tell from nothing.
-RESOLUTION = 2.0**-24
+ALONE = 0.85  # of a GPU's memory, where nothing else is on it
+SECONDS = 60.0
+# By what is installed under the name: its CPU build is another distribution. Importing it takes seconds, so
+# whether the layer that makes logits looks at `head_dtype` is read in its source.
+_ASK = """
+import importlib.metadata, importlib.util, json, pathlib
+names = importlib.metadata.packages_distributions().get("vllm", [])
+found = importlib.util.find_spec("vllm") if names else None
+if found:
+    layer = pathlib.Path(found.origin).parent / "model_executor" / "layers" / "logits_processor.py"
+    has_fp32_head = layer.is_file() and "head_dtype" in layer.read_text()
+print(json.dumps([importlib.metadata.version(names[0]), has_fp32_head] if found else None))
+"""
 
 
-class VllmEngine:
-    """See `Engine` for what the methods return.
+@dataclass(frozen=True)
+class VllmOptions(EngineOptions):
+    python: str = key("the Python that has it; empty: this one", "", operational=True)
+    tensor: Count = key("GPUs that hold one copy of the model", 1, operational=True)
+    memory_fraction: Share | None = key(
+        "share of a GPU's memory it takes; empty: 0.85, or as online's teacher half of what is free beside "
+        "the trainer",
+        None,
+        operational=True,
+    )
 
-    The tail's mass is 1 minus the rest's, in float64 from fp32 log-probs: good to about 1e-6 of mass, never
-    below 2^-24 by itself, and never more than the tokens left over times the k-th probability, which is what
-    bounds it where the teacher is sure. The output layer's product is in fp32 where vLLM can
-    (`library.head_precision`). Raises EngineError when vLLM refuses the model.
-    """
+    @property
+    def devices(self) -> int:
+        return self.tensor
 
-    def __init__(self, config: EngineConfig, model_dir: str) -> None:
-        self._config, self._model_dir = config, model_dir
-        try:
-            from vllm import LLM
+    @property
+    def memory_share(self) -> float:
+        """`memory_fraction`, or its default where the engine has the GPU to itself."""
+        return ALONE if self.memory_fraction is None else self.memory_fraction
 
-            settings = AutoConfig.from_pretrained(
-                model_dir, local_files_only=True, trust_remote_code=config.trust_remote_code
+
+class Vllm(EngineKind):
+    """For speed: paged attention and continuous batching."""
+
+    name = "vllm"
+    caption = "vLLM, in a process of its own, on the GPUs that one copy takes"
+    Options = VllmOptions
+    own_process = True
+
+    def open(self, config: EngineConfig, model_dir: str) -> Engine:
+        from megatron_lopd.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(config, model_dir)
+
+    def python(self, config: EngineConfig) -> str:
+        return config.options.python or sys.executable
+
+    def require(self, config: EngineConfig, section: str) -> None:
+        python = config.options.python
+        if vllm_version(python) is None:
+            raise NotInstalled(
+                f"{section}.engine.name=vllm: {python or 'this Python'} has no vllm: install it there, set "
+                f"{section}.engine.vllm.python to the Python of an environment that has it, or "
+                f"{section}.engine.name=transformers"
             )
-            self._vocabulary: int = settings.vocab_size
-            self._positions: int | None = getattr(settings, "max_position_embeddings", None)
-            self._llm: Any = LLM(
-                model=model_dir,
-                skip_tokenizer_init=True,
-                trust_remote_code=config.trust_remote_code,
-                dtype={"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
-                tensor_parallel_size=config.options.tensor,
-                hf_overrides=_overrides(config),
-                gpu_memory_utilization=config.options.memory_share,
-                max_num_seqs=config.batch_size,
-                max_num_batched_tokens=max(BATCHED_TOKENS, config.batch_size),
-                max_model_len=None if self._positions is None else self._positions + 1,
-                max_logprobs=-1,
-                logprobs_mode="processed_logprobs",
-                generation_config="vllm",
-                load_format="safetensors",
-                enable_prefix_caching=True,  # requests for prompt log-probs do not read it
-                enforce_eager=not _has_gpu(),
-            )
-        except (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-            raise EngineError(f"{model_dir}: vLLM does not load the model: {_in_a_line(error)}") from error
 
-    def generate(
-        self, requests: Sequence[Prompted], sampling: Sampling, end_tokens: frozenset[int]
-    ) -> Iterator[Rollout]:
-        """Sample one response a request. At temperature 0 the log-probs are those of temperature 1.
+    def versions(self, config: EngineConfig) -> dict[str, str]:
+        """And in what precision it multiplies by the output layer: how exact its log-probs are."""
+        python = config.options.python
+        version = vllm_version(python) or "absent"
+        return {"vllm": version, "vllm output layer": head_precision(config, python)}
 
-        vLLM tells either the log-probs that it drew from or the model's own. Where they differ it is asked
-        for the model's own afterwards, by scoring what it drew: one more pass over prompt and response.
+    def here(self) -> str:
+        return f"{self.caption}: {vllm_version('') or 'absent from this Python'}"
 
-        Raises EngineError as TransformersEngine does, and for a temperature that vLLM would change.
+    def score_advice(self, config: EngineConfig) -> list[str]:
+        python = config.options.python
+        if head_precision(config, python) == "fp32":
+            return []
+        return [
+            f"vllm {vllm_version(python)} multiplies by the output layer in bf16: log-probs are off by up to "
+            "0.06 nats and the top k has ties: set score.engine.name=megatron, or have them compared "
+            "(score.agreement)"
+        ]
+
+    def beside_trainer(self, config: EngineConfig) -> EngineConfig:
+        """With half of what is free, unless it is told its share.
+
+        The other half is for what the trainer takes later: the sampler, the optimizer's moments, activations.
         """
-        from vllm import SamplingParams
+        import torch
 
-        if 0 < sampling.temperature < LEAST_TEMPERATURE:
-            raise EngineError(
-                f"sampling.temperature={sampling.temperature:g} is less than vLLM can do: set it to 0, or to "
-                f"at least {LEAST_TEMPERATURE:g}"
-            )
-        for request in requests:
-            check_tokens(
-                request.sample_id,
-                request.prompt_tokens,
-                sampling.max_new_tokens,
-                self._vocabulary,
-                self._positions,
-                self._model_dir,
-            )
-        at_a_time = max(self._config.batch_size, HELD_LOG_PROBS // sampling.max_new_tokens)
-        for start in range(0, len(requests), at_a_time):
-            window = requests[start : start + at_a_time]
-            parameters = [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    seed=request.seed,
-                    max_tokens=sampling.max_new_tokens,
-                    stop_token_ids=sorted(end_tokens),
-                    ignore_eos=True,  # the model's own idea of its end tokens; ours are above
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                )
-                for request in window
-            ]
-            outputs = self._run([request.prompt_tokens for request in window], parameters)
-            rollouts = [
-                self._rollout(request, output.outputs[0], sampling, end_tokens)
-                for request, output in zip(window, outputs, strict=True)
-            ]
-            if sampling.is_plain:
-                yield from rollouts
-                continue
-            for rollout, score in zip(rollouts, self.score(rollouts), strict=True):
-                yield replace(rollout, untruncated_log_probs=score.log_probs)
+        if config.options.memory_fraction is not None or not torch.cuda.is_available():
+            return config
+        free, total = torch.cuda.mem_get_info()
+        return replace(config, options=replace(config.options, memory_fraction=free / total / 2))
 
-    def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
-        """Scores of given responses. Raises as `generate`."""
-        check_scoring(rollouts, top_k, self._vocabulary, self._positions, self._model_dir)
-        return (score for window in _windows(rollouts, top_k) for score in self._score_window(window, top_k))
+    def sizes(self, config: EngineConfig, node: int) -> list[int]:
+        return [min(config.options.tensor, node)]
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Refused: not built."""
-        raise EngineError("engine.name=vllm cannot take new weights: set rollout.engine.name=transformers")
+    def memory_share(self, config: EngineConfig) -> float:
+        share: float = config.options.memory_share
+        return share
 
-    def close(self) -> None:
-        """Nothing is left to do: it ends with its process."""
+    def assumption(self) -> None:
+        return None
 
-    def _score_window(self, rollouts: Sequence[Rollout], top_k: int) -> Iterator[Score]:
-        from vllm import SamplingParams
+    def too_large(self, section: str) -> list[str]:
+        return [f"raise {section}.engine.vllm.tensor"]
 
-        tokens = [np.concatenate([each.prompt_tokens, each.response_tokens]) for each in rollouts]
-        parameters = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=top_k, flat_logprobs=True, detokenize=False
+
+def vllm_version(python: str) -> str | None:
+    """The version that a Python interpreter (empty: this one) has; None where it has none.
+
+    Raises NotInstalled when the interpreter does not run.
+    """
+    found = _vllm(python)
+    return None if found is None else found[0]
+
+
+def head_precision(config: EngineConfig, python: str) -> str:
+    """In what the vLLM of an interpreter multiplies by the output layer: "fp32", or "bf16" where it is older.
+
+    vLLM keeps the model's own dtype unless it is asked, and could not be asked for models that generate
+    before the middle of 2026.
+    """
+    found = _vllm(python)
+    return "fp32" if config.dtype == "fp32" or (found is not None and found[1]) else "bf16"
+
+
+@functools.cache
+def _vllm(python: str) -> tuple[str, bool] | None:
+    """The version, and whether the output layer can be in fp32; None where there is none."""
+    try:
+        answer = subprocess.run(
+            [python or sys.executable, "-c", _ASK],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=True,
         )
-        for rollout, output in zip(rollouts, self._run(tokens, [parameters] * len(tokens)), strict=True):
-            yield self._score(rollout, output.prompt_logprobs, top_k)
-
-    def _score(self, rollout: Rollout, flat: Any, top_k: int) -> Score:
-        """From vLLM's rows of [the token itself, then the k likeliest], end to end."""
-        first = len(rollout.prompt_tokens)
-        begin = flat.start_indices[first]
-        shape = len(rollout.response_tokens), top_k + 1
-        ids = np.array(flat.token_ids[begin:], dtype=np.int32)
-        log_probs = np.array(flat.logprobs[begin:], dtype=np.float32)
-        if ids.size != shape[0] * shape[1]:
-            raise EngineError(f"sample {rollout.sample_id}: vLLM gave {ids.size} log-probs for {shape}")
-        ids, log_probs = ids.reshape(shape), log_probs.reshape(shape)
-        check_finite(rollout.sample_id, log_probs, self._model_dir, self._config.dtype)
-        own = log_probs[:, 0].copy()
-        if not top_k:
-            return Score(rollout.sample_id, own)
-        likeliest = TopK(ids[:, 1:].copy(), log_probs[:, 1:].copy(), self._tail(ids, log_probs))
-        return Score(rollout.sample_id, own, likeliest)
-
-    def _tail(self, ids: NDArray[np.int32], log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [T]: the log of what neither the top k nor the token itself, in column 0, have."""
-        probs = np.exp(log_probs.astype(np.float64))
-        is_among = (ids[:, 1:] == ids[:, :1]).any(axis=1)
-        left = 1 - probs[:, 1:].sum(axis=1) - np.where(is_among, 0, probs[:, 0])
-        count = self._vocabulary - (ids.shape[1] - 1) - ~is_among
-        most = np.log(count) + log_probs[:, -1].astype(np.float64)
-        tail: NDArray[np.float32] = np.minimum(np.log(np.maximum(left, RESOLUTION)), most).astype(np.float32)
-        return np.minimum(tail, np.float32(0))
-
-    def _rollout(
-        self, request: Prompted, output: Any, sampling: Sampling, end_tokens: frozenset[int]
-    ) -> Rollout:
-        tokens = np.array(output.token_ids, dtype=np.int32)
-        log_probs = np.array(output.logprobs.logprobs, dtype=np.float32)
-        check_finite(request.sample_id, log_probs, self._model_dir, self._config.dtype)
-        is_stopped = bool(len(tokens)) and int(tokens[-1]) in end_tokens
-        if len(log_probs) != len(tokens) or not (is_stopped or len(tokens) == sampling.max_new_tokens):
-            raise EngineError(
-                f"sample {request.sample_id}: vLLM ended it ({output.finish_reason}) with {len(tokens)} "
-                f"tokens and {len(log_probs)} log-probs: run again with another engine"
-            )
-        finish: FinishReason = "stop" if is_stopped else "length"
-        return Rollout(request.sample_id, request.prompt_tokens, tokens, finish, log_probs)
-
-    def _run(self, prompts: Sequence[NDArray[np.int32]], parameters: Sequence[Any]) -> list[Any]:
-        from vllm import TokensPrompt
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        base = EngineDeadError.__mro__[-4]  # what all of vLLM's errors have below Exception, if anything
-        asked = [TokensPrompt(prompt_token_ids=tokens.tolist()) for tokens in prompts]
-        try:
-            outputs: list[Any] = self._llm.generate(asked, list(parameters), use_tqdm=False)
-        except (ValueError, MemoryError, RuntimeError, TimeoutError, base) as error:
-            text = f"{self._model_dir}: vLLM failed: {_in_a_line(error)}"
-            if is_out_of_memory(error):
-                advice = "lower engine.batch_size or engine.memory_fraction"
-                raise EngineError(f"{text}: memory ran out: {advice}") from error
-            crashes = RuntimeError, TimeoutError, EngineDeadError  # a worker's end, or of a kernel in it
-            raise (EngineDied if isinstance(error, crashes) else EngineError)(text) from error
-        return outputs
-
-
-def _windows(rollouts: Sequence[Rollout], top_k: int) -> Iterator[Sequence[Rollout]]:
-    """Consecutive rollouts with at most HELD_LOG_PROBS log-probs, prompts included; at least one."""
-    begin, held = 0, 0
-    for index, rollout in enumerate(rollouts):
-        size = (len(rollout.prompt_tokens) + len(rollout.response_tokens)) * (top_k + 1)
-        if held and held + size > HELD_LOG_PROBS:
-            yield rollouts[begin:index]
-            begin, held = index, 0
-        held += size
-    if begin < len(rollouts):
-        yield rollouts[begin:]
-
-
-def _overrides(config: EngineConfig) -> dict[str, str] | None:
-    """Of the model's own settings: its output layer in fp32, though its others are not."""
-    wanted = config.dtype != "fp32" and head_precision(config, "") == "fp32"
-    return {"head_dtype": "float32"} if wanted else None
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _in_a_line(error: BaseException) -> str:
-    """What vLLM says, which can be of many lines and have its reason in any of them."""
-    text = " ".join((str(error) or type(error).__name__).split())
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NotInstalled(
+            f"engine.vllm.python: {python} does not run: {error}: give a Python interpreter"
+        ) from None
+    found: tuple[str, bool] | None = json.loads(answer.stdout)
+    return found

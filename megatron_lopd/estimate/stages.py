@@ -23,6 +23,7 @@ from megatron_lopd.estimate.hours import (
 from megatron_lopd.estimate.memory import ENGINE_SHARE, EngineMemory, engine_memory
 from megatron_lopd.families.memory_shapes import Shape, read_shape
 from megatron_lopd.prompts.reader import reader_of
+from megatron_lopd.registry import ENGINES
 
 # Where no file of prompts is here to be looked at.
 PROMPT_TOKENS = 150
@@ -158,19 +159,18 @@ class Sizing:
         return StageEstimate(name, model, work, forward_flops(shape.arch, work), hours, engine, disk)
 
     def _engine(self, name: str, shape: Shape, config: EngineConfig, length: int) -> EngineMemory:
-        if config.name == "transformers":
-            self.assume(
-                "engine.name=transformers is planned as vLLM would run, with a paged KV cache over "
-                "several GPUs: itself it takes one GPU, and all of batch_size at once"
-            )
-        memory, sizes, element = self.cluster.gpu.memory_bytes, self._sizes(config), _element(config)
-        share = config.options.memory_share if config.name == "vllm" else ENGINE_SHARE
+        kind = ENGINES[config.name]
+        if text := kind.assumption():
+            self.assume(text)
+        memory, element = self.cluster.gpu.memory_bytes, _element(config)
+        sizes = kind.sizes(config, self.cluster.node_size)
+        share = kind.memory_share(config) or ENGINE_SHARE
         found = engine_memory(shape, element, config.batch_size, length, memory, sizes, share)
         if found is None:
             weights = shape.parameters * element / 1e9
             gpus = f"{sizes[-1]} x {self.cluster.gpu.name} ({memory / 1e9:.0f} GB each)"
             remedies = [
-                *([f"raise {name}.engine.vllm.tensor"] if config.name == "vllm" else []),
+                *kind.too_large(name),
                 *([f"set {name}.engine.dtype=bf16"] if config.dtype == "fp32" else []),
                 "lower max_new_tokens",
             ]
@@ -179,15 +179,6 @@ class Sizing:
                 f"tokens do not fit {gpus}: {', '.join(remedies)}, or plan for larger GPUs"
             )
         return found
-
-    def _sizes(self, config: EngineConfig) -> list[int]:
-        """How many GPUs may hold one copy: what the recipe says of vLLM, or any that a node has."""
-        node = self.cluster.node_size
-        return (
-            [min(config.options.devices, node)]
-            if config.name == "vllm"
-            else [n for n in (1, 2, 4, 8) if n <= node]
-        )
 
     def _trained(self, name: str, config: TrainingConfig, data: TokenWork) -> StageEstimate:
         arch = self.student.arch

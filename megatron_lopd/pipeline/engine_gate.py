@@ -40,10 +40,11 @@ P99_SCALE, MAX_SCALE = 10.0, 100.0
 
 def check_engine(engine: EngineConfig, model_dir: Path) -> None:
     """Raise ConfigError unless the model can be split and its numbers computed as `engine` says, here."""
-    if engine.options.layout is not None:
+    layout = engine.options.layout
+    if layout is not None:
         arch = read_architecture(model_dir)
-        check_layout(arch, engine.options.layout)
-        check_precision(arch, engine.options.layout, engine.fp8)
+        check_layout(arch, layout)
+        check_precision(arch, layout, engine.fp8)
 
 
 def check_agreement(

@@ -23,6 +23,7 @@ from megatron_lopd.artifacts.lineage import (
     short,
 )
 from megatron_lopd.artifacts.manifest import Manifest, Parent, is_committed, load_manifest, verify_files
+from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError, LineageError
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.plan_file import begun_plan
@@ -151,7 +152,6 @@ def data_of(run: ResolvedRun, each: Round) -> CachedData:
 
 def require_engines(run: ResolvedRun) -> None:
     """Raise ConfigError unless what the refreshes yet to come need is here: the teacher, and the engines."""
-    from megatron_lopd.engines.library import require_library
 
     if missing_round(run) is None:
         return
@@ -169,7 +169,7 @@ def require_engines(run: ResolvedRun) -> None:
             f"{split.ranks_multiple} ({split.product}): set its sizes to 1, or score.engine.name to another"
         )
     for section, engine in (("rollout", run.recipe.rollout.engine), ("score", run.recipe.score.engine)):
-        require_library(engine, section)
+        kind_of(engine).require(engine, section)
 
 
 def prove_student(run: ResolvedRun, each: Round, identity: str) -> tuple[Manifest, Parent]:

@@ -82,7 +82,7 @@ def _check_engine(command: str, engine: EngineConfig, cluster: Cluster) -> None:
     wanted = engine.options.devices * engine.workers
     if 0 < cluster.gpus_per_node < wanted:
         raise ConfigError(
-            f"{command}.engine: {engine.options.devices} of {engine.name} x workers={engine.workers} takes "
+            f"{command}.engine: {engine.options.devices} GPUs a worker x workers={engine.workers} takes "
             f"{wanted} GPUs, and gpus_per_node is {cluster.gpus_per_node}: lower one of them"
         )
 

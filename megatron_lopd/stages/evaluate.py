@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.artifacts.files import atomic_write_json
 from megatron_lopd.config import deciding
+from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
 
@@ -30,11 +31,10 @@ class EvaluateStage(SharedStage):
         return run.recipe.evaluate.engine.workers
 
     def check(self, run: ResolvedRun) -> list[str]:
-        from megatron_lopd.engines.library import require_library
         from megatron_lopd.evaluation.grading import check_sets
 
         models, k = ", ".join(models_of(run)), run.recipe.evaluate.sampling.samples_per_prompt
-        require_library(run.recipe.evaluate.engine, "evaluate")
+        kind_of(run.recipe.evaluate.engine).require(run.recipe.evaluate.engine, "evaluate")
         return [
             f"grade {models} on {len(prompts)} prompts of {name}, {k} sampled and 1 greedy each"
             for name, prompts in check_sets(run).items()
@@ -60,7 +60,6 @@ class EvaluateStage(SharedStage):
         make_parts(works)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.engines.library import library_versions
         from megatron_lopd.evaluation.grading import grade_answers
         from megatron_lopd.graders import open_grader
         from megatron_lopd.pipeline.shard_jobs import count_rollouts
@@ -84,7 +83,7 @@ class EvaluateStage(SharedStage):
         results = {"accuracy": accuracy, "grader": settings.grader, "teacher_answers": answers}
         atomic_write_json(directory / RESULTS, results)
         files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.arrow"))
-        return Output([*files, RESULTS], dict(counts), library_versions(settings.engine))
+        return Output([*files, RESULTS], dict(counts), kind_of(settings.engine).versions(settings.engine))
 
 
 def _role(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_lopd.config import deciding
+from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
 
@@ -20,11 +21,10 @@ class GenerateStage(SharedStage):
         return run.generate.config.engine.workers
 
     def check(self, run: ResolvedRun) -> list[str]:
-        from megatron_lopd.engines.library import require_library
 
         part = run.generate
         part.check()
-        require_library(part.config.engine, "generate")
+        kind_of(part.config.engine).require(part.config.engine, "generate")
         count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
         return [f"{part.model.directory} answers {count} prompts, {each} each"]
 
@@ -43,10 +43,9 @@ class GenerateStage(SharedStage):
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
-        from megatron_lopd.engines.library import library_versions
         from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
 
         directory = run.generate.directory
         voice = copy_files(run.teacher.directory, directory / "tokenizer", VOICE)
         files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
-        return Output(files, count_rollouts(directory), library_versions(run.generate.config.engine))
+        return Output(files, count_rollouts(directory), kind_of(run.generate.config.engine).versions(run.generate.config.engine))

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import deciding
+from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.registry import ENGINES
 from megatron_lopd.stages.score import check_top_k
 
 if TYPE_CHECKING:
@@ -117,19 +119,22 @@ def _check_settings(run: ResolvedRun) -> None:
         raise ConfigError(
             f"train.refresh_every={config.refresh_every}: online samples anew at every step: drop that key"
         )
-    if recipe.rollout.engine.name == "vllm":
+    student, teacher = recipe.rollout.engine, recipe.score.engine
+    if not kind_of(student).takes_weights:
+        able = ", ".join(name for name, kind in ENGINES.things().items() if kind.takes_weights)
         raise ConfigError(
-            "rollout.engine.name=vllm: it takes no new weights, which online hands over at every step: set "
-            "rollout.engine.name=transformers"
+            f"rollout.engine.name={student.name}: it takes no new weights, which online hands over at every "
+            f"step: set rollout.engine.name to one that does: {able}"
         )
-    if recipe.score.engine.name == "megatron":
+    if teacher.options.over(recipe.parallel).layout is not None:
         raise ConfigError(
-            "score.engine.name=megatron: each rank of online has a teacher of its own: set another engine"
+            f"score.engine.name={teacher.name}: each rank of online has a teacher of its own, and it is made "
+            "of ranks: set another engine"
         )
-    if recipe.score.engine.options.devices > 1 and recipe.parallel.processes > 1:
+    if teacher.options.devices > 1 and recipe.parallel.processes > 1:
         raise ConfigError(
-            f"score.engine.vllm.tensor={recipe.score.engine.options.devices}: each rank of online has its "
-            "teacher on its own GPU: drop that key, or set parallel.processes=1"
+            f"score.engine.name={teacher.name}: each rank of online has its teacher on its own GPU, and this "
+            f"one takes {teacher.options.devices}: give it one, or set parallel.processes=1"
         )
 
 

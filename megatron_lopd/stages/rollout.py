@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import deciding
+from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
@@ -26,11 +27,10 @@ class RolloutStage(SharedStage):
         return run.rollout.config.engine.workers
 
     def check(self, run: ResolvedRun) -> list[str]:
-        from megatron_lopd.engines.library import require_library
 
         part = run.rollout
         part.check()
-        require_library(part.config.engine, "rollout")
+        kind_of(part.config.engine).require(part.config.engine, "rollout")
         count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
         return [f"the student after SFT answers {count} prompts, {each} each, once"]
 
@@ -68,9 +68,8 @@ class RolloutStage(SharedStage):
         return answering_job(run.rollout)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.engines.library import library_versions
         from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
 
         directory = run.directory_of(self.name)
-        versions = library_versions(run.rollout.config.engine)
+        versions = kind_of(run.rollout.config.engine).versions(run.rollout.config.engine)
         return Output(shards_in(directory), count_rollouts(directory), versions)

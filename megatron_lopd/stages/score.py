@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import AgreementConfig, EngineConfig, deciding
+from megatron_lopd.engines import EngineKind, kind_of
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -30,7 +31,6 @@ class ScoreStage(SharedStage):
         return max(each.options.layout.processes if each.options.layout else 1 for each in _engines(run))
 
     def check(self, run: ResolvedRun) -> list[str]:
-        from megatron_lopd.engines.library import require_library, score_advice
         from megatron_lopd.pipeline.engine_gate import check_engine
 
         teacher, top_k, gate = run.teacher.directory, run.scoring.top_k, run.scoring.agreement
@@ -45,9 +45,9 @@ class ScoreStage(SharedStage):
         if gate is not None:
             names = f"{run.scoring.engine.name} and {gate.engine.name}"
             lines.append(f"{names} must agree on {gate.samples} rollouts first")
-            require_library(gate.engine, "score.agreement")
-        require_library(run.scoring.engine, "score")
-        return lines + score_advice(run.scoring.engine)
+            kind_of(gate.engine).require(gate.engine, "score.agreement")
+        kind_of(run.scoring.engine).require(run.scoring.engine, "score")
+        return lines + kind_of(run.scoring.engine).score_advice(run.scoring.engine)
 
     def plan(self, run: ResolvedRun) -> Plan:
         teacher = run.teacher_parent("score")
@@ -64,11 +64,8 @@ class ScoreStage(SharedStage):
         )
 
     def share(self, run: ResolvedRun, plan: Plan) -> None:
-        with ExitStack() as leading_ranks:
-            if _has_ranks(run):
-                from megatron_lopd.engines.megatron import leading
-
-                leading_ranks.enter_context(leading())
+        ranks = _of_ranks(run)
+        with ranks.leading() if ranks is not None else nullcontext():
             self.score_shards(run, plan)
 
     def score_shards(self, run: ResolvedRun, plan: Plan) -> None:
@@ -90,22 +87,20 @@ class ScoreStage(SharedStage):
         return run.scoring.agreement
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.engines.library import library_versions
         from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE
         from megatron_lopd.pipeline.shard_jobs import score_output
 
         rollouts, directory = run.directory_of(self.rollouts), run.directory_of(self.name)
         output = score_output(run.manifest(self.rollouts), rollouts, directory)
         gate = [AGREEMENT_FILE] if self.gate(run) is not None else []
-        versions = library_versions(run.scoring.engine)
+        versions = kind_of(run.scoring.engine).versions(run.scoring.engine)
         return replace(output, files=[*output.files, *gate], versions=versions)
 
     def follow(self, run: ResolvedRun, plan: Plan) -> None:
         """Take part in the engines that are made of ranks; in any other these have no part."""
-        if _has_ranks(run):
-            from megatron_lopd.engines.megatron import serve
-
-            serve()
+        ranks = _of_ranks(run)
+        if ranks is not None:
+            ranks.serve()
 
 
 def check_top_k(run: ResolvedRun) -> None:
@@ -118,9 +113,9 @@ def check_top_k(run: ResolvedRun) -> None:
         )
 
 
-def _has_ranks(run: ResolvedRun) -> bool:
-    """Whether an engine is made of ranks that rank 0 leads."""
-    return any(engine.options.layout is not None for engine in _engines(run))
+def _of_ranks(run: ResolvedRun) -> EngineKind | None:
+    """The engine that is made of ranks, which rank 0 leads; of any other, the other ranks have no part."""
+    return next((kind_of(each) for each in _engines(run) if each.options.layout is not None), None)
 
 
 def _engines(run: ResolvedRun) -> list[EngineConfig]:

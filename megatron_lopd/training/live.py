@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,8 +22,7 @@ from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Sample, Score
-from megatron_lopd.engines import open_engine
-from megatron_lopd.engines.kinds import VllmOptions
+from megatron_lopd.engines import kind_of, open_engine
 from megatron_lopd.engines.process import EngineProcess
 from megatron_lopd.engines.protocol import Engine, Prompted
 from megatron_lopd.engines.requests import give_back_memory
@@ -115,19 +114,6 @@ class _Share:
     teacher_s: float = 0.0
 
 
-def beside_trainer(config: EngineConfig) -> EngineConfig:
-    """A teacher's engine on the trainer's GPU: with half of what is free there, unless it is told its share.
-
-    The other half is for what the trainer takes later: the sampler, the optimizer's moments, activations.
-    """
-    if not isinstance(config.options, VllmOptions) or not torch.cuda.is_available():
-        return config
-    if config.options.memory_fraction is not None:
-        return config
-    free, total = torch.cuda.mem_get_info()
-    return replace(config, options=replace(config.options, memory_fraction=free / total / 2))
-
-
 class LiveBatches:
     """Batches that are sampled and scored when they are asked for, by all ranks together.
 
@@ -184,7 +170,7 @@ class LiveBatches:
         data = self._data
         give_back_memory()  # before the teacher's process is told its share
         try:
-            engine = beside_trainer(data.score.engine)
+            engine = kind_of(data.score.engine).beside_trainer(data.score.engine)
             self._teacher = stack.enter_context(
                 EngineProcess("the teacher", engine, str(data.teacher_dir), torch.get_num_threads())
             )

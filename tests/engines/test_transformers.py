@@ -23,7 +23,7 @@ from transformers import (
 
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import Rollout
-from megatron_lopd.engines import Engine, Prompted, hf, open_engine
+from megatron_lopd.engines import Engine, Prompted, open_engine, transformers_engine
 from megatron_lopd.engines import requests as engine_requests
 from megatron_lopd.engines.draw import BLOCK, draw, truncated_log_probs, uniforms
 from megatron_lopd.errors import EngineError
@@ -156,7 +156,7 @@ def test_a_top_k_that_leaves_no_tail_is_refused(engine: Engine) -> None:
 def test_scores_do_not_depend_on_how_much_is_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [unsampled(f"s{i}", tokens, tokens) for i, tokens in enumerate(prompts(30))]
     whole = list(engine.score(asked, 3))
-    monkeypatch.setattr(hf, "LOGITS_ELEMENTS", 4 * VOCABULARY)
+    monkeypatch.setattr(transformers_engine, "LOGITS_ELEMENTS", 4 * VOCABULARY)
     monkeypatch.setattr(engine_requests, "SCORED_BYTES", 1)
     for one, other in zip(whole, engine.score(asked, 3), strict=True):
         assert one.sample_id == other.sample_id
@@ -407,12 +407,12 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
 def test_a_gpus_output_layer_is_the_models_own_and_multiplied_into_fp32(model_dir: str) -> None:
     """Here by the products that a CPU has instead, which are the same: of bf16 numbers, added up in fp32."""
     cpu = open_engine(EngineConfig(dtype="bf16"), model_dir)
-    assert isinstance(cpu, hf.TransformersEngine)
+    assert isinstance(cpu, transformers_engine.TransformersEngine)
     weight = cpu._head.weight.detach()
     asked = [unsampled("a", np.array([1, 2], dtype=np.int32), np.arange(20, dtype=np.int32))]
     (expected,) = cpu.score(asked, 4)
     assert cpu._head_weight.dtype == torch.float32
-    cpu._head_weight = hf._head_weight(weight, torch.device("cuda"))
+    cpu._head_weight = transformers_engine._head_weight(weight, torch.device("cuda"))
     assert cpu._head_weight is weight
     (score,) = cpu.score(asked, 4)
     np.testing.assert_array_equal(score.log_probs, expected.log_probs)

@@ -85,7 +85,7 @@ class LLM:
         if holders():
             raise ValueError(f"Free memory is less than desired GPU memory utilization: {holders()}")
         from megatron_lopd.config import EngineConfig
-        from megatron_lopd.engines.hf import TransformersEngine
+        from megatron_lopd.engines.transformers_engine import TransformersEngine
         self._engine = TransformersEngine(EngineConfig(), model)
 
     def generate(self, asked, parameters, use_tqdm):

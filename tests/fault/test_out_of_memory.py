@@ -14,7 +14,7 @@ import torch
 from megatron_lopd.cli import main
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.engines.hf import TransformersEngine
+from megatron_lopd.engines.transformers_engine import TransformersEngine
 from megatron_lopd.training import loop
 
 NO_MACHINE_HAS = 1 << 60  # bytes

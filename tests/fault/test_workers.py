@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from megatron_lopd.cli import main
-from megatron_lopd.engines.hf import TransformersEngine
+from megatron_lopd.engines.transformers_engine import TransformersEngine
 from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied
 from megatron_lopd.pipeline import workers as sharing

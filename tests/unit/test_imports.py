@@ -25,8 +25,8 @@ NOT_FOR_TRAINING = {
     "pandas": "no part of the package",
     "megatron_lopd.report.page": "another stage's",
     "megatron_lopd.evaluation.grading": "another stage's",
-    "megatron_lopd.engines.hf": "another stage",
-    "megatron_lopd.engines.vllm": "another stage",
+    "megatron_lopd.engines.transformers_engine": "another stage",
+    "megatron_lopd.engines.vllm_engine": "another stage",
     "torch._inductor.codegen": "torch's compiler: its optimizers import only the front",
 }
 NOT_FOR_ASKING = {*NOT_FOR_TRAINING, "torch", "megatron.core", "numpy", "pyarrow", "tensorboard"}
