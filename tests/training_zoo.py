@@ -81,9 +81,9 @@ def train(
     **config: Any,
 ) -> tuple[Any, list[dict[str, Any]], str]:
     """Run the job here: (Progress, the steps of metrics.jsonl, `tensor_digest` of the last checkpoint)."""
+    from megatron_lopd.training.data_sources import CachedData
     from megatron_lopd.training.job import ModelSetup, Segment, TrainingJob
     from megatron_lopd.training.loop import run_training
-    from megatron_lopd.training.data_sources import CachedData
 
     if objective != "sft":
         config |= {"objective": objective}

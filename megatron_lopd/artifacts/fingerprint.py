@@ -78,9 +78,12 @@ def weights_digest(root: Path) -> str:
     return digest_of(root, "weights", files, {"tied": tied}, lambda: _hash_weights(files, tied))
 
 
-def weights_are_hashed(root: Path) -> bool:
-    """Whether the weights' digest is known already. Raises as `fingerprint_model`."""
-    return is_kept(root, "weights", safetensors_files(root), {"tied": _is_tied(root)})
+def is_fingerprinted(root: Path) -> bool:
+    """Whether all that takes `fingerprint_model` long is known already. Raises as it does."""
+    tokenizer = root / "tokenizer.json"
+    return is_kept(root, "weights", safetensors_files(root), {"tied": _is_tied(root)}) and (
+        not tokenizer.is_file() or is_kept(root, "tokenizer", [tokenizer], {})
+    )
 
 
 def chat_template_digest(root: Path) -> str:

@@ -56,7 +56,8 @@ def describe(run: ResolvedRun, names: Sequence[str]) -> list[str]:
     lines = []
     for stage in (*STAGES, *ALONE):
         if stage.name in names and stage.needed(run):
-            lines += [f"{stage.name:9} [{_state(stage, run)}] {line}" for line in stage.check(run)]
+            state = _state(stage, run)
+            lines += [f"{stage.name:9} [{state}] {line}" for line in stage.check(run)]
     if "refresh" in names:
         lines += [f"refresh   [to do] {line}" for line in refresh.check(run)]
     return lines

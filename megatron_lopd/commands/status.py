@@ -42,12 +42,12 @@ def describe_run(run: ResolvedRun) -> Iterator[str]:
 
 
 def _committed(stage: Stage, run: ResolvedRun) -> list[str]:
-    """What a stage counted; and, where that takes no hashing of weights, whether it is this recipe's."""
+    """What a stage counted; and, where no model is to be hashed for it, whether it is this recipe's."""
     counts = run.manifest(stage.name).counts
     state = "committed"
     if counts:
         state += ": " + ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
-    reason = why_changed(stage, run) if run.models_are_hashed() else None
+    reason = why_changed(stage, run) if run.models_are_fingerprinted() else None
     if reason is None:
         return [state]
     whose = "by another recipe" if isinstance(reason, LineageError) else "and damaged since"

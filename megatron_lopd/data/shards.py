@@ -126,8 +126,8 @@ class ShardWriter(Generic[Record]):
             self._kind, self._draft = kind, _BatchDraft(kind, number=0)
         elif kind is not self._kind:
             raise DataError(
-                f"{self._path}: sample {record.sample_id} has {', '.join(self._kind.extra)}, and the first of "
-                f"its {self._kind.name} has none: they were not sampled alike"
+                f"{self._path}: sample {record.sample_id} has {', '.join(self._kind.extra)}, and the first "
+                f"of its {self._kind.name} has none: they were not sampled alike"
             )
 
     def finish(self) -> None:

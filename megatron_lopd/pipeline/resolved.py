@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_lopd.artifacts.fingerprint import fingerprint_model, weights_are_hashed
+from megatron_lopd.artifacts.fingerprint import fingerprint_model, is_fingerprinted
 from megatron_lopd.artifacts.lineage import model_parent, read_model_lineage
 from megatron_lopd.artifacts.manifest import (
     MANIFEST,
@@ -221,8 +221,8 @@ class ResolvedRun:
             return Model(Path(self.train.checkpoint), "train.checkpoint")
         return self.reference
 
-    def models_are_hashed(self) -> bool:
-        """Whether the weights of every model that the recipe names and that is there have been hashed."""
+    def models_are_fingerprinted(self) -> bool:
+        """Whether every model that the recipe names and that is there has been hashed as it is."""
         recipe = self.recipe
         sft, train = recipe.sft, recipe.train
         named: list[str | None] = [recipe.teacher.model if recipe.teacher is not None else None]
@@ -234,7 +234,7 @@ class ResolvedRun:
             named.append(train.checkpoint)
         there = [Path(name) for name in named if name and Path(name).is_dir()]
         try:
-            return all(weights_are_hashed(directory) for directory in there)
+            return all(is_fingerprinted(directory) for directory in there)
         except LopdError:  # which whoever reads the model will say
             return False
 

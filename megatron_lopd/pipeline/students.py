@@ -23,10 +23,10 @@ from megatron_lopd.mcore.recompute import check_recompute
 from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, identity_of
 from megatron_lopd.training.checkpoints import checkpoint_name
+from megatron_lopd.training.data_sources import DataSource
 from megatron_lopd.training.job import ModelSetup, Segment, TrainingJob
 from megatron_lopd.training.loop import run_training
 from megatron_lopd.training.preflight import TOLERANCES, Preflight
-from megatron_lopd.training.data_sources import DataSource
 
 
 def check_trainable(model: Model, recipe: Recipe) -> None:

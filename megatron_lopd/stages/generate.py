@@ -48,4 +48,8 @@ class GenerateStage(SharedStage):
         directory = run.generate.directory
         voice = copy_files(run.teacher.directory, directory / "tokenizer", VOICE)
         files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
-        return Output(files, count_rollouts(directory), kind_of(run.generate.config.engine).versions(run.generate.config.engine))
+        return Output(
+            files,
+            count_rollouts(directory),
+            kind_of(run.generate.config.engine).versions(run.generate.config.engine),
+        )

@@ -93,8 +93,8 @@ class SftStage(Stage):
 
 def _job(run: ResolvedRun, plan: Plan) -> TrainingJob:
     from megatron_lopd.pipeline.students import model_setup
-    from megatron_lopd.training.job import Segment, TrainingJob
     from megatron_lopd.training.data_sources import CachedData
+    from megatron_lopd.training.job import Segment, TrainingJob
 
     recipe = run.recipe
     return TrainingJob(

@@ -12,8 +12,8 @@ from megatron_lopd.config import Fp8Config, GuardConfig, ParallelConfig, Trainin
 from megatron_lopd.data.batch_plan import PlanPart
 
 if TYPE_CHECKING:
-    from megatron_lopd.training.preflight import Preflight
     from megatron_lopd.training.data_sources import DataSource
+    from megatron_lopd.training.preflight import Preflight
 
 
 @dataclass(frozen=True)

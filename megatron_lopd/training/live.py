@@ -28,8 +28,8 @@ from megatron_lopd.engines.protocol import Engine, Prompted
 from megatron_lopd.engines.requests import give_back_memory
 from megatron_lopd.errors import DataError, EngineDied, EngineError
 from megatron_lopd.mcore.loader import ListedSamples
-from megatron_lopd.training.preflight import LIVE_CAUSES, check_rollouts
 from megatron_lopd.training.data_sources import ready
+from megatron_lopd.training.preflight import LIVE_CAUSES, check_rollouts
 
 if TYPE_CHECKING:
     from megatron_lopd.training.trainer import Trainer

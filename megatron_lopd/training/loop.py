@@ -42,12 +42,12 @@ from megatron_lopd.ops.kernel_trial import agree
 from megatron_lopd.runtime.signals import StopSignals
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
 from megatron_lopd.training.consensus import any_rank
+from megatron_lopd.training.data_sources import Batches
 from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
 from megatron_lopd.training.job import TrainingJob
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.reporter import Reporter
 from megatron_lopd.training.saving import Saver, load_checkpoint, newest_checkpoint
-from megatron_lopd.training.data_sources import Batches
 from megatron_lopd.training.step import run_micro_batches
 from megatron_lopd.training.trainer import Trainer
 

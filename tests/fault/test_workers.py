@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from megatron_lopd.cli import main
-from megatron_lopd.engines.transformers_engine import TransformersEngine
 from megatron_lopd.engines.protocol import Prompted
+from megatron_lopd.engines.transformers_engine import TransformersEngine
 from megatron_lopd.errors import EngineDied
 from megatron_lopd.pipeline import workers as sharing
 from megatron_lopd.runtime import claims as claims_module
@@ -293,7 +293,9 @@ def test_status_tells_who_is_at_work_on_what(
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
     assert main(["status", "recipe.yaml"]) == 0
-    assert "the process is gone, its shard waits to be taken over" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "rollout    begun, nobody at work: " in out
+    assert "the process is gone, its shard waits to be taken over" in out
 
 
 def test_several_workers_on_this_machine_are_started_by_a_setting(

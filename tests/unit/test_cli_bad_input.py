@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_lopd import cli
 from megatron_lopd.cli import main
+from megatron_lopd.errors import ConfigError
 from tests.pipeline import write_recipe
 
 
@@ -50,8 +55,14 @@ GOOD_LINE = '{"prompt": "1+2+3+4+5+6"}\n'
 CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
     "misspelt key": (lambda: None, ["train.optimiser.lr=1"], 2, ["train.optimiser", "train.optimizer"]),
     "wrong type": (lambda: None, ["seed=x"], 2, ["seed", "expected int"]),
-    "no such teacher": (lambda: None, ["teacher.model=nowhere"], 2, ["nowhere", "config.json", "give a"]),
-    "no such prompts": (lambda: None, [FROM_FILE], 1, ["p.jsonl", "No such file"]),
+    "no such teacher": (
+        lambda: None,
+        ["teacher.model=nowhere"],
+        2,
+        ["teacher.model: nowhere", "give a"],
+    ),
+    "no such student": (lambda: None, ["student.model=nowhere"], 2, ["student.model: nowhere"]),
+    "no such prompts": (lambda: None, [FROM_FILE], 1, ["prompts.opd.path: p.jsonl", "No such file"]),
     "empty prompts": (write("p.jsonl", ""), [FROM_FILE], 1, ["p.jsonl", "empty"]),
     "malformed line": (write("p.jsonl", GOOD_LINE + "{oops\n"), [FROM_FILE], 1, ["p.jsonl:2", "JSON"]),
     "a line without a prompt": (
@@ -150,6 +161,37 @@ def test_damaged_files_are_named(
     Path(path).write_text(content)
     assert main(["run", "recipe.yaml"]) == code
     assert path.split("/")[0] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_run_dir_that_cannot_be_written_is_found_before_anything_runs(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access  # root may write everywhere
+
+    def refusing(path: str, mode: int) -> bool:
+        return Path(path).name != "store" and access(path, mode)
+
+    monkeypatch.setattr(os, "access", refusing)
+    (root / "store").mkdir()
+    for command in (["run", "recipe.yaml"], ["run", "recipe.yaml", "--dry-run"], ["doctor", "recipe.yaml"]):
+        assert main([*command, "run_dir=store/runs/first"]) == 2
+        assert f"run_dir: {root / 'store'} cannot be written" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_fault_of_what_was_being_loaded(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*unused: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:  # as libraries do while they import
+            raise ConfigError("teacher: the model does not load") from None
+
+    monkeypatch.setattr(cli, "load_recipe", load)
+    assert main(["run", "recipe.yaml"]) == 130
+    assert capsys.readouterr().err == "lopd run: interrupted: run the same command again to go on\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_stages_out_of_order_say_which_to_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

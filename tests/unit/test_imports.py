@@ -73,11 +73,11 @@ assert code == 0, code
 """
 
 
-def modules_after(program: str, *arguments: str | Path) -> set[str]:
-    """The names in sys.modules once `program` has run; what it printed is left out."""
+def modules_after(program: str, *arguments: str | Path, cwd: Path | None = None) -> set[str]:
+    """The names in sys.modules once `program` has run in `cwd`; what it printed is left out."""
     report = f"{program}\nimport json, sys\nprint()\nprint(json.dumps(sorted(sys.modules)))"
     command = [sys.executable, "-W", "ignore", "-c", report, *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=cwd)
     return set(json.loads(ended.stdout.splitlines()[-1]))
 
 
@@ -87,7 +87,13 @@ def test_a_trainer_rank_imports_what_it_trains_with_and_nothing_more(tmp_path: P
     assert not sorted(imported & NOT_FOR_TRAINING.keys())
 
 
-@pytest.mark.parametrize("command", ["--help", "train", "status", "plan"])
+def test_the_package_imports_no_more_than_its_hooks() -> None:
+    imported = modules_after("import megatron_lopd as lopd; lopd.Run, lopd.read_rollouts")
+    assert "megatron_lopd.api" in imported
+    assert not sorted(imported & NOT_FOR_ASKING)
+
+
+@pytest.mark.parametrize("command", ["--help", "train", "status", "plan", "a misspelt key"])
 def test_a_command_that_only_asks_imports_no_torch(tmp_path: Path, command: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -101,6 +107,7 @@ def test_a_command_that_only_asks_imports_no_torch(tmp_path: Path, command: str)
         "train": ["train", "--help"],
         "status": ["status", recipe],
         "plan": ["plan", recipe, "--gpus", "h100:8", "parallel.recompute=selective"],
+        "a misspelt key": ["run", recipe, "train.stepz=3"],
     }.get(command, [command])
     imported = modules_after(COMMAND, *arguments)
     assert "megatron_lopd.cli" in imported

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_lopd.errors import StopRequested
+from megatron_lopd.errors import ConfigError, StopRequested
 from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
 
 
@@ -107,3 +107,19 @@ def test_what_else_finalizers_raise_is_reported_as_before(monkeypatch: pytest.Mo
     with stopping_at_once("enough"):
         _Broken()
     assert reported == ["in a finalizer"]
+
+
+def test_a_stop_that_is_taken_for_another_error_is_a_stop() -> None:
+    """As libraries do while they import: a tokenizer then does not load."""
+
+    def load() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except StopRequested:
+            raise ConfigError("its tokenizer does not load") from None
+
+    with pytest.raises(StopRequested, match="asked"), stopping_at_once("asked"):
+        load()
+    with pytest.raises(ConfigError), stopping_at_once("asked"):
+        raise ConfigError("its tokenizer does not load")
