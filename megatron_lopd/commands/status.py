@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron_lopd.artifacts.manifest import is_committed, load_manifest
 from megatron_lopd.config import Recipe
+from megatron_lopd.loggers import METRICS_FILE
 from megatron_lopd.pipeline.stage import PLAN_FILE, directory_of
 from megatron_lopd.runtime.claims import CLAIMS, ClaimState, Owner, announced, claim_path, read_claims
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.stages.table import STAGES
-from megatron_lopd.training.loggers import METRICS_FILE
 
 INDENT = " " * 11
 

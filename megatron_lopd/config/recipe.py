@@ -123,6 +123,7 @@ class TrainingConfig:
         operational=True,
     )
     max_skipped_steps: int = key("steps skipped for non-finite gradients before the run stops", 3)
+    loggers: tuple[str, ...] = key("what writes the metrics", ("jsonl", "tensorboard"), operational=True)
 
     section = "training"
 
@@ -140,6 +141,14 @@ class TrainingConfig:
         )
         for name in ("global_batch_size", "micro_batch_tokens", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"{self.section}.{name} must be at least 1")
+        require(
+            "jsonl" in self.loggers,
+            f"{self.section}.loggers: jsonl is not among them, and report and status read it: add it",
+        )
+        require(
+            len(set(self.loggers)) == len(self.loggers),
+            f"{self.section}.loggers: one is named twice: keep one of it",
+        )
         require(self.max_skipped_steps >= 0, f"{self.section}.max_skipped_steps must be at least 0")
 
 

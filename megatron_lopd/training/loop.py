@@ -113,7 +113,7 @@ def run_training(job: TrainingJob) -> Progress:
     with (
         StopSignals() as stop,
         model_parallel(job.parallel, job.seed) as ranks,
-        Reporter(job.name, job.work_dir, ranks.rank) as reporter,
+        Reporter(job.name, job.work_dir, ranks.rank, job.config.loggers) as reporter,
     ):
         for line in notices(job.precision):
             reporter.note(line)
