@@ -249,7 +249,7 @@ def read_metrics(directory: str | Path) -> dict[str, NDArray[np.float64]]:
     """What a stage that trains measured at each step: float64 [steps] by name, NaN where there is none."""
     import numpy as np
 
-    from megatron_lopd.training.loggers import METRICS_FILE
+    from megatron_lopd.loggers import METRICS_FILE
 
     path = Path(directory) / METRICS_FILE
     if not path.is_file():

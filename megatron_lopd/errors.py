@@ -69,6 +69,10 @@ class DriftError(NumericsError):
         self.last_good = last_good
 
 
+class LoggerError(LopdError):
+    """A logger cannot write a step's metrics."""
+
+
 class StopRequested(LopdError):  # noqa: N818 - a wish, not an error
     """The run was asked to stop; its checkpoint is saved and the same command resumes it."""
 

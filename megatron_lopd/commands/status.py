@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lopd.errors import LineageError
+from megatron_lopd.loggers import METRICS_FILE
 from megatron_lopd.pipeline.execute import why_changed
 from megatron_lopd.pipeline.plan_file import PLAN_FILE
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -17,7 +18,6 @@ from megatron_lopd.runtime.claims import CLAIMS, ClaimState, announced, claim_pa
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.runtime.owner import Owner
 from megatron_lopd.stages.table import STAGES
-from megatron_lopd.training.loggers import METRICS_FILE
 
 INDENT = " " * 11
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,11 @@ from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.prompts.prompt import Message
 
 Tokens = NDArray[np.int32]
+
+# What a template that asks for today's date is told, so that a prompt is the same whenever it is rendered: in
+# the shards before and after midnight, in training and in evaluation. It is the date that Llama 3.2's own
+# template falls back on, the best known of those that ask.
+TODAY = datetime.datetime(2024, 7, 26)
 
 
 def end_tokens(model_dir: str, tokenizer: Any) -> frozenset[int]:
@@ -45,6 +51,19 @@ def end_tokens(model_dir: str, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
+def without_clock(template: str) -> str:
+    """A chat template whose `strftime_now`, which transformers lets read the clock, is of TODAY.
+
+    One that does not ask is left as it is. No function can be handed to a template, so this is a macro before
+    it; the template's first line is its first line still, for Jinja2 to trim.
+    """
+    if "strftime_now" not in template:
+        return template
+    known = [f"%{pad}{letter}" for pad in ("", "-") for letter in "aAbBcdeDFHIjmMpSTuUwWxXyYZ"]
+    filters = "".join(f"|replace('{each}', '{TODAY.strftime(each)}')" for each in [*known, "%%"])
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
+
+
 class Chat:
     """A Hugging Face directory's tokenizer with a chat template and end tokens, all three required.
 
@@ -67,6 +86,7 @@ class Chat:
             raise ConfigError(
                 f"{model_dir}: the tokenizer has no chat template: add chat_template.jinja to the directory"
             )
+        self._template = without_clock(self.tokenizer.get_chat_template())
         self.end_tokens = end_tokens(model_dir, self.tokenizer)
 
     def prompt(self, messages: Sequence[Message], name: str, max_tokens: int) -> Tokens:
@@ -134,7 +154,10 @@ class Chat:
     def _render(self, messages: Sequence[Message], name: str, open_turn: bool) -> str:
         try:
             rendered: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=open_turn
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=open_turn,
+                chat_template=self._template,
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise DataError(f"{name}: the chat template refuses it: {_first_line(error)}") from error

@@ -1,19 +1,10 @@
-"""What writes the metrics, by name."""
+"""Where a step's metrics go."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
+from megatron_lopd.loggers.jsonl import METRICS_FILE, JsonLinesLogger
+from megatron_lopd.loggers.logger import Logger, Loggers
+from megatron_lopd.loggers.tensorboard import TensorBoardLogger
 from megatron_lopd.registry import LOGGERS
 
+__all__ = ["METRICS_FILE", "Logger", "Loggers"]
 
-@dataclass(frozen=True)
-class LoggerKind:
-    name: str
-    caption: str
-
-
-LOGGERS.add(
-    LoggerKind("jsonl", "metrics.jsonl, a line a step"),
-    LoggerKind("tensorboard", "TensorBoard's event files"),
-)
+LOGGERS.add(JsonLinesLogger, TensorBoardLogger)

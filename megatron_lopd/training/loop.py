@@ -83,7 +83,7 @@ def _run_training(job: TrainingJob) -> Progress:
     with (
         StopSignals() as stop,
         model_parallel(setup.parallel, setup.seed) as ranks,
-        Reporter(job.name, job.work_dir, ranks.rank) as reporter,
+        Reporter(job.name, job.work_dir, ranks.rank, job.config.loggers) as reporter,
     ):
         for line in notices(setup.precision):
             reporter.note(line)

@@ -1,22 +1,23 @@
-"""What a run tells the world: its metrics files and its progress, from rank 0."""
+"""What a run tells the world: its metrics, by its loggers, and its progress; from rank 0."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from megatron_lopd.errors import LoggerError
+from megatron_lopd.loggers import Loggers
 from megatron_lopd.runtime.display import ProgressDisplay
-from megatron_lopd.training.loggers import MetricsLog
 
 
 class Reporter:
     """Every rank calls it alike; only rank 0 writes. Open from `begin` to the end of the `with` block."""
 
-    def __init__(self, label: str, directory: Path, rank: int) -> None:
+    def __init__(self, label: str, directory: Path, rank: int, loggers: Sequence[str]) -> None:
         self._display = ProgressDisplay(label, "step") if rank == 0 else None
-        self._directory = directory
-        self._log: MetricsLog | None = None
+        self._label, self._directory = label, directory
+        self._loggers = Loggers(loggers) if rank == 0 else None
 
     def __enter__(self) -> Reporter:
         return self
@@ -24,10 +25,14 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._log is not None:
-            self._log.close()
         if self._display is not None:
             self._display.close()
+        try:
+            if self._loggers is not None:
+                self._loggers.close()
+        except LoggerError:
+            if error is None:  # else what ended the run is told
+                raise
 
     def note(self, text: str) -> None:
         """A line to the user."""
@@ -36,18 +41,18 @@ class Reporter:
 
     def begin(self, done_steps: int, total_steps: int) -> None:
         """Start after `done_steps`; metrics of later steps, from an attempt that was cut off, are dropped."""
-        if self._display is not None:
+        if self._display is not None and self._loggers is not None:
             self._display.begin(done_steps, total_steps)
-            self._log = MetricsLog(self._directory, done_steps)
+            self._loggers.open(self._directory, done_steps, self._label)
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """Record a step ; `metrics` has at least step, loss and tokens_per_s."""
-        if self._display is not None and self._log is not None:
-            self._log.write(metrics)
+        """Record a step; `metrics` has at least step, loss and tokens_per_s."""
+        if self._display is not None and self._loggers is not None:
+            self._loggers.write(metrics)
             detail = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s']:,.0f} tokens/s"
             self._display.update(int(metrics["step"]), detail)
 
     def sync(self) -> None:
         """Put the metrics on the disk."""
-        if self._log is not None:
-            self._log.sync()
+        if self._loggers is not None:
+            self._loggers.sync()

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_lopd.data.chat import Chat
+from megatron_lopd.data.chat import Chat, without_clock
 from megatron_lopd.errors import ConfigError, DataError
 
 VOCABULARY = ["<pad>", "<|end|>", "<|turn|>", "user", "assistant", "\n", *"0123456789+=abc", "?", "stop"]
@@ -46,6 +46,17 @@ def test_prompt_and_conversation(tmp_path: Path) -> None:
     assert text(response) == ["=", "2", "<|end|>"]
     assert prompt.tolist() == chat.prompt(CONVERSATION[:1], "s", 100).tolist()
     assert chat.decode(response) == "=2"
+
+
+def test_prompts_do_not_depend_on_the_clock(tmp_path: Path) -> None:
+    """As Llama 3.2's template asks; the digits are in the vocabulary, and transformers tells today's."""
+    dated = (
+        "  {% if strftime_now is defined %}{% set today = strftime_now('%Y+%-m+%d') %}"
+        "{% endif %}\n{{ today }}" + TEMPLATE
+    )
+    prompt = "".join(text(Chat(model_dir(tmp_path, dated)).prompt(CONVERSATION[:1], "s", 100)))
+    assert prompt.startswith("2024+7+26<|turn|>")
+    assert without_clock(TEMPLATE) == TEMPLATE
 
 
 def test_end_tokens_come_from_both_files(tmp_path: Path) -> None:

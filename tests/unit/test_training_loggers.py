@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_lopd.config import SftConfig, TrainConfig
+from megatron_lopd.errors import ConfigError, LoggerError
+from megatron_lopd.loggers import METRICS_FILE, Logger, Loggers
+from megatron_lopd.registry import LOGGERS
 from megatron_lopd.runtime import display as progress
 from megatron_lopd.runtime.display import ProgressDisplay, duration
-from megatron_lopd.training.loggers import METRICS_FILE, MetricsLog
 
 
 def lines(directory: Path) -> list[dict[str, float | None]]:
@@ -18,14 +22,16 @@ def lines(directory: Path) -> list[dict[str, float | None]]:
 
 
 def test_reopening_at_a_step_drops_what_came_after_it(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
+    log = Loggers(["jsonl", "tensorboard"])
+    log.open(tmp_path, 0, "train")
     for step in (1, 2, 3):
         log.write({"step": step, "loss": math.nan if step == 2 else 0.5})
     log.close()
     with (tmp_path / METRICS_FILE).open("a") as stream:
         stream.write('{"step": 4, "lo')  # a kill in the middle of a line
 
-    log = MetricsLog(tmp_path, 2)
+    log = Loggers(["jsonl", "tensorboard"])
+    log.open(tmp_path, 2, "train")
     log.write({"step": 3, "loss": 0.25})
     log.sync()
     log.close()
@@ -35,6 +41,41 @@ def test_reopening_at_a_step_drops_what_came_after_it(tmp_path: Path) -> None:
         {"step": 3, "loss": 0.25},
     ]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+class Broken(Logger):
+    name, caption = "broken", "nowhere"
+    closed = False
+
+    def open(self, directory: Path, resumed_step: int, job: str) -> None:
+        pass
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        raise RuntimeError("no route\nto host")
+
+    def close(self) -> None:
+        Broken.closed = True
+
+
+def test_a_logger_that_fails_is_one_line_and_the_others_are_closed(tmp_path: Path) -> None:
+    LOGGERS.add(Broken)
+    log = Loggers(["jsonl", "broken"])
+    log.open(tmp_path, 0, "train")
+    with pytest.raises(LoggerError, match="the logger broken cannot write: no route to host: mend"):
+        log.write({"step": 1, "loss": 0.5})
+    log.close()
+    assert Broken.closed
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
+    (tmp_path / "file").touch()
+    with pytest.raises(LoggerError, match="the logger jsonl cannot write: "):
+        Loggers(["jsonl"]).open(tmp_path / "file", 0, "train")
+
+
+def test_what_the_report_reads_is_always_written() -> None:
+    with pytest.raises(ConfigError, match=r"train\.loggers: jsonl is not among them, and report and status"):
+        TrainConfig(steps=1, loggers=("tensorboard",))
+    with pytest.raises(ConfigError, match=r"sft\.loggers: one is named twice"):
+        SftConfig(steps=1, loggers=("jsonl", "jsonl"))
 
 
 @given(st.integers(0, 10**6))
