@@ -51,6 +51,8 @@ class ContainerConfig:
 class Cluster:
     """A SLURM cluster: whom to ask for nodes, what a node has, and how a job finds its Python."""
 
+    launcher: str = key("what queues the jobs", "slurm")
+    allow_user_code: bool = key("import a launcher of yours, which launcher names as module:name", False)
     partition: str | None = key("partition; empty: the cluster's default", None)
     account: str | None = key("account to charge", None)
     qos: str | None = key("quality of service", None)

@@ -15,6 +15,7 @@ import yaml
 from megatron_lopd.config.cluster import Cluster
 from megatron_lopd.config.recipe import Recipe
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.registry import LAUNCHERS, allowing_user_code
 
 T = TypeVar("T")
 
@@ -54,7 +55,10 @@ def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster file. Raises ConfigError as `load_recipe` does."""
     raw = _unshared(_read_yaml(Path(path), "cluster file"))
     try:
-        return _build(Cluster, raw, "")
+        with allowing_user_code(raw.get("allow_user_code") is True):
+            cluster = _build(Cluster, raw, "")
+            LAUNCHERS[cluster.launcher]  # ConfigError where there is none
+        return cluster
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -366,7 +366,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _text(state: ClaimState) -> str:
-    return json.dumps(asdict(state))
+    return json.dumps(vars(state) | {"owner": vars(state.owner)})
 
 
 def _write(directory: Path, path: Path, text: str) -> None:
