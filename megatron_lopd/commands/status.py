@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_lopd.artifacts.manifest import is_committed, load_manifest
 from megatron_lopd.config import Recipe
 from megatron_lopd.pipeline.stage import PLAN_FILE, directory_of
-from megatron_lopd.runtime.claims import CLAIMS, ClaimState, announced, claim_path, read_claims
+from megatron_lopd.runtime.claims import ClaimState, announced, claim_path, claimed_places, read_claims
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.runtime.owner import Owner
 from megatron_lopd.stages.table import STAGES
@@ -31,8 +31,8 @@ def describe_run(recipe: Recipe) -> Iterator[str]:
             state = ["committed"]
             if counts:
                 state[0] += ": " + ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
-        elif stage.share is not None and any(directory.rglob(CLAIMS)):
-            state = list(_shared(directory))
+        elif stage.share is not None and (places := claimed_places(directory)):
+            state = list(_shared(places))
         elif (directory / METRICS_FILE).is_file():
             config = recipe.sft if stage.name == "sft" else recipe.train
             state = [_training(directory, config.steps if config is not None else None)]
@@ -42,13 +42,13 @@ def describe_run(recipe: Recipe) -> Iterator[str]:
         yield from (INDENT + line for line in state[1:])
 
 
-def _shared(directory: Path) -> Iterator[str]:
+def _shared(places: Sequence[Path]) -> Iterator[str]:
     """A stage that workers share: how much is there, who is at work, and what has failed."""
     here = Owner.here()
     shards = done = parts = samples = 0
     working: list[tuple[Path, ClaimState]] = []
     failures: list[ClaimState] = []
-    for place in sorted(path.parent for path in directory.rglob(CLAIMS)):
+    for place in places:
         expected = announced(place)
         there = expected.keys() & os.listdir(place)
         parts, shards = parts + len(expected), shards + len(there)
