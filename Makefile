@@ -48,7 +48,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck --external-sources .ci/run tools/gpu/check.sh $(wildcard launcher/*.sh launcher/*.sbatch)
+	$(BIN)/shellcheck --external-sources .ci/run tools/gpu/check.sh $(wildcard megatron_lopd/launchers/*.sh)
 	$(BIN)/hadolint Dockerfile
 
 $(VENV)/bin/python:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a recipe on a SLURM cluster: one job a stage, each behind the one before."""
+"""Run a recipe on a cluster: one job a stage, each behind the one before."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_lopd.config import load_cluster, load_recipe
-from megatron_lopd.errors import ConfigError, LopdError
-
-LIBRARY = Path(__file__).resolve().parent / "lib.sh"
+try:
+    from megatron_lopd.config import load_cluster, load_recipe
+    from megatron_lopd.errors import LopdError
+    from megatron_lopd.registry import LAUNCHERS
+except ModuleNotFoundError as error:
+    print(f"submit: {error}: run it in the environment that megatron-lopd is installed in", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> int:
@@ -35,28 +38,29 @@ def _submit(options: argparse.Namespace) -> list[str]:
     recipe = load_recipe(options.recipe, options.overrides)
     cluster = load_cluster(options.cluster)
     # These import torch, which takes seconds: a misspelt key need not wait for it.
-    from megatron_lopd.slurm.jobs import jobs_of
-    from megatron_lopd.slurm.queue import check, submit
-    from megatron_lopd.slurm.script import Submission, render
+    from megatron_lopd.launchers import Submission
+    from megatron_lopd.launchers.checks import check_cluster, check_recipe
+    from megatron_lopd.launchers.jobs import jobs_of
 
+    launcher = LAUNCHERS[cluster.launcher]()
     submission = Submission(
+        launcher=launcher.name,
         run_dir=Path(os.path.abspath(recipe.run_dir)),
         work_dir=Path.cwd(),
         recipe=Path(os.path.abspath(options.recipe)),
         overrides=options.overrides,
+        is_from_root=os.path.isabs(recipe.run_dir),
     )
-    if cluster.container and cluster.container.workdir and not os.path.isabs(recipe.run_dir):
-        raise ConfigError(
-            f"container.workdir={cluster.container.workdir} would move run_dir={recipe.run_dir}: give "
-            "run_dir from the root, or leave workdir empty"
-        )
     jobs = jobs_of(recipe, cluster)
     if not jobs:
         return [f"nothing to do: every stage in {submission.run_dir} is committed"]
     if options.dry_run:
-        return [f"# {job.name}.sbatch\n{render(job, submission, cluster)}" for job in jobs]
-    notes = check(jobs, recipe, cluster, submission)
-    return [*notes, *submit(jobs, cluster, submission, LIBRARY)]
+        scripts = launcher.scripts(jobs, cluster, submission)
+        return [f"# {name}\n{text}" for name, text in scripts.items()]
+    check_cluster(cluster, submission)
+    launcher.check(jobs, cluster, submission)
+    notes = check_recipe(jobs, recipe)
+    return [*notes, *launcher.submit(jobs, cluster, submission)]
 
 
 if __name__ == "__main__":

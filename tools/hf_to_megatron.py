@@ -10,8 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_lopd.convert.offline import hf_to_megatron
-from megatron_lopd.errors import LopdError
+try:
+    from megatron_lopd.convert.offline import hf_to_megatron
+    from megatron_lopd.errors import LopdError
+except ModuleNotFoundError as error:
+    print(
+        f"hf_to_megatron: {error}: run it in the environment that megatron-lopd is installed in",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def main() -> int:

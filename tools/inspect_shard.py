@@ -11,8 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_lopd.commands.inspection import describe_shard
-from megatron_lopd.errors import LopdError
+try:
+    from megatron_lopd.commands.inspection import describe_shard
+    from megatron_lopd.errors import LopdError
+except ModuleNotFoundError as error:
+    print(
+        f"inspect_shard: {error}: run it in the environment that megatron-lopd is installed in",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def main() -> int:

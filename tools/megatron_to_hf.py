@@ -11,8 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_lopd.convert.offline import megatron_to_hf
-from megatron_lopd.errors import LopdError
+try:
+    from megatron_lopd.convert.offline import megatron_to_hf
+    from megatron_lopd.errors import LopdError
+except ModuleNotFoundError as error:
+    print(
+        f"megatron_to_hf: {error}: run it in the environment that megatron-lopd is installed in",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def main() -> int:

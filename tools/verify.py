@@ -11,8 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_lopd.commands.verify import verify_path
-from megatron_lopd.errors import LopdError
+try:
+    from megatron_lopd.commands.verify import verify_path
+    from megatron_lopd.errors import LopdError
+except ModuleNotFoundError as error:
+    print(f"verify: {error}: run it in the environment that megatron-lopd is installed in", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> int:

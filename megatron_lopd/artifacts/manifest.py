@@ -9,7 +9,9 @@ The file itself carries its id and has one spelling only, so that no byte of it 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -231,6 +233,12 @@ def verify_files(directory: Path, manifest: Manifest, since: int | None = None) 
 
 
 def clear_temporaries(directory: Path) -> None:
-    """Remove what a killed writer left under temporary names, anywhere below `directory`."""
-    for path in sorted(directory.rglob(f"{TEMPORARY_PREFIX}*")):
-        remove(path)  # it may have been in a directory just removed
+    """Remove what a killed writer left under temporary names, anywhere below `directory`.
+
+    Several may do so at once: what is gone by then is no error.
+    """
+    for place, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            if name.startswith(TEMPORARY_PREFIX):
+                with suppress(FileNotFoundError):
+                    remove(Path(place, name))

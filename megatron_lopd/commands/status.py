@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_lopd.errors import LineageError
@@ -14,7 +14,7 @@ from megatron_lopd.pipeline.execute import why_changed
 from megatron_lopd.pipeline.plan_file import PLAN_FILE
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import SharedStage, Stage
-from megatron_lopd.runtime.claims import CLAIMS, ClaimState, announced, claim_path, read_claims
+from megatron_lopd.runtime.claims import ClaimState, announced, claim_path, claimed_places, read_claims
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.runtime.owner import Owner
 from megatron_lopd.stages.table import STAGES
@@ -30,8 +30,8 @@ def describe_run(run: ResolvedRun) -> Iterator[str]:
         directory = run.directory_of(stage.name)
         if run.is_committed(stage.name):
             state = _committed(stage, run)
-        elif isinstance(stage, SharedStage) and any(directory.rglob(CLAIMS)):
-            state = list(_shared(directory))
+        elif isinstance(stage, SharedStage) and (places := claimed_places(directory)):
+            state = list(_shared(places))
         elif (directory / METRICS_FILE).is_file():
             config = run.recipe.sft if stage.name == "sft" else run.recipe.train
             state = [_training(directory, config.steps if config is not None else None)]
@@ -54,13 +54,13 @@ def _committed(stage: Stage, run: ResolvedRun) -> list[str]:
     return [f"{state}, {whose}", str(reason)]
 
 
-def _shared(directory: Path) -> Iterator[str]:
+def _shared(places: Sequence[Path]) -> Iterator[str]:
     """A stage that workers share: how much is there, who is at work, and what has failed."""
     here = Owner.here()
     shards = done = parts = samples = 0
     working: list[tuple[Path, ClaimState]] = []
     failures: list[ClaimState] = []
-    for place in sorted(path.parent for path in directory.rglob(CLAIMS)):
+    for place in places:
         expected = announced(place)
         there = expected.keys() & os.listdir(place)
         parts, shards = parts + len(expected), shards + len(there)

@@ -25,17 +25,18 @@ def open_shards(kind: ShardKind[Record], directory: Path) -> ShardReader[Record]
 
     Raises DataError when there are none, or when one is missing in between.
     """
-    return ShardReader(kind, _shard_paths(kind, directory))
+    return ShardReader(kind, shard_paths(kind, directory))
 
 
 def open_scores(directory: Path) -> ShardReader[Score]:
     """The scores of an artifact, all with the k of its first shard. Raises as `open_shards`."""
-    paths = _shard_paths(SCORES, directory)
+    paths = shard_paths(SCORES, directory)
     kind = kind_of(paths[0])
     return ShardReader(kind if kind.name == SCORES.name else SCORES, paths)
 
 
-def _shard_paths(kind: ShardKind[Record], directory: Path) -> list[Path]:
+def shard_paths(kind: ShardKind[Record], directory: Path) -> list[Path]:
+    """The shards of a kind in an artifact, in order of their numbers. Raises as `open_shards`."""
     paths = sorted(directory.glob(f"{kind.name}-*.arrow"))
     if not paths:
         raise DataError(f"{directory}: there are no {kind.name} shards ({shard_name(kind, 0)}, ...)")

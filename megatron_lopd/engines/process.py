@@ -28,6 +28,8 @@ from megatron_lopd.engines.kind import kind_of
 from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied, EngineError
 from megatron_lopd.runtime import environment
+from megatron_lopd.runtime.claims import PATIENCE_SECONDS
+from megatron_lopd.runtime.display import duration
 
 # A process whose pipe has closed is as good as gone: how long its exit code may take to appear.
 EXIT_SECONDS = 30.0
@@ -84,7 +86,8 @@ class EngineProcess:
         deadline = time.monotonic() + GROUP_SECONDS
         with suppress(ProcessLookupError):  # there is nobody left
             os.killpg(self.pid, signal.SIGKILL)
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # in a driver's hands, say: it goes when they let go
+                self._process.wait(GROUP_SECONDS)
             while time.monotonic() < deadline:  # a zombie that nobody collects would stay for ever
                 os.killpg(self.pid, 0)
                 time.sleep(POLL_SECONDS)
@@ -94,7 +97,8 @@ class EngineProcess:
         self._receive()
 
     def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
-        """As `Engine.score`. Raises EngineDied too, when a signal killed the process or it hangs."""
+        """As `Engine.score`. Raises EngineDied too, when a signal killed the process, or no answer came from
+        it for PATIENCE_SECONDS."""
         return self._ask("score", list(rollouts), top_k)
 
     def generate(
@@ -126,6 +130,12 @@ class EngineProcess:
 
     def _receive(self) -> Any:
         try:
+            if not self._pipe.poll(PATIENCE_SECONDS):
+                self._kill()
+                raise EngineDied(
+                    f"{self._name}'s process (pid {self.pid}) has not answered in "
+                    f"{duration(PATIENCE_SECONDS)}, and was killed"
+                )
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             raise self._ended() from None

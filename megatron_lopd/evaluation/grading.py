@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lopd.config import EvaluateConfig
-from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
+from megatron_lopd.evaluation.verdicts import Marker
 from megatron_lopd.graders import Grader, Verdict, open_grader
 from megatron_lopd.pipeline.encoded import encode, longest_prompt
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -80,13 +79,14 @@ def answering(
     directory: Path,
     label: str,
 ) -> Iterator[Work]:
-    """The work of answering every prompt, into `directory`/sampled and /greedy.
+    """The work of answering every prompt, into `directory`/sampled and /greedy, and of grading the answers.
 
     Every model is given the same draws, to be compared on equal luck.
     """
     greedy = replace(settings.sampling, temperature=0.0, samples_per_prompt=1)
     limit = longest_prompt(model_dir, settings.sampling, None)
     encoded = encode(prompts, model_dir, limit, settings.engine.trust_remote_code)
+    marker = Marker(prompts, model_dir, settings.engine.trust_remote_code)
     for mode, sampling in (("sampled", settings.sampling), ("greedy", greedy)):
         job = SamplingJob(
             model_dir=model_dir,
@@ -97,7 +97,13 @@ def answering(
             stream=f"evaluate {mode}",
             label=f"evaluate {label} {mode}",
         )
-        yield rollout_work(job, directory / mode)
+        yield _with_grading(rollout_work(job, directory / mode), marker, settings.grader)
+
+
+def _with_grading(work: Work, marker: Marker, grader: str) -> Work:
+    """The same work, where each shard is graded too once it is there."""
+    graded = [marker.part(part.path, grader, work.directory) for part in work.parts]
+    return replace(work, parts=[each for pair in zip(work.parts, graded, strict=True) for each in pair])
 
 
 def grade_model(
@@ -111,8 +117,9 @@ def grade_model(
 ) -> Grades:
     """Answer every prompt into `directory`, and grade what comes out."""
     make_parts(list(answering(model_dir, prompts, settings, seed, directory, label)))
+    grades = grade_answers(directory, model_dir, prompts, settings, grader)
     remove_claims(directory)
-    return grade_answers(directory, model_dir, prompts, settings, grader)
+    return grades
 
 
 def grade_answers(
@@ -140,17 +147,10 @@ def graded(
 ) -> dict[str, list[Verdict]]:
     """The grader's verdict on each response to each prompt in a directory of rollouts, by prompt id.
 
-    `voice_dir` has the tokenizer that turns them into text.
+    Those that workers have kept beside their claims are taken as they are. `voice_dir` has the tokenizer that
+    turns responses into text.
     """
-    by_id = {prompt.id: prompt for prompt in prompts}
-    chat = Chat(str(voice_dir), trust_remote_code)
-    verdicts: dict[str, list[Verdict]] = defaultdict(list)
-    for rollout in open_shards(ROLLOUTS, directory):
-        prompt = by_id[rollout.sample_id.rpartition("/")[0]]
-        ended = rollout.finish_reason == "stop"
-        verdict = grader.grade(prompt, chat.decode(rollout.response_tokens)) if ended else Verdict(False)
-        verdicts[prompt.id].append(verdict)
-    return verdicts
+    return Marker(prompts, voice_dir, trust_remote_code).by_prompt(directory, grader, directory)
 
 
 def _grades(directory: Path, sampled: dict[str, list[Verdict]], greedy: dict[str, list[Verdict]]) -> Grades:

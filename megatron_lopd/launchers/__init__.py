@@ -1,16 +1,9 @@
-"""What queues jobs on a cluster, by name."""
+"""What puts a recipe's stages into a queue, by the name that a cluster file calls it."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
+from megatron_lopd.launchers.launcher import Job, Launcher, Submission
+from megatron_lopd.launchers.slurm import Slurm
 from megatron_lopd.registry import LAUNCHERS
 
+__all__ = ["Job", "Launcher", "Slurm", "Submission"]
 
-@dataclass(frozen=True)
-class LauncherKind:
-    name: str
-    caption: str
-
-
-LAUNCHERS.add(LauncherKind("slurm", "sbatch, a script a stage"))
+LAUNCHERS.add(Slurm)

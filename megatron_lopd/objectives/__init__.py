@@ -19,9 +19,9 @@ from megatron_lopd.objectives.objective import (
     TokenPlaces,
     TopKLogProbs,
 )
-from megatron_lopd.objectives.sampled_reverse_kl import SampledReverseKl
+from megatron_lopd.objectives.sampled_reverse_kl import SampledReverseKl, SampledReverseKlOptions
 from megatron_lopd.objectives.topk_forward_kl import TopKForwardKl
-from megatron_lopd.objectives.topk_reverse_kl import TopKReverseKl
+from megatron_lopd.objectives.topk_reverse_kl import TopKReverseKl, TopKReverseKlOptions
 from megatron_lopd.registry import OBJECTIVES
 
 __all__ = [
@@ -30,12 +30,14 @@ __all__ = [
     "KeptLogProbs",
     "Objective",
     "SampledReverseKl",
+    "SampledReverseKlOptions",
     "Sft",
     "TokenLogProbs",
     "TokenPlaces",
     "TopKForwardKl",
     "TopKLogProbs",
     "TopKReverseKl",
+    "TopKReverseKlOptions",
     "advantages",
     "drift",
     "get_objective",

@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -115,8 +115,14 @@ def make_once(path: Path, make: Callable[[], None]) -> None:
 
 def remove_claims(directory: Path) -> None:
     """Forget all claims on the parts of an artifact, once it is committed. Several may do so at once."""
-    for path in sorted(directory.rglob(CLAIMS)):
-        shutil.rmtree(path, ignore_errors=True)
+    for place in claimed_places(directory):
+        shutil.rmtree(place / CLAIMS, ignore_errors=True)
+
+
+def claimed_places(directory: Path) -> list[Path]:
+    """`directory` and those below it in which parts are claimed, by name."""
+    # Not Path.rglob: it stumbles over what goes while it looks.
+    return sorted(Path(place) for place, names, _ in os.walk(directory) if CLAIMS in names)
 
 
 def end_process(message: str) -> None:
@@ -366,7 +372,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _text(state: ClaimState) -> str:
-    return json.dumps(asdict(state))
+    return json.dumps(vars(state) | {"owner": vars(state.owner)})
 
 
 def _write(directory: Path, path: Path, text: str) -> None:

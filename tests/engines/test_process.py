@@ -30,6 +30,7 @@ READ = '#!/bin/bash\nhead -c 1 <&"$3" > /dev/null\n'
 LINGERS = READ + 'eval "exec $3>&-"\nsleep 300 &\nsleep 300\n'
 ENDS = READ + '(eval "exec $3>&-"; exec sleep 300) &\nexit 3\n'
 WORKS = "#!/bin/bash\nsleep 300 &\nwait\n"
+HANGS = "#!/bin/bash\nexec sleep 300\n"
 
 
 def interpreter(path: Path, script: str) -> EngineConfig:
@@ -57,6 +58,16 @@ def test_a_process_that_hangs_with_its_pipe_closed_has_died(
     monkeypatch.setattr(process, "EXIT_SECONDS", 0.3)
     with EngineProcess("vLLM", interpreter(tmp_path / "python", LINGERS), "model", threads=1) as engine:
         with pytest.raises(EngineDied, match=rf"vLLM's process \(pid {engine.pid}\) stopped answering"):
+            engine.ready()
+        assert group(engine.pid) == []
+
+
+def test_a_process_that_answers_nothing_has_died_when_patience_is_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "PATIENCE_SECONDS", 0.3)
+    with EngineProcess("vLLM", interpreter(tmp_path / "python", HANGS), "model", threads=1) as engine:
+        with pytest.raises(EngineDied, match=r"has not answered in 0s, and was killed"):
             engine.ready()
         assert group(engine.pid) == []
 

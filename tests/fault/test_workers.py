@@ -75,7 +75,7 @@ def files(directory: Path) -> dict[str, bytes]:
     }
 
 
-def work(root: Path, stage: str, lease: float | None = None, slow: bool = False) -> None:
+def work(root: Path, stage: str, lease: float | None = None, slow: bool = False, hangs: bool = False) -> None:
     """A worker process: as `lopd STAGE recipe.yaml` started in `root`. It ends with that exit code."""
     os.chdir(root)
     if slow:
@@ -84,11 +84,13 @@ def work(root: Path, stage: str, lease: float | None = None, slow: bool = False)
         def slowly(*arguments: Any) -> Iterator[Any]:
             for completion in generate(*arguments):
                 Path(f"in-{stage}").touch()
-                time.sleep(0.5)
+                time.sleep(1e6 if hangs else 0.5)
                 yield completion
 
         TransformersEngine.generate = slowly  # type: ignore[method-assign]
     claims_module.POLL_SECONDS = 0.02
+    if hangs:
+        sharing.PATIENCE_SECONDS = sharing.LEASE_SECONDS = 0.5
     if lease is not None:
         sharing.Claims = functools.partial(Claims, lease=lease)  # type: ignore[assignment,misc]
     with Path("log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -173,6 +175,16 @@ def test_one_that_was_paused_is_taken_over_and_disturbs_nothing(root: Path, samp
     finally:
         os.kill(paused.pid, signal.SIGCONT)
     assert finish(paused) == 0, said(root)
+    assert files(root / "run" / "rollout") == files(sampled / "run" / "rollout")
+
+
+def test_one_whose_engine_hangs_ends_and_its_shard_is_made_by_another(root: Path, sampled: Path) -> None:
+    """Alive it is, and its heartbeats come: it would hold the shard for ever."""
+    hanging = start(root, "rollout", 0.5, True, True)
+    wait_for(in_a_shard(root, "rollout"))
+    assert finish(start(root, "rollout")) == 0
+    assert finish(hanging) == 75
+    assert "its engine hangs: the shard is left to the other workers" in said(root)
     assert files(root / "run" / "rollout") == files(sampled / "run" / "rollout")
 
 

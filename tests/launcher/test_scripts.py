@@ -13,9 +13,10 @@ import yaml
 
 from megatron_lopd.config import load_cluster, load_recipe
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.slurm.jobs import Job, jobs_of
-from megatron_lopd.slurm.queue import _check_recipe, _gpus
-from megatron_lopd.slurm.script import Submission, render
+from megatron_lopd.launchers import Job, Slurm, Submission
+from megatron_lopd.launchers.checks import check_cluster, check_recipe
+from megatron_lopd.launchers.jobs import jobs_of
+from megatron_lopd.launchers.slurm import _gpus
 from tests.pipeline import write_recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,9 +45,10 @@ def plan(root: Path, recipe: dict[str, Any], cluster: dict[str, Any] | Path) -> 
     settings = load_cluster(cluster)
     jobs = jobs_of(load_recipe(path), settings)
     where = Submission(
-        Path(recipe["run_dir"]), Path("/shared/work"), Path("/shared/r.yaml"), ["train.seed=a b"]
+        "slurm", Path(recipe["run_dir"]), Path("/shared/work"), Path("/shared/r.yaml"), ["train.seed=a b"]
     )
-    return jobs, "\n".join(f"# {job.name}.sbatch\n{render(job, where, settings)}" for job in jobs)
+    scripts = Slurm().scripts(jobs, settings, where)
+    return jobs, "\n".join(f"# {name}\n{text}" for name, text in scripts.items())
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | Path]] = {
@@ -106,10 +108,49 @@ def test_what_only_the_nodes_have_is_left_to_them(tmp_path: Path, monkeypatch: p
         checked([*inside, "rollout.sampling.max_new_tokens=640"])
 
 
+def test_fp8_layers_are_looked_for_on_the_nodes_wherever_the_recipe_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine, as a login node, has no GPU that can do them."""
+    write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    fp8 = "{name: megatron, dtype: bf16, fp8: {recipe: tensorwise}}"
+    assert checked([f"score.engine={fp8}"]) == []
+    assert checked(["score.engine.name=transformers", f"score.agreement={{engine: {fp8}}}"]) == []
+    assert checked(["precision=bf16", "fp8={recipe: tensorwise}"]) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"gpus_per_node": 8, "cpus_per_node": 4}, "cpus_per_node=4 for gpus_per_node=8"),
+        ({"mounts": ["/nowhere:/nowhere"]}, "/nowhere is not there"),
+        ({"mounts": ["/"]}, "write it as /source:/target"),
+        ({"mounts": ["data:/data"]}, "write it as /source:/target"),
+        ({"mounts": ["/etc:/etc"]}, r"run_dir is /a/run, which the container does not see .* add /a:/a"),
+        ({"mounts": ["/:/host"]}, "run_dir is /a/run, which the container does not see under that path"),
+        ({"mounts": ["/:/"]}, ""),
+        ({"mounts": ["/:/"], "workdir": "/elsewhere"}, "would move run_dir"),
+    ],
+)
+def test_a_cluster_that_cannot_be(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    plain = {"cpus_per_node": 16} | {key: keys[key] for key in keys if key.endswith("_node")}
+    container = {key: keys[key] for key in keys if not key.endswith("_node")}
+    image = {"container": {"image": "registry#image", **container}} if container else {}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(BARE | plain | image))
+    cluster = load_cluster(tmp_path / "cluster.yaml")
+    where = Submission("slurm", Path("/a/run"), Path("/a"), Path("/a/recipe.yaml"), [], is_from_root=False)
+    if not message:
+        check_cluster(cluster, where)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_cluster(cluster, where)
+
+
 def checked(overrides: list[str]) -> list[str]:
     Path("cluster.yaml").write_text(yaml.safe_dump(BARE | {"gpus_per_node": 0}))
     recipe = load_recipe("recipe.yaml", overrides)
-    return _check_recipe(jobs_of(recipe, load_cluster("cluster.yaml")), recipe)
+    return check_recipe(jobs_of(recipe, load_cluster("cluster.yaml")), recipe)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from megatron_lopd.runtime import claims as claims_module
 from megatron_lopd.runtime.claims import (
     ATTEMPTS,
     CLAIMS,
+    ClaimLost,
     Claims,
     ClaimState,
     PartFailed,
@@ -160,6 +161,44 @@ def test_what_is_given_back_is_free_and_deaths_are_no_failures(tmp_path: Path) -
     remove_claims(tmp_path)
     assert claim.is_lost(), "the artifact is committed: nothing more to publish"
     assert Claims(tmp_path).take("a.x") is not None
+
+
+def test_what_makes_no_progress_is_given_up_and_what_does_is_not(tmp_path: Path) -> None:
+    """Its heartbeat goes on: the process is there."""
+    said: list[str] = []
+    claims = Claims(tmp_path, lease=LEASE, backoff=0, patience=LEASE, hung=said.append)
+    moving, stuck = claims.take("moves.x"), claims.take("stuck.x")
+    assert moving is not None
+    assert stuck is not None
+    with moving, stuck:
+        while not said:
+            moving.progress(1, 2, 0.0, 0.0)
+            time.sleep(0.01)
+        assert read_claims(tmp_path)["stuck.x"][-1].status == "failed"
+        assert read_claims(tmp_path)["moves.x"][-1].status == "working"
+        with pytest.raises(ClaimLost):
+            stuck.progress(1, 2, 0.0, 0.0)
+        taken = Claims(tmp_path, backoff=0).take("stuck.x")
+        assert taken is not None
+    assert f"{tmp_path}/stuck.x: no progress in 1s: its engine hangs" in said[0]
+    assert [state.status for state in read_claims(tmp_path)["stuck.x"]] == ["failed", "working"]
+
+
+def test_a_part_made_at_the_first_try_leaves_nothing_and_what_failed_before_stays_known(
+    tmp_path: Path,
+) -> None:
+    claims = Claims(tmp_path, backoff=0)
+    first, second = claims.take("a.x"), claims.take("b.x")
+    assert first is not None
+    assert second is not None
+    with first, second:
+        first.made()
+        second.fail("no luck")
+    again = claims.take("b.x")
+    assert again is not None
+    with again:
+        again.made()
+    assert {part: len(states) for part, states in read_claims(tmp_path).items()} == {"b.x": 2}
 
 
 def test_a_full_disk_hides_no_error_of_the_work_and_ends_no_heartbeat(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_ranks_started_here_have_it_before_torch(bare: pytest.MonkeyPatch, tmp_p
 def test_torchruns_ranks_under_slurm_have_it_and_their_share_of_cores(
     bare: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """launcher/lib.sh's task, as srun would start it on the only node."""
+    """launchers/lib.sh's task, as srun would start it on the only node."""
     bare.delenv("OMP_NUM_THREADS")
     arguments = seen_by_ranks(bare, tmp_path)
     bare.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -121,7 +121,7 @@ def test_torchruns_ranks_under_slurm_have_it_and_their_share_of_cores(
         bare.setenv(f"SLURM_{name}", value)
     script = (
         f"directory={tmp_path} work_dir={tmp_path} ranks=2 arguments=({' '.join(arguments)}); "
-        f"setup() {{ :; }}; source {REPOSITORY}/launcher/lib.sh; main task"
+        f"setup() {{ :; }}; source {REPOSITORY}/megatron_lopd/launchers/lib.sh; main task"
     )
     subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, timeout=120)
     for seen in seen_in(tmp_path).values():

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing as mp
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_lopd.config import EngineConfig
+from megatron_lopd.data.records import Score
+from megatron_lopd.data.schemas import SCORES
+from megatron_lopd.data.shards import write_shard
 from megatron_lopd.errors import DataError, LopdError, StopRequested
 from megatron_lopd.pipeline import workers as sharing
-from megatron_lopd.pipeline.workers import Part, Work, make_parts
-from megatron_lopd.runtime.claims import claim_path
+from megatron_lopd.pipeline.workers import Derived, Part, Work, make_parts
+from megatron_lopd.runtime import claims as claims_module
+from megatron_lopd.runtime.claims import CLAIMS, Claims, claim_path, make_once, remove_claims
+
+CONTEXT = mp.get_context("fork")
 
 
 @pytest.mark.parametrize("error", [DataError("in the way of the others"), StopRequested("enough")])
@@ -33,6 +44,78 @@ def test_of_what_ends_the_work_on_a_lost_part_a_stop_alone_ends_the_worker(
             make_parts([work])
     else:
         make_parts([work])
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), OSError("stale handle")])
+def test_what_an_engine_raises_within_a_shard_is_its_own_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError
+) -> None:
+    monkeypatch.setattr(sharing, "open_engine", lambda *unused: FakeEngine())
+    monkeypatch.setattr(sharing, "Claims", functools.partial(Claims, backoff=0.01))
+    monkeypatch.setattr(claims_module, "POLL_SECONDS", 0.01)
+    errors = [error]
+
+    def scores() -> Iterator[Score]:
+        yield Score("a", np.zeros(1, np.float32))
+        if errors:
+            raise errors.pop()
+
+    def write(engine: Any, path: Path, count: Any) -> None:
+        write_shard(path, SCORES, count(scores()))
+
+    make_parts([Work("test", EngineConfig(), tmp_path, [Part(tmp_path / "shard.arrow", 1, write)])])
+    assert f"shard.arrow: {error}: to be tried again" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.name != CLAIMS] == ["shard.arrow"]
+
+
+def test_a_commit_ends_a_worker_that_waits_for_what_only_the_commit_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another has it at work, then has committed, and taken the claims away with all that is among them."""
+    part = Derived(tmp_path / CLAIMS / "verdicts-0", tmp_path / "shard.arrow", lambda *unused: None)
+    part.source.touch()
+    other = Claims(tmp_path).take("verdicts-0")
+    monkeypatch.setattr(sharing, "pause", lambda: remove_claims(tmp_path))
+    make_parts([Work("test", None, tmp_path, [part])])
+    assert other is not None
+    assert other.is_lost()
+    assert not (tmp_path / CLAIMS).exists()
+
+
+def test_whoever_comes_to_a_committed_artifact_makes_no_claims(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    make_once(tmp_path / "manifest.json", lambda: pytest.fail("made again"))
+    assert not (tmp_path / CLAIMS).exists()
+
+
+def test_workers_that_come_as_others_commit_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight at a time, again and again: claims are made, and go, at any two moments."""
+    monkeypatch.setattr(claims_module, "POLL_SECONDS", 0.001)
+    workers, rounds = 8, 40
+    barrier = CONTEXT.Barrier(workers)
+
+    def make(path: Path, *unused: Any) -> None:
+        path.touch()
+
+    def work() -> None:
+        for number in range(rounds):
+            directory = tmp_path / str(number)
+            directory.mkdir(exist_ok=True)
+            verdict = Derived(directory / CLAIMS / "verdicts-0", directory / "shard.arrow", make)
+            (directory / "shard.arrow").touch()
+            barrier.wait(timeout=60)
+            make_parts([Work("test", None, tmp_path, [verdict])])
+            make_once(directory / "manifest.json", (directory / "manifest.json").touch)
+            remove_claims(directory)
+        os._exit(0)
+
+    processes = [CONTEXT.Process(target=work) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * workers
+    assert all((tmp_path / str(number) / "manifest.json").exists() for number in range(rounds))
 
 
 class FakeEngine:

@@ -1,40 +1,23 @@
-"""A job's batch script. What it does is in launcher/lib.sh; the script holds what differs between jobs."""
+"""A job's batch script. What it does is in lib.sh; the script holds what differs between jobs."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 from megatron_lopd.config import Cluster
-from megatron_lopd.slurm.jobs import Job
+from megatron_lopd.launchers.launcher import Job, Submission
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What all jobs of a run share: absolute paths, and the command line after `lopd <stage>`."""
-
-    run_dir: Path
-    work_dir: Path
-    recipe: Path
-    overrides: Sequence[str]
-
-    @property
-    def directory(self) -> Path:
-        """Where the launcher keeps its scripts, its logs and the library they source."""
-        return self.run_dir / "slurm"
-
-    @property
-    def comment(self) -> str:
-        """Marks the jobs of a run in the queue."""
-        return f"lopd {self.run_dir}"
+def comment_of(submission: Submission) -> str:
+    """Marks the jobs of a run in the queue."""
+    return f"lopd {submission.run_dir}"
 
 
 def render(job: Job, submission: Submission, cluster: Cluster) -> str:
     """The text of the script. It is also what every task runs, with the argument `task`."""
     where = cluster.container.workdir if cluster.container else None
-    arguments = [job.command, str(submission.recipe), *submission.overrides]
+    arguments = submission.arguments(job)
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in _options(job, submission, cluster)),
@@ -64,7 +47,7 @@ def render(job: Job, submission: Submission, cluster: Cluster) -> str:
 
 def _options(job: Job, submission: Submission, cluster: Cluster) -> Iterator[str]:
     yield f"--job-name=lopd-{job.name}"
-    yield f"--comment={shlex.quote(submission.comment)}"
+    yield f"--comment={shlex.quote(comment_of(submission))}"
     yield "--output=/dev/null"  # the script opens a log of its own for each attempt
     if job.workers:
         yield f"--array=0-{job.workers - 1}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from megatron_lopd.config import Cluster, EngineConfig, ParallelConfig, Recipe
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.launchers.launcher import Job
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.rounds import is_made, rounds_of
 from megatron_lopd.pipeline.stage import SharedStage
@@ -14,23 +14,6 @@ from megatron_lopd.stages.table import STAGES
 
 SHARED = tuple(stage.name for stage in STAGES if isinstance(stage, SharedStage))
 CPU_STAGES = ("tokenize", "export", "report")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sbatch. `ranks` processes a node under torchrun; 0 runs the command itself, once a node.
-
-    `workers`: tasks of an array job, a node each; 0 makes it one job over `nodes` nodes.
-    """
-
-    name: str
-    command: str
-    nodes: int
-    workers: int
-    ranks: int
-    gpus: int
-    minutes: int
-    partition: str | None
 
 
 def jobs_of(recipe: Recipe, cluster: Cluster) -> list[Job]:

@@ -1,0 +1,95 @@
+"""Shards are graded by whoever works, once each, and what is graded survives a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_lopd.data.dataset import shard_name
+from megatron_lopd.data.records import Rollout
+from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.data.shards import write_shard
+from megatron_lopd.errors import DataError, StopRequested
+from megatron_lopd.evaluation import verdicts
+from megatron_lopd.evaluation.verdicts import Marker
+from megatron_lopd.graders.grader import ArithmeticGrader, Verdict
+from megatron_lopd.pipeline.workers import Work, make_parts
+from megatron_lopd.prompts.prompt import Prompt
+from megatron_lopd.runtime.claims import CLAIMS
+from tests.unit.test_data_chat import IDS, model_dir
+
+SHARDS, PROMPTS = 3, [Prompt(f"p{n}", ({"role": "user", "content": f"{n}+1"},)) for n in range(6)]
+PROMPT, LOG_PROBS = np.array([1, 2], np.int32), -np.ones(2, np.float32)
+
+
+class Counting(ArithmeticGrader):
+    """Keeps what it was asked, and stops at the question that it is told."""
+
+    asked: list[str]
+    stop_at = ""
+
+    def __init__(self) -> None:
+        super().__init__(("equals",))
+
+    def grade(self, prompt: Prompt, response: str) -> Verdict:
+        if prompt.id == self.stop_at:
+            raise StopRequested("enough")
+        self.asked.append(prompt.id)
+        return Verdict(response == f"={int(prompt.id[1:]) + 1}", answer=response)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Marker:
+    return Marker(PROMPTS, Path(model_dir(tmp_path / "voice")), trust_remote_code=False)
+
+
+@pytest.fixture
+def work(tmp_path: Path, marker: Marker, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Shares the grading of three shards of two responses, until the grader stops at a prompt."""
+    for number in range(SHARDS):
+        chosen = range(2 * number, 2 * number + 2)
+        records = [
+            Rollout(
+                f"p{n}/0", PROMPT, np.array([IDS["="], IDS[str(1 + n // 2 * 2)]], np.int32), "stop", LOG_PROBS
+            )
+            for n in chosen
+        ]
+        write_shard(tmp_path / shard_name(ROLLOUTS, number), ROLLOUTS, records)
+    shards = sorted(tmp_path.glob("*.arrow"))
+    monkeypatch.setattr(Counting, "asked", [], raising=False)
+    monkeypatch.setattr(verdicts, "open_grader", lambda name: Counting())
+
+    def grade(stop_at: str) -> None:
+        monkeypatch.setattr(Counting, "stop_at", stop_at)
+        make_parts([Work("grade", None, tmp_path, [marker.part(each, "any", tmp_path) for each in shards])])
+
+    return grade
+
+
+def test_each_response_is_graded_once_though_the_work_is_stopped(
+    work: Callable[[str], None], tmp_path: Path, marker: Marker
+) -> None:
+    with pytest.raises(StopRequested):
+        work("p4")
+    work("")
+    assert Counting.asked == [prompt.id for prompt in PROMPTS]
+    kept = marker.by_prompt(tmp_path, Refusing(), tmp_path)
+    assert [verdict.right for (verdict,) in kept.values()] == [True, False] * SHARDS
+    assert kept == marker.by_prompt(tmp_path, Counting(), tmp_path / "elsewhere"), "as graded anew"
+
+
+class Refusing(Counting):
+    def grade(self, *unused: Any) -> Verdict:
+        raise AssertionError("graded again")
+
+
+def test_a_flipped_verdict_is_refused(work: Callable[[str], None], tmp_path: Path, marker: Marker) -> None:
+    work("")
+    path = tmp_path / CLAIMS / "verdicts-rollouts-00001"
+    path.write_text(path.read_text().replace("false", "true", 1))
+    with pytest.raises(DataError, match=r"verdicts-rollouts-00001: damaged: remove it"):
+        marker.by_prompt(tmp_path, Refusing(), tmp_path)
