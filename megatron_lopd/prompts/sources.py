@@ -48,7 +48,7 @@ def prompts_parent(source: PromptSource, prompts: list[Prompt]) -> Parent:
     ]
     digests = {"sha256": sha256_bytes(canonical_json(content))}
     maker = source.task or source.format or ""
-    if identity(maker) != maker:
-        digests["made by"] = identity(maker)
+    if ":" in maker:
+        digests[f"source of {maker}"] = identity(maker).rpartition(":")[2]
     where = source.path if source.path is not None else f"task {source.task}"
     return Parent("file", where, digests)
