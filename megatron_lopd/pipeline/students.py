@@ -16,6 +16,7 @@ from megatron_lopd.convert.offline import megatron_to_hf
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.families.architecture import check_layout, read_architecture
+from megatron_lopd.families.family import own_families
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
 from megatron_lopd.mcore.precision import check_precision, packed_padding
@@ -52,7 +53,8 @@ def check_budget(recipe: Recipe, config: TrainingConfig) -> None:
 def training_settings(recipe: Recipe, config: Any) -> dict[str, Any]:
     """What decides the numbers of sft and train, for their plans."""
     fp8 = None if recipe.fp8 is None else deciding(recipe.fp8)
-    return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8}
+    families = {"families": own} if (own := own_families()) else {}
+    return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8} | families
 
 
 def _preflight_of(recipe: Recipe, config: TrainConfig) -> Preflight | None:

@@ -18,6 +18,7 @@ from test_oracle import documents, forward_log_probs, next_token_log_probs
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.families.architecture import read_architecture
+from megatron_lopd.families.family import own_families
 from megatron_lopd.families.memory_shapes import Shape
 from megatron_lopd.registry import FAMILIES, allowing_user_code
 from tests.model_zoo import contents, make_model_dir
@@ -126,6 +127,22 @@ def test_a_recipe_trains_and_exports_it(tmp_path: Path) -> None:
     assert "family" in lopd(tmp_path, "train", "--help")
     planned = json.loads(lopd(tmp_path, "plan", recipe.name, "--gpus", "h100:1", "--json"))
     assert planned["models"]["student"]["parameters"] == model.num_parameters()
+
+
+def test_its_code_is_part_of_what_a_training_stage_is_made_from(tmp_path: Path, monkeypatch: Any) -> None:
+    """A family computes the model: checkpoints of other code are not gone on from."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (ROOT / "tests" / "doors" / "my_family.py").read_text().replace('"phi3"', '"phi_of_mine"')
+    (tmp_path / "changing.py").write_text(source)
+    monkeypatch.setattr(FAMILIES, "_things", FAMILIES.things())
+    monkeypatch.setattr(FAMILIES, "_imported", {})
+    assert own_families() == {}
+    with allowing_user_code(True):
+        FAMILIES["changing:PHI3"]
+    before = own_families()["phi_of_mine"]
+    assert before.startswith("changing:PHI3 sha256:")
+    (tmp_path / "changing.py").write_text(source + "# changed\n")
+    assert own_families()["phi_of_mine"] != before
 
 
 def test_the_tools_take_it(tmp_path: Path) -> None:
