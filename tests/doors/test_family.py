@@ -124,7 +124,7 @@ def test_a_recipe_trains_and_exports_it(tmp_path: Path) -> None:
 
     told = lopd(tmp_path, "doctor", recipe.name)
     assert f"phi3 ({PHI3})" in told
-    assert "family" in lopd(tmp_path, "train", "--help")
+    assert "family (model family or module:name" in lopd(tmp_path, "sft", "--help")
     planned = json.loads(lopd(tmp_path, "plan", recipe.name, "--gpus", "h100:1", "--json"))
     assert planned["models"]["student"]["parameters"] == model.num_parameters()
 
