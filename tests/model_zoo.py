@@ -90,14 +90,17 @@ def make_model_dir(
     seed: int = 0,
     std: float = 0.3,
     max_shard_size: str = "5GB",
+    config: Any = None,
     **sizes: Any,
 ) -> Path:
     """Write weights, config, generation config and tokenizer to `directory`; returns it.
 
+    `config`: a transformers config of another family than these, in place of `family`, `tied` and `sizes`.
     Every weight is random, biases and norms too: a missing or swapped one must show. `std` is large, so
     that attention and logits are far from uniform.
     """
-    config = make_config(family, tied=tied, **sizes)
+    if config is None:
+        config = make_config(family, tied=tied, **sizes)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -25,6 +25,7 @@ def read_decoder(
     config: ConfigJson,
     *,
     positions: int = 32768,
+    norm_eps: float = 1e-6,
     head_dim: int | None = None,
     tied: bool = False,
     grouped: bool = True,
@@ -36,10 +37,10 @@ def read_decoder(
 ) -> Architecture:
     """A config.json with Llama's names for its sizes, and the family's defaults for what it leaves out.
 
-    `positions`, `head_dim` (None: hidden_size / heads), `tied`: where max_position_embeddings, head_dim and
-    tie_word_embeddings are not there. `grouped`: num_key_value_heads must be; otherwise it is as many as
-    heads. `qkv_bias`, `qk_norm`, `experts`: what the family has. `partial_rotary`: it takes
-    partial_rotary_factor. `supported`: options, and the value that each must have.
+    `positions`, `norm_eps`, `head_dim` (None: hidden_size / heads), `tied`: where max_position_embeddings,
+    rms_norm_eps, head_dim and tie_word_embeddings are not there. `grouped`: num_key_value_heads must be;
+    otherwise it is as many as heads. `qkv_bias`, `qk_norm`, `experts`: what the family has.
+    `partial_rotary`: it takes partial_rotary_factor. `supported`: options, and the value that each must have.
     Raises ConfigError naming the file and the key.
     """
     config.allow_only(supported)
@@ -60,7 +61,7 @@ def read_decoder(
         head_dim=config.count("head_dim", head_dim or hidden // heads),
         vocab_size=config.count("vocab_size"),
         max_positions=most,
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.number("rms_norm_eps", norm_eps),
         init_std=config.number("initializer_range", 0.02),
         tied=config.flag("tie_word_embeddings", tied),
         qkv_bias=qkv_bias,

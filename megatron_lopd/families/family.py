@@ -14,7 +14,7 @@ from typing import Any
 from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.families.config_json import ConfigJson
 from megatron_lopd.families.weight_rules import Rule
-from megatron_lopd.registry import FAMILIES
+from megatron_lopd.registry import FAMILIES, identity
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,12 @@ def family_of(arch: Architecture) -> Family:
     """The family that `arch` was read by. Raises ConfigError when this process does not know it."""
     family: Family = FAMILIES[arch.family]
     return family
+
+
+def own_families() -> dict[str, str]:
+    """The families of the user's that this process knows, each with its code's digest (registry.identity).
+
+    They decide what a model computes, so that the plans of what trains or scores on Megatron-Core hold them.
+    """
+    paths = {name: FAMILIES.import_path(name) for name in FAMILIES.things()}
+    return {name: identity(path) for name, path in paths.items() if path is not None}

@@ -36,6 +36,7 @@ from megatron_lopd.config import (
 )
 from megatron_lopd.errors import ConfigError, DataError, LopdError
 from megatron_lopd.families.architecture import Architecture, read_architecture
+from megatron_lopd.families.family import own_families
 from megatron_lopd.pipeline.encoded import EncodedPrompts, encode, longest_prompt
 from megatron_lopd.prompts.prompt import Prompt
 from megatron_lopd.prompts.sources import load_prompts, prompts_parent
@@ -165,9 +166,11 @@ class ResolvedRun:
         )
 
     def training_settings(self, config: TrainingConfig) -> dict[str, Any]:
-        """What decides the numbers of sft and train, for their plans."""
-        fp8 = None if self.recipe.fp8 is None else deciding(self.recipe.fp8)
-        return deciding(config) | {"seed": self.recipe.seed, "precision": self.recipe.precision, "fp8": fp8}
+        """What decides the numbers of sft and train, for their plans; a user's own families among it."""
+        recipe = self.recipe
+        fp8 = None if recipe.fp8 is None else deciding(recipe.fp8)
+        families = {"families": own} if (own := own_families()) else {}
+        return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8} | families
 
     # ---- models
 
