@@ -31,7 +31,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("moe"), tied=False, family="qwen3_moe")
 
 
-@pytest.mark.release
 def test_a_run_goes_on_where_experts_are_laid_out_anew(root: Path) -> None:
     """Each layout resumes from a checkpoint of the one before."""
     [(_, expected, _)] = run_ranks(1, run_job, root, "alone", SINGLE)

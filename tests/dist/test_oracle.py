@@ -86,7 +86,14 @@ def next_token_log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return log_probs[:-1].gather(1, tokens[1:, None])[:, 0]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+# What each divides, others divide too.
+NIGHTLY = ("PP2", "TP2 x PP2")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ()) for name in LAYOUTS],
+)
 def session(request: pytest.FixtureRequest, zoo: Zoo) -> tuple[str, dict[str, Any]]:
     """What the last rank (the last stage's) saw at one layout, for every model."""
     layout: str = request.param
