@@ -144,7 +144,7 @@ def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
         yield "expert layout", f"expert {parallel.expert} x tensor {parallel.expert_tensor_size}"
     engines = ("generate", recipe.generate), ("rollout", recipe.rollout), ("score", recipe.score)
     for section, settings in (*engines, ("evaluate", recipe.evaluate)):
-        yield f"{section} engine", _engine(settings.engine, section)
+        yield f"{section} engine", _engine(settings.engine, section, recipe.precision)
     yield "recompute", parallel.recompute
     for name, config in (("sft", recipe.sft), ("train", recipe.train)):
         if config is not None:
@@ -155,15 +155,20 @@ def plan(recipe: Recipe, machine: Capabilities) -> Iterator[tuple[str, str]]:
             )
 
 
-def _engine(engine: EngineConfig, section: str) -> str:
-    """What would run a stage's model. ConfigError when it is not installed."""
+def _engine(engine: EngineConfig, section: str, precision: str) -> str:
+    """What would run a stage's model, beside training in `precision`. ConfigError when it is not there."""
     kind = kind_of(engine)
     kind.require(engine, section)
     versions = ", ".join(f"{name} {version}" for name, version in kind.versions(engine).items())
     python = kind.python(engine)
     place = f" of {python}" if python != sys.executable else ""
     shared = f", {engine.workers} workers on each machine" if engine.workers > 1 else ""
-    return f"{versions or engine.name}{place}, {engine.dtype}{shared}"
+    coarser = (
+        f" (training is in bf16: {section}.engine.dtype=bf16 takes half the memory)"
+        if (engine.dtype, precision) == ("fp32", "bf16")
+        else ""
+    )
+    return f"{versions or engine.name}{place}, {engine.dtype}{shared}{coarser}"
 
 
 def _precision(recipe: Recipe, machine: Capabilities) -> str:

@@ -90,7 +90,8 @@ def nearest(name: str, prefix: str, here: Sequence[str], root: type) -> str:
 
     A key of that very name near by says where an option is; else a like name here, or that name anywhere.
     """
-    elsewhere = [key.name for key in describe_keys(root) if key.name.rpartition(".")[2] == name]
+    known = [*(key.name for key in describe_keys(root)), *(section.place for section in sections(root))]
+    elsewhere = [dotted for dotted in known if dotted.rpartition(".")[2] == name]
     nearby = max(elsewhere, key=lambda dotted: _shared(dotted, prefix), default="")
     if nearby and _shared(nearby, prefix):
         return f": did you mean {nearby}?"

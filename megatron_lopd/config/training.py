@@ -111,6 +111,10 @@ class TrainingConfig:
             (self.steps is None) != (self.epochs is None),
             f"{self.section}: give either steps or epochs, and not both",
         )
+        require(
+            "jsonl" in self.loggers,
+            f"{self.section}.loggers: jsonl is not among them, and report and status read it: add it",
+        )
         warmup = self.optimizer.warmup_steps
         require(
             self.steps is None or warmup < self.steps,

@@ -129,6 +129,7 @@ def test_the_file_that_user_code_is_in_decides_with_its_options(recipe: Path) ->
         (["train.objective=topk_forward_kl"], "unknown key train.pull: known keys here are"),
         (["train.loggers=[jsonl, pulling:Nobody]"], "train.loggers: pulling:Nobody: cannot be imported"),
         (["train.loggers=[jsonl, 3]"], "train.loggers[1]: expected str, got 3"),
+        (["train.loggers=[tensorboard]"], "train.loggers: jsonl is not among them"),
         (["train.loggers=jsonl"], "train.loggers: expected list of str, got 'jsonl'"),
         (["score.engine={name: vlm}"], "score.engine.name: unknown engine 'vlm' (did you mean vllm?)"),
         (

@@ -116,6 +116,7 @@ CLIPPED = [*SAMPLED, "train.sampled_reverse_kl.importance=clipped"]
         (["train.weights.entropy=1"], "did you mean train.topk_reverse_kl.entropy?"),
         (["score.engine.python=/x"], "did you mean score.engine.vllm.python?"),
         (["score.agreement.engine.tensor=2"], "did you mean score.agreement.engine.vllm.tensor?"),
+        (["score.engine.parallel={tensor: 2}"], "did you mean score.engine.megatron.parallel?"),
         (["rollout.engine.micro_batch_tokens=9"], "did you mean rollout.engine.megatron.micro_batch_tokens?"),
         (
             [*SAMPLED, f"{EXTRAPOLATION}=1.2", "rollout.sampling.temperature=0.7"],

@@ -117,6 +117,12 @@ def test_fp32_is_not_left_to_transformer_engine(monkeypatch: pytest.MonkeyPatch)
     assert "torch-native" not in dict(plan(Recipe("run"), H100))["precision"]
 
 
+def test_an_engine_in_fp32_beside_bf16_training_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "rollout.engine.dtype=bf16 takes half" in dict(plan(Recipe("run"), CPU))["rollout engine"]
+    assert "bf16" not in dict(plan(Recipe("run", precision="fp32"), CPU))["rollout engine"]
+
+
 @dataclass
 class AttentionParams:
     """A fake of Transformer Engine's, with the fields of 2.11 that are given."""

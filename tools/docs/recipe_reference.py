@@ -30,12 +30,11 @@ What `launcher/submit.py` is told of a SLURM cluster: see [SLURM](slurm.md).
 """
 
 
-def main() -> None:
-    """Print the page."""
-    print(HEAD)
-    print("\n".join(line for group in groups(Recipe) for line in _lines(group, "The recipe's own keys")))
-    print(CLUSTER)
-    print("\n".join(line for group in groups(Cluster) for line in _lines(group, "The file's own keys")))
+def page() -> str:
+    """The whole page, of what the project itself has behind its doors."""
+    recipe = [line for group in groups(Recipe) for line in _lines(group, "The recipe's own keys")]
+    cluster = [line for group in groups(Cluster) for line in _lines(group, "The file's own keys")]
+    return "\n".join([HEAD, *recipe, CLUSTER, *cluster]).rstrip() + "\n"
 
 
 def _lines(group: Group, own: str) -> Iterator[str]:
@@ -77,4 +76,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    print(page(), end="")
