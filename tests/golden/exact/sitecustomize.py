@@ -13,13 +13,16 @@ from typing import Any
 
 
 class _PatchTorch:
-    """Finds torch once, and patches it when it is loaded."""
+    """Finds torch, for as often as that is asked, and patches it when it is loaded."""
 
     def find_spec(self, name: str, *unused: Any) -> Any:
         if name != "torch":
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
-        spec: Any = find_spec(name)
+        try:
+            spec: Any = find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # type: ignore[arg-type]
         load = spec.loader.exec_module
 
         def load_and_patch(torch: Any) -> None:
