@@ -55,7 +55,7 @@ def _matrix(root: Path) -> dict[str, Any]:
     make_models(root)
     record: dict[str, Any] = {}
     for processes, layouts in LAYOUTS.items():
-        ranks = run_ranks(processes, record_layouts, root, layouts, timeout=300)
+        ranks = run_ranks(processes, record_layouts, root, layouts, timeout=600)
         for name in layouts:
             record[name] = {f"rank {number}": rank[name] for number, rank in enumerate(ranks)}
     return record

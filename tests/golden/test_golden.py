@@ -23,8 +23,11 @@ GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 # Relative, where rounding is another: 7e-7 seen in first steps and in all of the pipeline. Adam moves weights
 # whose gradient is all rounding, and experts may get other tokens: 1.1e-4 seen in the matrix's fourth step.
 FIRST, LATER = 1e-5, 1e-3
+NATS = 1e-6  # of a loss whose terms cancel: 3e-7 seen
 SECTIONS = ("config", "lineage", "counts", "files", "results", "losses", "log_probs", "tensors", "ids")
 Check = Callable[[str, str], None]
+
+pytestmark = pytest.mark.timeout(900)  # a part is made within its first test: half a minute on two free cores
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,8 @@ def check(record: Callable[[str], dict[str, Any]], record_property: Callable[[st
             record_property("golden", f"losses and norms within {LATER:g}, no bytes: these differ: {kinds}")
             if part != "matrix" and section not in ("config", "losses"):
                 pytest.skip(f"bits are as recorded only where the arithmetic is, and these differ: {kinds}")
+            if part == "quickstart" and section == "losses":
+                found, recorded = _first_steps(found), _first_steps(recorded)
             differences = _differences(found, recorded, same=_nearly)
         else:
             record_property("golden", "all compared to the last bit")
@@ -122,9 +127,14 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(each, f"{name} > {key}" if name else str(key))
 
 
+def _first_steps(losses: dict[str, Any]) -> dict[str, Any]:
+    """Of the quickstart's 620: training spreads rounding, 1e-8 at step 20 and 4 % at step 100 of sft."""
+    return {name: losses["sft"][name][:20] for name in ("loss", "grad_norm")}
+
+
 def _nearly(name: str, found: Any, recorded: Any) -> bool:
     """Of numbers, whether they are equal but for rounding; a digest may be any other."""
     if isinstance(recorded, float):
         is_first = name.split(" > ")[-1] == "0"
-        return bool(found == pytest.approx(recorded, rel=FIRST if is_first else LATER))
+        return bool(found == pytest.approx(recorded, rel=FIRST if is_first else LATER, abs=NATS))
     return bool(found == recorded) or (isinstance(recorded, str) and len(recorded) == 64)
