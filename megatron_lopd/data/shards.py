@@ -173,19 +173,26 @@ class ShardReader(Generic[Record]):
 
     Raises DataError naming the file, and the sample where there is one: on opening, for a file that is
     missing, truncated, of another kind or version or damaged in its index, and for a sample id met twice; on
-    reading, for values that are damaged or not valid.
+    reading, for values that are damaged or not valid. `check_ids=False` where ids have been looked at, by
+    whoever committed the shards: so many processes may read one artifact, each with its files mapped and
+    next to nothing of its own.
     """
 
-    def __init__(self, kind: ShardKind[Record], paths: Sequence[Path]) -> None:
+    def __init__(self, kind: ShardKind[Record], paths: Sequence[Path], check_ids: bool = True) -> None:
         self.kind = kind
         self._batches = [batch for path in paths for batch in _open_shard(path, kind)]
         self._starts = np.cumsum([0, *(batch.num_records for batch in self._batches)])
         self.sample_ids = SampleIds([batch.ids for batch in self._batches])
+        if check_ids:
+            self.check_ids()
+
+    def check_ids(self) -> None:
+        """Raise DataError naming the first sample id that is met twice."""
         repeated = self.sample_ids.first_repeated()
         if repeated is not None:
             raise DataError(
                 f"{self.path(repeated)}: sample {self.sample_ids[repeated]} is there twice in these "
-                f"{kind.name}"
+                f"{self.kind.name}"
             )
 
     def __len__(self) -> int:
