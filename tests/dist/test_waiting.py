@@ -18,7 +18,8 @@ from megatron_lopd.runtime import environment, launch
 from tests.training_zoo import make_root, train
 
 DP2 = ParallelConfig(processes=2)
-GROUPS_WAIT, HASHING_TAKES, MEETING_TAKES = 1.0, 3.0, 4.0  # seconds
+# Seconds. What other tests delay, beside this one, is less.
+GROUPS_WAIT, HASHING_TAKES, MEETING_TAKES = 3.0, 5.0, 6.0
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_a_cpu_runs_the_kernels_in_the_interpreter_alone(environment: dict[str, 
 def test_a_compiler_without_a_gpu_is_a_reason(tmp_path: Path) -> None:
     """Triton's own error, as it comes out of a launch that it cannot make."""
     code = (
-        "import os; from megatron_lopd.mcore import kernel_trial, log_prob_kernels;"
+        "import os; from megatron_lopd.ops import kernel_trial, log_prob_kernels;"
         "os.environ['TRITON_INTERPRET'] = '1'; print(kernel_trial.trial('cpu'))"
     )
     assert _run(code, {}).startswith("RuntimeError: 0 active drivers")
