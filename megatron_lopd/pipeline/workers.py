@@ -8,6 +8,7 @@ whatever waits for one of them may go on.
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -114,6 +115,8 @@ class _Share:
         shards = {part.path.name: part.samples for part in self.work.parts if isinstance(part, Part)}
         announce(self.work.directory, shards)
         self.claims = Claims(self.work.directory, patience=PATIENCE_SECONDS + LEASE_SECONDS)
+        begin = random.randrange(len(self.left) + 1)  # all from the front, they would meet at every part
+        self.left = self.left[begin:] + self.left[:begin]
 
     def is_there(self, part: Part | Derived) -> bool:
         """Whether somebody has published it, which counts it."""

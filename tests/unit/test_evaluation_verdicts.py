@@ -16,7 +16,7 @@ from megatron_lopd.data.shards import write_shard
 from megatron_lopd.errors import DataError, StopRequested
 from megatron_lopd.evaluation import verdicts
 from megatron_lopd.evaluation.verdicts import Marker
-from megatron_lopd.graders.grader import ArithmeticGrader, Verdict
+from megatron_lopd.graders.grader import Grader, Verdict
 from megatron_lopd.pipeline.workers import Work, make_parts
 from megatron_lopd.prompts.prompt import Prompt
 from megatron_lopd.runtime.claims import CLAIMS
@@ -26,14 +26,20 @@ SHARDS, PROMPTS = 3, [Prompt(f"p{n}", ({"role": "user", "content": f"{n}+1"},)) 
 PROMPT, LOG_PROBS = np.array([1, 2], np.int32), -np.ones(2, np.float32)
 
 
-class Counting(ArithmeticGrader):
+class Counting(Grader):
     """Keeps what it was asked, and stops at the question that it is told."""
 
     asked: list[str]
     stop_at = ""
 
-    def __init__(self) -> None:
-        super().__init__(("equals",))
+    def __enter__(self) -> Counting:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        pass
+
+    def require(self, prompts: object) -> None:
+        pass
 
     def grade(self, prompt: Prompt, response: str) -> Verdict:
         if prompt.id == self.stop_at:
@@ -76,7 +82,7 @@ def test_each_response_is_graded_once_though_the_work_is_stopped(
     with pytest.raises(StopRequested):
         work("p4")
     work("")
-    assert Counting.asked == [prompt.id for prompt in PROMPTS]
+    assert sorted(Counting.asked) == [prompt.id for prompt in PROMPTS]
     kept = marker.by_prompt(tmp_path, Refusing(), tmp_path)
     assert [verdict.right for (verdict,) in kept.values()] == [True, False] * SHARDS
     assert kept == marker.by_prompt(tmp_path, Counting(), tmp_path / "elsewhere"), "as graded anew"
