@@ -145,10 +145,6 @@ class TrainingConfig:
             "jsonl" in self.loggers,
             f"{self.section}.loggers: jsonl is not among them, and report and status read it: add it",
         )
-        require(
-            len(set(self.loggers)) == len(self.loggers),
-            f"{self.section}.loggers: one is named twice: keep one of it",
-        )
         require(self.max_skipped_steps >= 0, f"{self.section}.max_skipped_steps must be at least 0")
 
 
