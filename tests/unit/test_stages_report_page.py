@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from megatron_lopd.artifacts.lineage import Proof
 from megatron_lopd.errors import DataError
+from megatron_lopd.registry import OBJECTIVES
 from megatron_lopd.report import theme
 from megatron_lopd.report.figures import smooth
 from megatron_lopd.report.lineage_graph import (
@@ -33,7 +34,6 @@ from megatron_lopd.report.lineage_graph import (
     lay_out,
     lineage_figure,
 )
-from megatron_lopd.registry import OBJECTIVES
 from megatron_lopd.report.page import render_page
 from megatron_lopd.report.spacing import spread
 
