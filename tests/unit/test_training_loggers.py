@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lopd.config import SftConfig, TrainConfig
+from megatron_lopd.config import TrainConfig
 from megatron_lopd.errors import ConfigError, LoggerError
 from megatron_lopd.loggers import METRICS_FILE, Logger, Loggers
 from megatron_lopd.registry import LOGGERS
@@ -74,8 +74,6 @@ def test_a_logger_that_fails_is_one_line_and_the_others_are_closed(tmp_path: Pat
 def test_what_the_report_reads_is_always_written() -> None:
     with pytest.raises(ConfigError, match=r"train\.loggers: jsonl is not among them, and report and status"):
         TrainConfig(steps=1, loggers=("tensorboard",))
-    with pytest.raises(ConfigError, match=r"sft\.loggers: one is named twice"):
-        SftConfig(steps=1, loggers=("jsonl", "jsonl"))
 
 
 @given(st.integers(0, 10**6))
