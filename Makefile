@@ -17,7 +17,7 @@ core_tests := tests/unit/test_mcore_*.py tests/unit/test_convert_*.py tests/unit
 	tests/dist tests/fault/test_checkpoint.py tests/two_releases.py
 on_newest := PYTHONPATH=$(CURDIR)/$(NEWEST) $(pytest)
 
-.PHONY: quickstart test test-all test-fast test-newest gpu-check lint clean
+.PHONY: quickstart test test-all test-fast test-newest gpu-check lint docs clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/lopd run $(recipe) $(overrides)
@@ -50,6 +50,10 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck --external-sources .ci/run tools/gpu/check.sh $(wildcard megatron_lopd/launchers/*.sh)
 	$(BIN)/hadolint Dockerfile
+
+# The pages of docs/, into build/site; a broken link is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -58,7 +58,7 @@ _SECTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process exit code."""
-    options = _parse(arguments)
+    options = parse(arguments)
     with _noticing_interrupts() as interrupted:
         try:
             environment.make_writable()
@@ -116,8 +116,11 @@ def _record_end(error: LopdError) -> None:
             file.write(f"{error.exit_code} {type(error).__name__}\n")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse stops taking overrides at the first option; those after it are taken here."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What a command line says. Raises SystemExit for one that says nothing of use.
+
+    argparse stops taking overrides at the first option; those after it are taken here.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     parser = _parser(next((text for text in given if not text.startswith("-")), ""))
     options, rest = parser.parse_known_args(arguments)
