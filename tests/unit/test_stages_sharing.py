@@ -82,6 +82,20 @@ def test_a_commit_ends_a_worker_that_waits_for_what_only_the_commit_needed(
     assert not (tmp_path / CLAIMS).exists()
 
 
+def test_a_worker_looks_at_each_part_a_few_times_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "open_engine", lambda *unused: FakeEngine())
+    looks: list[Path] = []
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: looks.append(path) or is_file(path))
+    paths = [tmp_path / f"{number}.x" for number in range(200)]
+    parts = [Part(path, 1, lambda engine, private, count: private.touch()) for path in paths]
+    make_parts([Work("test", EngineConfig(), tmp_path, parts)])
+    assert len(looks) <= 5 * len(parts)
+    assert all(path.exists() for path in paths)
+
+
 def test_whoever_comes_to_a_committed_artifact_makes_no_claims(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").touch()
     make_once(tmp_path / "manifest.json", lambda: pytest.fail("made again"))
