@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from megatron_lopd.commands.run import Command
     from megatron_lopd.data.records import Rollout, Score
-    from megatron_lopd.data.shards import ShardKind, ShardReader
+    from megatron_lopd.data.shard_kind import ShardKind
+    from megatron_lopd.data.shards import ShardReader
 
 R = TypeVar("R", "Rollout", "Score")
 

@@ -55,7 +55,8 @@ def describe_shard(
     directory, or else with the one kept beside the shard. Raises DataError for what is damaged or not there.
     """
     from megatron_lopd.data.schemas import ROLLOUTS, kind_of
-    from megatron_lopd.data.shards import NO_TOKEN, ShardReader
+    from megatron_lopd.data.shard_kind import NO_TOKEN
+    from megatron_lopd.data.shards import ShardReader
 
     if not path.is_file():
         raise DataError(f"{path}: no such shard")

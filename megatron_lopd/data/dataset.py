@@ -11,7 +11,8 @@ from megatron_lopd.config import Sampling
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES, UNTRUNCATED, kind_of
-from megatron_lopd.data.shards import Record, ShardKind, ShardReader
+from megatron_lopd.data.shard_kind import Record, ShardKind
+from megatron_lopd.data.shards import ShardReader
 from megatron_lopd.errors import DataError
 
 

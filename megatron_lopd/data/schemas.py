@@ -19,7 +19,7 @@ from megatron_lopd.data.columns import (
     TOP_K_LOG_PROBS,
 )
 from megatron_lopd.data.records import FinishReason, Rollout, Score, TopK
-from megatron_lopd.data.shards import ShardKind
+from megatron_lopd.data.shard_kind import ShardKind
 from megatron_lopd.errors import DataError
 
 LOWEST = float(np.finfo(np.float32).min)

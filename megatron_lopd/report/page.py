@@ -76,7 +76,7 @@ _TEMPLATES = Environment(
 
 
 @dataclass(frozen=True)
-class Section:
+class TrainingFigures:
     """Charts of one stage's training, under a title and a note."""
 
     title: str
@@ -147,7 +147,7 @@ def _caption(stage: str, curve: Curve, objective: str) -> str:
     return str(known.caption if curve.key == "loss" else known.captions.get(curve.key, ""))
 
 
-def _training(histories: Mapping[str, History], objective: str) -> list[Section]:
+def _training(histories: Mapping[str, History], objective: str) -> list[TrainingFigures]:
     sections = []
     for stage, title in (("sft", "SFT"), ("train", "Lightning OPD training")):
         rows = histories.get(stage, ())
@@ -162,7 +162,7 @@ def _training(histories: Mapping[str, History], objective: str) -> list[Section]
         if figures:
             skipped = sum(1 for row in rows if row.get("skipped"))
             note = f"Steps: {len(rows):,}; skipped for gradients that were not finite: {skipped:,}."
-            sections.append(Section(title, note, figures))
+            sections.append(TrainingFigures(title, note, figures))
     return sections
 
 

@@ -105,7 +105,7 @@ class LiveData:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _RankShare:
     """What one rank did for a step: its samples in order, or what stopped it; and the time it took."""
 
     samples: list[Sample]
@@ -166,7 +166,7 @@ class LiveBatches:
     def lengths(self, step: int) -> NDArray[np.int64]:
         return self._samples.lengths
 
-    def _start(self, stack: ExitStack) -> _Share:
+    def _start(self, stack: ExitStack) -> _RankShare:
         data = self._data
         give_back_memory()  # before the teacher's process is told its share
         try:
@@ -177,10 +177,10 @@ class LiveBatches:
             self._student = stack.enter_context(closing(open_engine(data.engine, str(data.student_dir))))
             self._teacher.ready()
         except EngineError as error:
-            return _Share([], error)
-        return _Share([])
+            return _RankShare([], error)
+        return _RankShare([])
 
-    def _share(self, step: int) -> _Share:
+    def _share(self, step: int) -> _RankShare:
         """Sample and score this rank's part of the step: every so many-th of its positions."""
         began = time.perf_counter()
         requests = self._requests(step)[self._ranks.rank :: self._ranks.world_size]
@@ -193,8 +193,8 @@ class LiveBatches:
                 self._require_vocabulary(score)
             samples = [Sample(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
         except EngineError as error:
-            return _Share([], error)
-        return _Share(samples, None, sampled - began, time.perf_counter() - sampled)
+            return _RankShare([], error)
+        return _RankShare(samples, None, sampled - began, time.perf_counter() - sampled)
 
     def _require_vocabulary(self, score: Score) -> None:
         """Raise EngineError for a token that the student has not: of the same tokenizer, models can be padded
@@ -217,7 +217,7 @@ class LiveBatches:
             repeats[position] += 1
         return requests
 
-    def _agree(self, own: _Share) -> list[_Share]:
+    def _agree(self, own: _RankShare) -> list[_RankShare]:
         """Every rank's share, by rank. Raises the same error on every rank when one of them has one."""
         shares: list[Any] = [own]
         if self._ranks.world_size > 1:

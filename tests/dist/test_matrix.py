@@ -1,4 +1,4 @@
-"""Losses, the whole gradient and five steps are the same at every layout (DESIGN section 6)."""
+"""Losses, the whole gradient and five steps are the same at every layout."""
 
 from __future__ import annotations
 

@@ -78,9 +78,8 @@ def split_in_ranks(
     config: EngineConfig, smollm2: str, asked: list[Rollout]
 ) -> tuple[dict[str, str], list[Score]]:
     """The weights as every rank's parts make them up, and the scores; of rank 0."""
-    from megatron_lopd.engines.megatron_engine import _opened, leading, serve
-
     from megatron_lopd.convert.gather import WeightGatherer
+    from megatron_lopd.engines.megatron_engine import _opened, leading, serve
 
     with _opened(config, smollm2) as model:
         # For an optimizer, which this would be the largest part of: the gatherer looks at its chunks alone.

@@ -16,7 +16,8 @@ import pytest
 from megatron_lopd.data import shards
 from megatron_lopd.data.records import Rollout, Score, TopK
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES, kind_of, scores_kind
-from megatron_lopd.data.shards import ShardKind, ShardReader, write_shard
+from megatron_lopd.data.shard_kind import ShardKind
+from megatron_lopd.data.shards import ShardReader, write_shard
 from megatron_lopd.errors import DataError
 
 RECORDS = [

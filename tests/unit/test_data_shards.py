@@ -13,7 +13,8 @@ from megatron_lopd.data import shards
 from megatron_lopd.data.columns import COMPAND_LIMIT, TOP_K_IDS, TOP_K_LOG_PROBS
 from megatron_lopd.data.records import Rollout, Score, TopK
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES, kind_of, scores_kind
-from megatron_lopd.data.shards import RECORDS_PER_BATCH, ShardReader, write_shard
+from megatron_lopd.data.shard_kind import RECORDS_PER_BATCH
+from megatron_lopd.data.shards import ShardReader, write_shard
 from megatron_lopd.errors import DataError
 
 
