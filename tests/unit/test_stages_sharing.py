@@ -102,6 +102,21 @@ def test_whoever_comes_to_a_committed_artifact_makes_no_claims(tmp_path: Path) -
     assert not (tmp_path / CLAIMS).exists()
 
 
+def test_claims_that_go_while_they_are_made_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pathlib says it: the directory was there, and then it is not."""
+
+    def there_and_gone(path: Path, *unused: Any, **options: Any) -> None:
+        raise FileExistsError(path)
+
+    monkeypatch.setattr(Path, "mkdir", there_and_gone)
+    claims_module.announce(tmp_path, {"a.x": 1})
+    claims = Claims(tmp_path)
+    assert claims.take("a.x") is None
+    assert claims.is_over()
+
+
 def test_workers_that_come_as_others_commit_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight at a time, again and again: claims are made, and go, at any two moments."""
     monkeypatch.setattr(claims_module, "POLL_SECONDS", 0.001)
