@@ -177,6 +177,7 @@ class RolloutArrays:
     `ids` and `finish_reasons` ("stop", "length"): text [n]. `prompt_tokens` int32 [P] with `prompt_offsets`
     int64 [n + 1]; `response_tokens` int32 [T] with `response_offsets` int64 [n + 1], the end token included.
     `log_probs` float32 [T], nats, of the distribution that was drawn from; None where nothing was sampled.
+    `untruncated_log_probs` float32 [T], the model's own at temperature 1; None where those are `log_probs`.
     """
 
     ids: NDArray[np.str_]
@@ -186,6 +187,7 @@ class RolloutArrays:
     response_tokens: NDArray[np.int32]
     response_offsets: NDArray[np.int64]
     log_probs: NDArray[np.float32] | None
+    untruncated_log_probs: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,9 @@ def read_rollouts(path: str | Path) -> RolloutArrays:
 
     reader = _reader(ROLLOUTS, Path(path))
     records = list(reader)
-    log_probs = [record.log_probs for record in records if record.log_probs is not None]
+    kept = {"log_probs": [record.log_probs for record in records]}
+    kept["untruncated_log_probs"] = [record.untruncated_log_probs for record in records]
+    whole = {name: _joined(each) for name, each in kept.items()}
     return RolloutArrays(
         ids=np.array([record.sample_id for record in records]),
         finish_reasons=np.array([record.finish_reason for record in records]),
@@ -221,7 +225,7 @@ def read_rollouts(path: str | Path) -> RolloutArrays:
         prompt_offsets=_offsets(reader.lengths("prompt_tokens")),
         response_tokens=np.concatenate([record.response_tokens for record in records]),
         response_offsets=_offsets(reader.lengths("response_tokens")),
-        log_probs=np.concatenate(log_probs) if len(log_probs) == len(records) else None,
+        **whole,
     )
 
 
@@ -270,6 +274,14 @@ def _reader(kind: ShardKind[R], path: Path) -> ShardReader[R]:
     from megatron_lopd.data.shards import ShardReader
 
     return ShardReader(kind, [path]) if path.suffix == ".arrow" else open_shards(kind, path)
+
+
+def _joined(parts: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    """End to end; None where a part is."""
+    import numpy as np
+
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there) if len(there) == len(parts) else None
 
 
 def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

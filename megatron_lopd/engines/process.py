@@ -27,6 +27,7 @@ from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.engines.kind import kind_of
 from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied, EngineError
+from megatron_lopd.registry import allowing_user_code
 from megatron_lopd.runtime import environment
 from megatron_lopd.runtime.claims import PATIENCE_SECONDS
 from megatron_lopd.runtime.display import duration
@@ -203,7 +204,8 @@ def serve(pipe: Connection) -> None:
     try:
         config, model_dir = pipe.recv()
         try:
-            engine = load_engine(config, model_dir)
+            with allowing_user_code(True):  # the recipe of whoever asks has allowed what it names
+                engine = load_engine(config, model_dir)
             pipe.send(None)
         except EngineError as error:
             pipe.send(error)

@@ -146,7 +146,7 @@ class RefreshScoreStage(ScoreStage):
             proofs.prove_tokens(run, teacher, rollout.parents["student"]),
         ]
         return Plan(
-            config=deciding(run.recipe.score),
+            config=self.settings(run),
             parents={"rollouts": artifact_parent(self.rollouts, rollout), "teacher": teacher},
             lineage=proofs.status_of(found, rollout.lineage),
         )

@@ -40,6 +40,10 @@ class Counts:
         return Counts(*total.tolist())
 
 
+# What of TokenLogProbs metrics read beside the student's: one float a token each, where it is there.
+_KEPT = ("teacher", "behaviour", "sampled")
+
+
 @dataclass(frozen=True)
 class TokenValues:
     """Per-token values of a micro-batch or a batch: float32 [R] each, constants.
@@ -59,15 +63,15 @@ class TokenValues:
         """All `parts` of all data and context parallel ranks, end to end."""
         table = torch.cat([part._table() for part in parts], dim=1)  # [columns, R of this rank]
         kept = parts[0].log_probs
-        names = [name for name in ("teacher", "behaviour") if getattr(kept, name) is not None]
+        names = [name for name in _KEPT if getattr(kept, name) is not None]
         loss, loss_weights, entropy, current, *rest = _all_gather(table)
         by_name = dict(zip(names, rest, strict=True))
-        gathered = TokenLogProbs(current, by_name.get("teacher"), by_name.get("behaviour"))
+        gathered = TokenLogProbs(current=current, **{name: by_name.get(name) for name in _KEPT})
         return TokenValues(loss, loss_weights, entropy, gathered)
 
     def _table(self) -> Tensor:
         tokens = self.log_probs
-        kept = [column for column in (tokens.teacher, tokens.behaviour) if column is not None]
+        kept = [column for name in _KEPT if (column := getattr(tokens, name)) is not None]
         return torch.stack([self.loss, self.loss_weights, self.entropy, tokens.current, *kept])
 
 

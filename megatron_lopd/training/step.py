@@ -68,14 +68,14 @@ class _Finish:
                 weights,
                 rows=self.rows,
             )
-        kept = TokenLogProbs(summed.log_probs, *self._kept(batch))
+        teacher, behaviour, sampled = self._kept(batch)
+        kept = TokenLogProbs(summed.log_probs, teacher, behaviour, sampled=sampled)
         values = TokenValues(summed.token_loss, weights, summed.entropy, kept)
         count = torch.tensor(batch.loss_count, dtype=torch.int, device=hidden.device)
         return summed.total, count, values
 
     def _tokens(self, batch: MicroBatch, scored: ResponseLogProbs, rows: slice) -> TokenLogProbs:
-        teacher, behaviour = self._kept(batch)
-        sampled = None if behaviour is None else batch.sampled_log_probs
+        teacher, behaviour, sampled = self._kept(batch)
         return TokenLogProbs(
             scored.log_probs,
             None if teacher is None else teacher[rows],
@@ -84,12 +84,13 @@ class _Finish:
             None if sampled is None else sampled[rows],
         )
 
-    def _kept(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
-        """The teacher's and the behaviour log-probs, as far as the objective needs them."""
+    def _kept(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The teacher's, the behaviour and the sampler's log-probs, as far as the objective needs them."""
         needs = self.objective.needs
         return (
             batch.teacher_log_probs if "teacher" in needs else None,
             batch.behaviour_log_probs if "behaviour" in needs else None,
+            batch.sampled_log_probs if "behaviour" in needs else None,
         )
 
 
