@@ -10,7 +10,11 @@ import pytest
 
 from tests.pipeline import write_recipe
 from tests.slurm.cluster import Slurm
-from tests.slurm.submission import Run, begin, submit, write_cluster
+from tests.slurm.submission import MINUTES, Run, begin, submit, write_cluster
+
+
+# Of generate, so that its attempts are those of one task.
+ONE_TASK = {"generate": {"minutes": MINUTES}, "sft": {"minutes": MINUTES, "nodes": 2}}
 
 
 @pytest.fixture
@@ -23,10 +27,10 @@ def root(tmp_path: Path) -> Path:
     ("keys", "message"),
     [
         ({"partition": "nowhere"}, "partition nowhere is not there: this cluster has batch, urgent"),
-        ({"gpus_per_node": 8}, "gpus_per_node=8, and the nodes of partition batch have 0"),
+        ({"gpus_per_node": 8, "cpus_per_node": 8}, "gpus_per_node=8, and the nodes of partition batch have 0"),
         ({"stages": {"sft": {"nodes": 3}}}, "stages.sft.nodes=3 does not divide parallel.processes=2"),
         ({"memory": "900T"}, "SLURM refuses the job"),
-        ({"container": {"image": "/nowhere/image.sqsh"}}, "/nowhere/image.sqsh is not there"),
+        ({"container": {"image": "/nowhere/image.sqsh", "mounts": ["/:/"]}}, "/nowhere/image.sqsh is not there"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -56,7 +60,7 @@ def test_no_slurm(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failed_stage_holds_what_follows_and_a_second_submission(slurm: Slurm, root: Path) -> None:
-    run = begin(root, slurm, setup=["exit 2"])
+    run = begin(root, slurm, setup=["exit 2"], stages=ONE_TASK)
     run.wait_for("generate to fail", lambda: slurm.state(run.jobs["generate"]) == "FAILED")
     last = run.logs("generate").splitlines()[-1]
     assert "generate failed with exit code 2: read" in last
@@ -80,7 +84,7 @@ def test_a_node_that_does_not_see_the_run(slurm: Slurm, root: Path) -> None:
 
 
 def test_a_crash_is_tried_again_at_most_so_often(slurm: Slurm, root: Path) -> None:
-    run = begin(root, slurm, setup=["kill -9 $$"], max_requeues=1)
+    run = begin(root, slurm, setup=["kill -9 $$"], max_requeues=1, stages=ONE_TASK)
     run.wait_for("generate to fail", lambda: slurm.state(run.jobs["generate"]) == "FAILED")
     assert run.attempts("generate") == 2
     assert "was killed or crashed (exit code 137) after max_requeues=1" in run.logs("generate")

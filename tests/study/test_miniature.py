@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lopd.pipeline.stage import execute
+from megatron_lopd.pipeline.execute import execute
 from megatron_lopd.stages.table import GENERATE, ROLLOUT, SFT
 
 ROOT = Path(__file__).parents[2]
