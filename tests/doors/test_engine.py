@@ -74,4 +74,4 @@ def test_doctor_plan_and_help_know_it(root: Path, capsys: pytest.CaptureFixture[
     assert "transformers, each sample at a temperature of its own" in shown
     with pytest.raises(SystemExit):
         main(["rollout", "--help"])
-    assert "rollout.engine.vllm.tensor" in capsys.readouterr().out
+    assert "rollout.engine.vllm:" in capsys.readouterr().out

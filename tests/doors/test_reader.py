@@ -30,6 +30,7 @@ def test_a_prompt_format_of_ones_own(
     assert "my_reader:CsvReader is code of yours: set allow_user_code=true" in refused(
         2, "rollout", "recipe.yaml"
     )
+    Path("opd.xlsx").touch()
     unnamed = refused(2, "rollout", *WITH, "prompts.opd={path: opd.xlsx}")
     assert "opd.xlsx: nothing is known to read .xlsx: use .jsonl" in unnamed
     assert "my_reader:CsvReader: comma-separated values" in told("run", *WITH, "--help")

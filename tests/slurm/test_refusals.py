@@ -12,7 +12,6 @@ from tests.pipeline import write_recipe
 from tests.slurm.cluster import Slurm
 from tests.slurm.submission import MINUTES, Run, begin, submit, write_cluster
 
-
 # Of generate, so that its attempts are those of one task.
 ONE_TASK = {"generate": {"minutes": MINUTES}, "sft": {"minutes": MINUTES, "nodes": 2}}
 
@@ -27,10 +26,16 @@ def root(tmp_path: Path) -> Path:
     ("keys", "message"),
     [
         ({"partition": "nowhere"}, "partition nowhere is not there: this cluster has batch, urgent"),
-        ({"gpus_per_node": 8, "cpus_per_node": 8}, "gpus_per_node=8, and the nodes of partition batch have 0"),
+        (
+            {"gpus_per_node": 8, "cpus_per_node": 8},
+            "gpus_per_node=8, and the nodes of partition batch have 0",
+        ),
         ({"stages": {"sft": {"nodes": 3}}}, "stages.sft.nodes=3 does not divide parallel.processes=2"),
         ({"memory": "900T"}, "SLURM refuses the job"),
-        ({"container": {"image": "/nowhere/image.sqsh", "mounts": ["/:/"]}}, "/nowhere/image.sqsh is not there"),
+        (
+            {"container": {"image": "/nowhere/image.sqsh", "mounts": ["/:/"]}},
+            "/nowhere/image.sqsh is not there",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_lopd.pipeline.execute import execute
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.stages.table import GENERATE, ROLLOUT, SFT
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def test_a_student_goes_through_the_study(tmp_path: Path) -> None:
     measured = {"equals": ("sft", "topk_reverse_kl", "online_sampled_reverse_kl"), "terse": ("refresh",)}
     for scored, names in measured.items():
         runner = study.CellRunner(study.Cell("strong", "equals", scored, 1), tmp_path, short=True)
-        base = runner.recipe(runner.base, teacher="equals")
+        base = ResolvedRun(runner.recipe(runner.base, teacher="equals"))
         for stage in (GENERATE, SFT, ROLLOUT):
             execute(stage, base)
         chosen = {each.method: each for each in runner.cell.conditions(short=True)}

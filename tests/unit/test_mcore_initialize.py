@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_lopd.mcore import model as model_module
-from megatron_lopd.training import loop
+from megatron_lopd.training import job
 from tests.training_zoo import make_root, train
 
 
@@ -31,8 +31,8 @@ def test_no_weight_is_drawn_that_a_checkpoint_overwrites(
     train(root, steps=2)  # from its last checkpoint
     assert drawn == []
 
-    job: Any = loop.TrainingJob
-    monkeypatch.setattr(loop, "TrainingJob", lambda **settings: job(init="random", **settings))
+    setup: Any = job.ModelSetup
+    monkeypatch.setattr(job, "ModelSetup", lambda *given, **more: setup(*given, **more, init="random"))
     train(root, "random", steps=2)
     assert drawn == [0]  # the job's seed
     train(root, "random", steps=2)

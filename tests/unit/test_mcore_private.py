@@ -43,6 +43,7 @@ def private_uses(source: str) -> Iterator[str]:
             and not node.attr.endswith("__")
             and not is_self(node.value)
             and node.attr not in own
+            and ast.unparse(node) != "os._exit"  # which is documented
         ):
             yield f".{node.attr}"
 

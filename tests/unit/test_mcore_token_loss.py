@@ -201,6 +201,7 @@ def random_batch(rows: int, vocab: int, k: int) -> tuple[Tensor, Tensor, MicroBa
         loss_weights=loss_weights(rows),
         loss_count=1,
         behaviour_log_probs=-torch.rand(rows, generator=generator) * 5,
+        sampled_log_probs=None,
         teacher_log_probs=teacher.gather(1, tokens[:, None])[:, 0],
         prefix_discrepancy=torch.rand(rows, generator=generator),
         top_k_ids=top.indices,

@@ -101,7 +101,7 @@ def test_any_failure_to_load_is_one_line(monkeypatch: pytest.MonkeyPatch, kind: 
         importlib.import_module("transformer_engine")
 
 
-@pytest.mark.parametrize("first", ["megatron_lopd.stages.train", "megatron_lopd.convert.gather"])
+@pytest.mark.parametrize("first", ["megatron_lopd.training.loop", "megatron_lopd.convert.gather"])
 def test_it_is_loaded_before_megatron_core_and_before_torch_asks_for_cudnn(
     tmp_path: Path, first: str
 ) -> None:

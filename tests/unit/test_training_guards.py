@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gloo import RankError, run_ranks
 
-from megatron_lopd.config import GuardConfig, OptimizerConfig, TrainConfig
+from megatron_lopd.config import GuardConfig, OptimizerConfig, TrainConfig, load_recipe
 from megatron_lopd.errors import ConfigError, DriftError
 from megatron_lopd.training.guards import check_drift, checkpoints_kept, recent_drift
 from tests.training_zoo import make_root, train
@@ -75,9 +75,11 @@ def test_message_names_metric_limit_checkpoint_and_remedies() -> None:
         ("window", 0),
     ],
 )
-def test_limits_out_of_range_are_refused(key: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"train\.guard\.{key}={value}"):
-        GuardConfig(**{key: value})
+def test_limits_out_of_range_are_refused(tmp_path: Path, key: str, value: float) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run_dir: runs/x\ntrain: {{steps: 1, guard: {{{key}: {value}}}}}\n")
+    with pytest.raises(ConfigError, match=rf"train\.guard\.{key} must be "):
+        load_recipe(recipe)
 
 
 @pytest.mark.parametrize(("every", "kept"), [(50, 2), (10, 2), (5, 3), (1, 11)])
