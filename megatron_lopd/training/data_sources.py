@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -84,6 +85,10 @@ class CachedData(TrainingData):
     """Rollouts and scores that are there already."""
 
     is_alone: ClassVar[bool] = True
+
+    def __init__(self, rollout_dir: Path, score_dir: Path | None = None) -> None:
+        # Committed, and hashed before training: that no id is there twice was seen to when they were made.
+        super().__init__(rollout_dir, score_dir, check_ids=False)
 
     def prepare(self, trainer: Trainer, part: PlanPart, steps_done: int) -> None:
         """FP8's scales before the first step of all, and the preflight before the part's."""

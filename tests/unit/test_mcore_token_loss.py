@@ -173,7 +173,7 @@ def losses_of_objectives() -> dict[str, list[Tensor]]:
             config = (
                 TrainConfig(steps=1, objective=objective_name, **options) if options is not None else None
             )
-            finish = _Finish(get_objective(objective_name, config), 1.0, rows=5, with_gradient=True)
+            finish = _Finish(get_objective(objective_name, config), rows=5, with_gradient=True)
             total, _, values = finish(model, batch, hidden[:, None])
             gradients = torch.autograd.grad(total, (hidden, weight))
             seen = (total, values.loss, values.entropy, values.log_probs.current)
