@@ -188,7 +188,7 @@ def test_what_cannot_be_is_said_in_a_line(root: Path, capsys: pytest.CaptureFixt
     refused(capsys, ["train.objective=topk_reverse_kl"], 2, "score.top_k")
     refused(capsys, ["train.checkpoint=student"], 2, "train.checkpoint")
     shared = ["score.engine.name=vllm", "score.engine.vllm.tensor=2", "parallel.processes=2"]
-    refused(capsys, shared, 2, "score.engine.vllm.tensor=2", "own GPU")
+    refused(capsys, shared, 2, "this one takes 2", "own GPU")
     refused(capsys, ["rollout.sampling.max_new_tokens=64"], 2, "leaves no room for a prompt")
     assert main([*ONLINE, "--dry-run"]) == 0
     assert "online" in capsys.readouterr().out
