@@ -10,7 +10,7 @@ FROM ${BASE_IMAGE}:${BASE_TAG}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # vLLM is the base's own, so it shares the base's torch, and no environment of its own is made. Would it ask
-# for another transformers than this package, the install below stops; `engine.python` is then the way out.
+# for another transformers than this package, the install below stops; `engine.vllm.python` is then the way out.
 
 WORKDIR /opt/megatron-lopd
 

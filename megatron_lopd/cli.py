@@ -121,8 +121,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     argparse stops taking overrides at the first option; those after it are taken here.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    parser = _parser(next((text for text in given if not text.startswith("-")), ""))
+    parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     strange = [text for text in rest if text.startswith("-") or "=" not in text or "overrides" not in options]
     if strange:
@@ -132,8 +131,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser(asked: str = "") -> argparse.ArgumentParser:
-    """Of the command that is `asked` for alone the recipe's keys are described, which takes a while."""
+def _parser() -> argparse.ArgumentParser:
+    """The recipe's keys are described where --help asks (`_StageHelp`), which takes a while."""
     parser = argparse.ArgumentParser(
         prog="lopd",
         description="Offline on-policy distillation on Megatron-Core (Lightning OPD, arXiv 2604.13010).",

@@ -76,6 +76,17 @@ def _place(item: pytest.Item) -> int:
 
 
 @pytest.fixture(autouse=True)
+def _doors_as_they_were() -> Iterator[None]:
+    """What a test has added behind a door is not there for those after it, whatever their order."""
+    from megatron_lopd.registry import DOORS, TASKS  # not before OMP_NUM_THREADS is set
+
+    before = {door: (door.things(), dict(door._imported)) for door in (*DOORS, TASKS)}
+    yield
+    for door, (things, imported) in before.items():
+        door._things, door._imported = things, imported
+
+
+@pytest.fixture(autouse=True)
 def _environment_as_it_was() -> Iterator[None]:
     """`main`, called in this process, sets what it would set for a process of its own."""
     before = dict(os.environ)

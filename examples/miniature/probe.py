@@ -27,7 +27,6 @@ from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.engines import open_engine
-from megatron_lopd.engines.protocol import ScoreRequest
 
 HERE = Path(__file__).parent
 TEACHERS = ("equals", "terse")
@@ -56,9 +55,8 @@ def cases(run_dir: Path) -> list[Case]:
         start, answered, seed = directory.parent.name.split("-")
         reader = open_shards(ROLLOUTS, directory)
         rollouts = [reader.record(index) for index in range(min(SAMPLES, len(reader)))]
-        asked = [ScoreRequest(r.sample_id, r.prompt_tokens, r.response_tokens) for r in rollouts]
         for name, engine in engines.items():
-            values = measure(rollouts, list(engine.score(asked, TOP_K)))
+            values = measure(rollouts, list(engine.score(rollouts, TOP_K)))
             found.append(Case(f"{start}, {answered}", name, int(seed), name == answered, values))
     return found
 

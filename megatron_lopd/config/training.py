@@ -121,10 +121,6 @@ class TrainingConfig:
             f"{self.section}.optimizer.warmup_steps={warmup} must be below {self.section}.steps={self.steps}",
         )
         require(
-            "jsonl" in self.loggers,
-            f"{self.section}.loggers: jsonl is not among them, and report and status read it: add it",
-        )
-        require(
             len(set(self.loggers)) == len(self.loggers),
             f"{self.section}.loggers: one is named twice: keep one of it",
         )

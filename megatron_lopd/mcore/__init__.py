@@ -1,1 +1,1 @@
-"""Everything that touches Megatron-Core."""
+"""Megatron-Core: the model, its layouts, optimizer and precision, and all that it takes to rely on it."""

@@ -27,7 +27,6 @@ class RolloutStage(SharedStage):
         return run.rollout.config.engine.workers
 
     def check(self, run: ResolvedRun) -> list[str]:
-
         part = run.rollout
         part.check()
         kind_of(part.config.engine).require(part.config.engine, "rollout")
