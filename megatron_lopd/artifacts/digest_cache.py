@@ -58,7 +58,11 @@ def is_kept(root: Path, part: str, files: Sequence[Path], about: Mapping[str, An
 
 def _key(root: Path, files: Sequence[Path], about: Mapping[str, Any]) -> dict[str, Any]:
     # The path too: a directory that was copied with its cache is another.
-    return {"path": str(root.resolve()), "files": {path.name: stamp(path) for path in files}, **about}
+    return {
+        "path": str(root.resolve()),
+        "files": {str(path.relative_to(root)): stamp(path) for path in files},
+        **about,
+    }
 
 
 def _places(root: Path) -> tuple[Path, Path]:

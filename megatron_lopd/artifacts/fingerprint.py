@@ -103,7 +103,8 @@ def chat_template_digest(root: Path) -> str:
 def safetensors_files(root: Path) -> list[Path]:
     """The weight files of a checkpoint, by name: those of its index, or all `*.safetensors`.
 
-    Raises DataError naming the directory when there are none, or when an indexed one is missing.
+    Raises DataError naming the directory when there are none, when an indexed one is missing, or when beside
+    the index is a model.safetensors that it does not list: some loaders would read that one instead.
     """
     index = root / "model.safetensors.index.json"
     if index.is_file():
@@ -114,6 +115,10 @@ def safetensors_files(root: Path) -> list[Path]:
         missing = [name for name in names if not (root / name).is_file()]
         if missing:
             raise DataError(f"{root / missing[0]}: missing: {index.name} lists it; copy the checkpoint again")
+        if (single := root / "model.safetensors").is_file() and single.name not in names:
+            raise DataError(
+                f"{single}: not in {index.name} beside it, and read in its place: remove one of them"
+            )
         return [root / name for name in names]
     files = sorted(root.glob("*.safetensors"))
     if not files:

@@ -18,6 +18,10 @@ from megatron_lopd.registry import allowing_user_code
 T = TypeVar("T", Recipe, Cluster)
 
 
+# What PyYAML raises: of its own, of a value like 2024-13-01 or a key like [a], and where all is too deep.
+_NO_YAML = (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError)
+
+
 class _RecipeLoader(yaml.SafeLoader):  # safe: no objects are built
     """YAML takes the last of two equal keys in silence; a recipe must not. And 1e-6 is a number here."""
 
@@ -46,7 +50,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type or
     out of range, each in one line naming the file and the dotted key.
     """
-    raw = _unshared(_read_yaml(Path(path)))
+    raw = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(raw, override)
     return _build(Recipe, raw, path)
@@ -54,7 +58,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster file. Raises ConfigError as `load_recipe` does."""
-    return _build(Cluster, _unshared(_read_yaml(Path(path), "cluster file")), path)
+    return _build(Cluster, _read_yaml(Path(path), "cluster file"), path)
 
 
 def _build(cls: type[T], raw: dict[str, Any], path: str | Path) -> T:
@@ -70,11 +74,11 @@ def _read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
         raise ConfigError(f"{path}: no such {what}: give the path of a YAML {what}")
     try:
         with path.open(encoding="utf-8") as stream:
-            raw = yaml.load(stream, _RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+            raw = _unshared(yaml.load(stream, _RecipeLoader))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except _NO_YAML as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a {what} is a mapping of keys to values, not {type(raw).__name__}")
     return raw
@@ -94,8 +98,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             f"override {override!r}: write it as dotted.key=value, such as train.optimizer.lr=1e-6"
         )
     try:
-        value = yaml.load(text, _RecipeLoader) if text else None
-    except yaml.YAMLError:
+        value = _unshared(yaml.load(text, _RecipeLoader)) if text else None
+    except _NO_YAML:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: quote it") from None
     node = raw
     *parents, leaf = name.split(".")

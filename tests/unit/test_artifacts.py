@@ -145,6 +145,30 @@ def test_fingerprint_sees_every_change(tmp_path: Path, change: str) -> None:
     assert fingerprint_model(make_model(tmp_path / "after", tensors=tensors | changed)).weights != before
 
 
+def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    names, weight_map = sorted(TENSORS), {}
+    for name in names:
+        (model / name).mkdir()
+        save_file({name: TENSORS[name]}, model / name / "m.safetensors")
+        weight_map[name] = f"{name}/m.safetensors"
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    before = fingerprint_model(model)
+    save_file({names[0]: 2 * TENSORS[names[0]]}, model / names[0] / "m.safetensors")
+    assert fingerprint_model(model).weights != before.weights
+
+
+def test_weights_beside_an_index_that_does_not_list_them_are_refused(tmp_path: Path) -> None:
+    """transformers would load these, and the index's be fingerprinted."""
+    model = make_model(tmp_path / "model", shards=2)
+    save_file({name: 2 * tensor for name, tensor in TENSORS.items()}, model / "model.safetensors")
+    with pytest.raises(
+        DataError, match=r"model\.safetensors: not in model\.safetensors\.index\.json beside it"
+    ):
+        fingerprint_model(model)
+
+
 def test_fingerprint_cache_is_used_and_dropped_when_a_file_changes(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     before = fingerprint_model(model)

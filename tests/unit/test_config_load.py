@@ -113,6 +113,11 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         ("run_dir: x\nrun_dir: y", None, "key 'run_dir' is given twice"),
         ("- a", None, "a recipe is a mapping"),
         ("a: [", None, "not valid YAML"),
+        ("seed: 2024-13-45", None, "not valid YAML: month must be in 1..12"),
+        ("[a]: 1", None, "not valid YAML: unhashable type"),
+        ("a: &x {b: *x}", None, "not valid YAML: maximum recursion depth"),
+        (GOOD, "seed=2024-13-45", "override 'seed=2024-13-45': the value is not valid YAML"),
+        (GOOD, "seed={[a]: 1}", "the value is not valid YAML"),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, override: str | None, expected: str) -> None:
