@@ -172,7 +172,7 @@ class Records(Sequence[R], Generic[R]):
 
 @dataclass(frozen=True)
 class RolloutArrays:
-    """n responses, their tokens end to end: those of response i are `[offsets[i] : offsets[i + 1]]`.
+    """n responses, their tokens end to end: those of i are `[response_offsets[i] : response_offsets[i + 1]]`.
 
     `ids` and `finish_reasons` ("stop", "length"): text [n]. `prompt_tokens` int32 [P] with `prompt_offsets`
     int64 [n + 1]; `response_tokens` int32 [T] with `response_offsets` int64 [n + 1], the end token included.

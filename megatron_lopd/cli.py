@@ -67,12 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if interrupted:  # taken, by whoever caught it, for a module or a model that does not load
                 return _say_interrupted(options)
             return _say_error(options, error)
-        except BrokenPipeError:  # `lopd inspect ... | head`: nobody reads on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # `lopd inspect ... | head`
+            _drop_output()
             return 1
         except KeyboardInterrupt:
             return _say_interrupted(options)
         return 0
+
+
+def _drop_output() -> None:
+    """Nobody reads on: what is left to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say_error(options: argparse.Namespace, error: LopdError) -> int:
@@ -200,7 +205,10 @@ class _StageHelp(argparse.Action):
         command = parser.prog.rpartition(" ")[2]
         wanted = ("run_dir", "seed", "allow_teacher_mismatch", "allow_user_code", *_SECTIONS.get(command, ()))
         keys = key_help(None if command == "run" else wanted)
-        print(f"{parser.format_help()}\nrecipe keys:\n{keys}\n\n{EXIT_CODES}")
+        try:
+            print(f"{parser.format_help()}\nrecipe keys:\n{keys}\n\n{EXIT_CODES}", flush=True)
+        except BrokenPipeError:  # `lopd train --help | head`
+            _drop_output()
         parser.exit()
 
 

@@ -70,7 +70,7 @@ def _machine(recipe: Recipe | None) -> Iterator[tuple[str, str]]:
         yield "GPU", f"torch cannot use it: {unusable}" if unusable else "none: everything runs on the CPU"
     yield "versions", ", ".join(f"{name} {text}" for name, text in base_versions().items())
     for name, kind in ENGINES.things().items():
-        yield f"engine {name}", kind.here()
+        yield f"engine {name} ", kind.here()
     yield "modelopt", "installed" if find_spec("modelopt") else "absent: no export.quantization=fp8"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lopd.data.collate import MicroBatch
+from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore.model import PackedGPTModel, response_loss
 from megatron_lopd.mcore.schedule import run_schedule
 from megatron_lopd.objectives import Objective, TokenLogProbs, TokenPlaces, TopKLogProbs
@@ -64,7 +65,7 @@ class _Finish:
                 batch.predict_index,
                 batch.response_tokens,
                 batch.top_k_ids if "top_k" in needs else None,
-                lambda scored, rows: self.objective.token_loss(self._tokens(batch, scored, rows)),
+                lambda scored, rows: self._token_loss(self._tokens(batch, scored, rows)),
                 weights,
                 rows=self.rows,
             )
@@ -73,6 +74,15 @@ class _Finish:
         values = TokenValues(summed.token_loss, weights, summed.entropy, kept)
         count = torch.tensor(batch.loss_count, dtype=torch.int, device=hidden.device)
         return summed.total, count, values
+
+    def _token_loss(self, tokens: TokenLogProbs) -> Tensor:
+        loss = self.objective.token_loss(tokens)
+        if loss.shape != tokens.current.shape:
+            raise ConfigError(
+                f"train.objective={self.objective.name}: token_loss gives {list(loss.shape)} for "
+                f"{list(tokens.current.shape)}: return the loss of each response token"
+            )
+        return loss
 
     def _tokens(self, batch: MicroBatch, scored: ResponseLogProbs, rows: slice) -> TokenLogProbs:
         teacher, behaviour, sampled = self._kept(batch)

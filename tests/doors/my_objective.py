@@ -35,6 +35,7 @@ class BoundedReverseKl(Distillation):
     name = "bounded_reverse_kl"
     caption = "-mean of A log π, with A held constant and within a bound"
     Options = BoundedReverseKlOptions
+    options: BoundedReverseKlOptions
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         bound = self.options.bound

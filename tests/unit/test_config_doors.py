@@ -197,7 +197,7 @@ def test_help_doctor_and_schema_show_what_the_recipe_adds(
     assert "pulling:Pull: pulls towards the teacher" in shown
     assert "pulling:Printed: prints the metrics" in shown
     assert "\ntrain.pull:\n  strength (int, at least 1; default 3)\n      how hard it pulls (count)" in shown
-    assert dict(doors())["objective"].endswith("fixed_negative, pull (pulling:Pull)")
+    assert dict(doors())["objective"].endswith(", pull (pulling:Pull)")
     assert json_schema()["$defs"]["TrainConfig"]["properties"]["pull"] == {"$ref": "#/$defs/PullOptions"}
 
 
