@@ -13,14 +13,18 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from megatron_lopd.errors import ConfigError
 
-_ALLOWED: ContextVar[bool] = ContextVar("user code may be imported", default=False)
+# None while no recipe is being read: then what has been imported is known, and nothing else is.
+_ALLOWED: ContextVar[bool | None] = ContextVar("user code may be imported", default=None)
+_DIGESTS: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()  # of a user's file, as it was imported
 
 
 class Kind(Protocol):
@@ -53,6 +57,9 @@ class Registry(Generic[T]):
         if ":" in name:
             return self._at(name)
         known = self.things()
+        path = self.import_path(name)
+        if path is not None and _ALLOWED.get() is not None:  # a lineage would not see its code
+            raise ConfigError(f"{self.what} {name} is code of yours: name it by its import path, {path}")
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
@@ -69,11 +76,16 @@ class Registry(Generic[T]):
 
     def import_path(self, name: str) -> str | None:
         """Where a user's own is from; None for one of the project's."""
-        return next((path for path, thing in self._imported.items() if thing.name == name), None)
+        mine = f"{__name__.partition('.')[0]}."  # whose things have paths too
+        return next(
+            (p for p, thing in self._imported.items() if thing.name == name and not p.startswith(mine)), None
+        )
 
     def _at(self, path: str) -> T:
+        if _ALLOWED.get() is False or (path not in self._imported and not _ALLOWED.get()):
+            raise ConfigError(f"{self.what} {path} is code of yours: set allow_user_code=true to have it run")
         if path not in self._imported:
-            thing: T = _import(path, self.what)
+            thing: T = _import(path)
             missing = [
                 each for each in ("name", "caption") if not isinstance(getattr(thing, each, None), str)
             ]
@@ -87,7 +99,10 @@ class Registry(Generic[T]):
 
 @contextmanager
 def allowing_user_code(allowed: bool) -> Iterator[None]:
-    """Whether import paths are followed in this block; those that were are known ever after."""
+    """Whether the recipe that is read in this block may name code of its own, by import path.
+
+    What has been imported is known after it, but not to another recipe.
+    """
     token = _ALLOWED.set(allowed)
     try:
         yield
@@ -98,29 +113,39 @@ def allowing_user_code(allowed: bool) -> Iterator[None]:
 def identity(name: str) -> str:
     """What a lineage says of a thing by its name; of a user's, with the SHA-256 of the file it is in.
 
-    ConfigError when that file cannot be read.
+    ConfigError when that file cannot be read, or is no longer the one that this process has imported.
     """
     module = name.partition(":")[0]
     if ":" not in name:
         return name
-    try:
-        digest = hashlib.sha256(Path(inspect.getfile(sys.modules[module])).read_bytes()).hexdigest()
-    except (KeyError, OSError, TypeError) as error:
-        raise ConfigError(f"{name}: the source of {module} cannot be read: {error}") from None
+    digest = _digest(module, name)
+    if _DIGESTS.setdefault(sys.modules[module], digest) != digest:
+        raise ConfigError(
+            f"{name}: the file of {module} has changed since this process imported it: undo that, or "
+            "start anew"
+        )
     return f"{name} sha256:{digest}"
 
 
-def _import(path: str, what: str) -> Any:
-    module, _, attribute = path.partition(":")
-    if not _ALLOWED.get():
-        raise ConfigError(f"{what} {path} is code of yours: set allow_user_code=true to have it run")
+def _digest(module: str, name: str) -> str:
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # somebody's module may raise anything
+        return hashlib.sha256(Path(inspect.getfile(sys.modules[module])).read_bytes()).hexdigest()
+    except (KeyError, OSError, TypeError) as error:
+        raise ConfigError(f"{name}: the source of {module} cannot be read: {error}") from None
+
+
+def _import(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        thing = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # somebody's module may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
             f"{path}: cannot be imported: {reason}: correct it, or put its folder on PYTHONPATH"
         ) from error
+    with suppress(ConfigError):  # which `identity` says, where it matters
+        _DIGESTS.setdefault(sys.modules[module], _digest(module, path))
+    return thing
 
 
 OBJECTIVES: Registry[Any] = Registry("objective", "megatron_lopd.objectives")

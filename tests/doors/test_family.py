@@ -142,6 +142,13 @@ def test_its_code_is_part_of_what_a_training_stage_is_made_from(tmp_path: Path, 
     before = own_families()["phi_of_mine"]
     assert before.startswith("changing:PHI3 sha256:")
     (tmp_path / "changing.py").write_text(source + "# changed\n")
+    with pytest.raises(ConfigError, match="has changed since this process imported it"):
+        own_families()
+    sys.modules.pop("changing")
+    FAMILIES._things.pop("phi_of_mine")
+    FAMILIES._imported.clear()
+    with allowing_user_code(True):
+        FAMILIES["changing:PHI3"]
     assert own_families()["phi_of_mine"] != before
 
 

@@ -99,10 +99,44 @@ def test_the_file_that_user_code_is_in_decides_with_its_options(recipe: Path) ->
     assert deciding(load_recipe(recipe, ["train.pull.shown=true"]).train) == plain
     assert deciding(load_recipe(recipe, ["train.pull.strength=3"]).train) != plain
     (recipe.parent / "pulling.py").write_text(MODULE + "\n# changed\n")
-    changed = deciding(train)
+    sys.modules.pop("pulling")
+    registry.OBJECTIVES._imported.clear()
+    registry.OBJECTIVES._things.pop("pull")
+    changed = deciding(load_recipe(recipe).train)
     assert changed["objective"].startswith("pulling:Pull sha256:")
     assert changed["objective"] != plain["objective"]
     assert changed | {"objective": ""} == plain | {"objective": ""}
+
+
+def test_a_file_that_changes_under_the_code_that_runs_is_refused(recipe: Path) -> None:
+    train = load_recipe(recipe).train
+    (recipe.parent / "pulling.py").write_text(MODULE + "\n# changed\n")
+    for ask in (lambda: deciding(train), lambda: deciding(load_recipe(recipe).train)):
+        with pytest.raises(ConfigError, match="the file of pulling has changed since this process imported"):
+            ask()
+
+
+def test_user_code_that_another_recipe_has_brought_in_is_not_this_ones(recipe: Path) -> None:
+    load_recipe(recipe)
+    with pytest.raises(ConfigError, match="pulling:Pull is code of yours: set allow_user_code=true"):
+        load_recipe(recipe, ["allow_user_code=false"])
+    for allowed in ("true", "false"):  # by a name that a lineage could not tell the code by
+        with pytest.raises(ConfigError, match="pull is code of yours: name it by its import path, pulling:P"):
+            load_recipe(recipe, [f"allow_user_code={allowed}", "train.objective=pull"])
+
+
+def test_the_projects_own_may_be_named_either_way(recipe: Path) -> None:
+    text = yaml.safe_load(recipe.read_text())
+    del text["train"]["pull"]
+    recipe.write_text(yaml.safe_dump(text))
+    load_recipe(recipe, ["train.objective=megatron_lopd.objectives:TopKForwardKl"])
+    assert load_recipe(recipe, ["train.objective=topk_forward_kl"]).train.objective == "topk_forward_kl"
+
+
+def test_a_module_that_exits_is_an_error(recipe: Path) -> None:
+    (recipe.parent / "pulling.py").write_text("import sys; sys.exit()")
+    with pytest.raises(ConfigError, match="pulling:Pull: cannot be imported: SystemExit"):
+        load_recipe(recipe)
 
 
 @pytest.mark.parametrize(
