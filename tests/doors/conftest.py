@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_lopd.cli import main
+from megatron_lopd.registry import DOORS
 
 EXAMPLES = Path(__file__).parent
 
@@ -55,3 +57,17 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def edited() -> Callable[[Path], None]:
+    """Change a module's file, and forget what was imported of it, as a new process has."""
+
+    def edit(source: Path) -> None:
+        source.write_text(source.read_text() + "\n# edited\n")
+        sys.modules.pop(source.stem)
+        for door in DOORS:
+            for path in [path for path in door._imported if path.startswith(f"{source.stem}:")]:
+                del door._things[door._imported.pop(path).name]
+
+    return edit

@@ -16,7 +16,11 @@ WITH = ("recipe.yaml", "allow_user_code=true")
 
 
 def test_a_grader_of_ones_own(
-    root: Path, refused: Callable[..., str], told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    edited: Callable[[Path], None],
+    refused: Callable[..., str],
+    told: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [
         {"prompt": p.prompt, "answer": p.answer, "longest": 40} for p in problems(6, seed=1, split="eval")
@@ -45,7 +49,7 @@ def test_a_grader_of_ones_own(
     config = json.loads((root / "run/evaluate/manifest.json").read_text())["config"]
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     assert f"my_grader:ExpressionGrader sha256:{digest}" in json.dumps(config)
-    source.write_text(source.read_text() + "\n# edited\n")
+    edited(source)
     assert "run/evaluate was made with" in refused(3, "evaluate", *WITH)
 
     import my_grader

@@ -14,7 +14,9 @@ from tests.pipeline import write_recipe
 WITH = ("recipe.yaml", "allow_user_code=true")
 
 
-def test_an_objective_of_ones_own(root: Path, refused: Callable[..., str], told: Callable[..., str]) -> None:
+def test_an_objective_of_ones_own(
+    root: Path, edited: Callable[[Path], None], refused: Callable[..., str], told: Callable[..., str]
+) -> None:
     recipe = yaml.safe_load(write_recipe(root).read_text())
     train = recipe["train"] | {
         "objective": "my_objective:BoundedReverseKl",
@@ -36,7 +38,7 @@ def test_an_objective_of_ones_own(root: Path, refused: Callable[..., str], told:
     assert config["objective"] == f"my_objective:BoundedReverseKl sha256:{digest}"
     assert config["bounded_reverse_kl"] == {"bound": 2.0}
 
-    source.write_text(source.read_text() + "\n# edited\n")
+    edited(source)
     line = refused(3, "run", *WITH)
     assert "run/train was made with objective='my_objective:BoundedReverseKl sha256:" in line
     told("score", *WITH)  # and what comes before has nothing to do with it

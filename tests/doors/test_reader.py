@@ -20,7 +20,7 @@ def write(path: Path, rows: list[list[str]]) -> None:
 
 
 def test_a_prompt_format_of_ones_own(
-    root: Path, refused: Callable[..., str], told: Callable[..., str]
+    root: Path, edited: Callable[[Path], None], refused: Callable[..., str], told: Callable[..., str]
 ) -> None:
     rows = [[p.id, p.prompt, p.answer] for p in problems(20, seed=1, split="opd")]
     write(root / "opd.csv", rows)
@@ -44,7 +44,7 @@ def test_a_prompt_format_of_ones_own(
     source = root / "code/my_reader.py"
     parents = json.loads((root / "run/rollout/manifest.json").read_text())["parents"]
     assert hashlib.sha256(source.read_bytes()).hexdigest() in parents["prompts"]["digests"].values()
-    source.write_text(source.read_text() + "\n# edited\n")
+    edited(source)
     line = refused(3, "rollout", *WITH)
     assert "the prompts that rollout was made from has changed: source of my_reader:CsvReader was" in line
 
