@@ -30,6 +30,7 @@ from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.rounds import Round, due_round, missing_round
 from megatron_lopd.pipeline.stage import SharedStage, Stage
 from megatron_lopd.pipeline.verified import verified_for_workers
+from megatron_lopd.registry import allowing_user_code
 from megatron_lopd.runtime import environment
 from megatron_lopd.runtime.launch import in_own_process, is_worker, launch, launch_workers
 from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
@@ -235,7 +236,8 @@ def _before(stage: Stage, run: ResolvedRun) -> Iterator[Stage]:
 
 def _check(run: ResolvedRun, names: Sequence[str]) -> dict[str, list[str]]:
     """What each of the named stages would do. Raises as their checks do."""
-    return {stage.name: stage.check(run) for stage in STAGES if stage.name in names}
+    with allowing_user_code(run.recipe.allow_user_code):  # a process of its own has not read the recipe
+        return {stage.name: stage.check(run) for stage in STAGES if stage.name in names}
 
 
 def _asks_of_gpu(run: ResolvedRun) -> bool:

@@ -7,7 +7,7 @@ user's is named in the recipe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +102,10 @@ def family_of(arch: Architecture) -> Family:
     return family
 
 
-def own_families() -> dict[str, str]:
-    """The families of the user's that this process knows, each with its code's digest (registry.identity).
+def own_families(named: Collection[str | None]) -> dict[str, str]:
+    """The families of the user's among those that are `named`, each with its code's digest.
 
     They decide what a model computes, so that the plans of what trains or scores on Megatron-Core hold them.
     """
     paths = {name: FAMILIES.import_path(name) for name in FAMILIES.things()}
-    return {name: identity(path) for name, path in paths.items() if path is not None}
+    return {name: identity(path) for name, path in paths.items() if path is not None and path in named}

@@ -45,6 +45,10 @@ def execute(stage: Stage, run: ResolvedRun) -> bool:
         if is_main_rank():
             check_unchanged(stage, run)
         return False
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from megatron_lopd.training.consensus import meet
+
+        meet()  # rank 0 has models to hash first, and proofs to make
     if not is_main_rank():
         _follow(stage, run)
     elif isinstance(stage, SharedStage):

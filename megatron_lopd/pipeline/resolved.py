@@ -169,10 +169,15 @@ class ResolvedRun:
         """What decides the numbers of sft and train, for their plans; a user's own families among it."""
         recipe = self.recipe
         fp8 = None if recipe.fp8 is None else deciding(recipe.fp8)
-        families = {"families": own} if (own := own_families()) else {}
+        families = {"families": self.own_families} if self.own_families else {}
         return deciding(config) | {"seed": recipe.seed, "precision": recipe.precision, "fp8": fp8} | families
 
     # ---- models
+
+    @cached_property
+    def own_families(self) -> dict[str, str]:
+        """The model families of the user's own that the recipe names, each with its code's digest."""
+        return own_families([each.family for each in (self.recipe.teacher, self.recipe.student) if each])
 
     @cached_property
     def teacher(self) -> Model:

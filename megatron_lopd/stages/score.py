@@ -9,7 +9,6 @@ from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import AgreementConfig, EngineConfig, deciding
 from megatron_lopd.engines import EngineKind, kind_of
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.families.family import own_families
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
@@ -66,7 +65,7 @@ class ScoreStage(SharedStage):
 
     def settings(self, run: ResolvedRun) -> dict[str, object]:
         """What decides the scores, beside the teacher; of an engine of ranks, a user's own families too."""
-        families = own_families() if _of_ranks(run) is not None else {}
+        families = run.own_families if _of_ranks(run) is not None else {}
         return deciding(run.recipe.score) | ({"families": families} if families else {})
 
     def share(self, run: ResolvedRun, plan: Plan) -> None:

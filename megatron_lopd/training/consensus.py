@@ -22,6 +22,11 @@ T = TypeVar("T")
 CHANNEL = "agreement"
 
 
+def meet() -> None:
+    """Have rank 0 be there for the others before it works for long: they wait longer for that than for it."""
+    channel(CHANNEL)
+
+
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 alone. Every rank gets its result, or raises its LopdError.
 

@@ -67,8 +67,12 @@ def test_a_collective_does_not_wait_for_longer() -> None:
 MEETING = """
 import pathlib, sys, time
 from datetime import timedelta
+from megatron_lopd.config import load_recipe
 from megatron_lopd.mcore import process_groups
-from megatron_lopd.training.consensus import on_rank_zero
+from megatron_lopd.pipeline.execute import execute
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.training import consensus  # before the clock runs
 
 process_groups.TIMEOUT = timedelta(seconds=float(sys.argv[1]))
 here = pathlib.Path(sys.argv[2])
@@ -76,20 +80,34 @@ here = pathlib.Path(sys.argv[2])
 while len(list(here.iterdir())) < 2:  # imports take one rank longer than the other
     time.sleep(0.01)
 
-def hash_for_long():
-    time.sleep(2 * float(sys.argv[1]))
-    return "hashed"
+class Slow(Stage):
+    name, kind = "slow", "report"
 
-assert on_rank_zero(hash_for_long) == "hashed"
+    def check(self, run):
+        return []
+
+    def plan(self, run):
+        time.sleep(2 * float(sys.argv[1]))  # models to hash
+        return Plan({"seed": 3}, {}, "proved")
+
+    def commit(self, run, plan):
+        return Output([], {})
+
+    def follow(self, run, plan):
+        assert plan.config == {"seed": 3}
+
+assert execute(Slow(), ResolvedRun(load_recipe(sys.argv[4])))
 """
 
 
 def test_rank_zero_is_met_before_it_hashes(tmp_path: Path) -> None:
     """As `lopd run` starts ranks: rank 0 serves the store, and no agent of torchrun's does."""
-    port = launch._free_port()
+    recipe, port = tmp_path / "recipe.yaml", launch._free_port()
+    recipe.write_text(f"run_dir: {tmp_path}/run\nsft: {{steps: 1}}\n")
+    (tmp_path / "here").mkdir()
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", MEETING, str(MEETING_TAKES), str(tmp_path), str(rank)],
+            [sys.executable, "-c", MEETING, str(MEETING_TAKES), str(tmp_path / "here"), str(rank), str(recipe)],
             env=environment.for_rank(rank, 2, port, os.environ),
         )
         for rank in range(2)

@@ -136,20 +136,21 @@ def test_its_code_is_part_of_what_a_training_stage_is_made_from(tmp_path: Path, 
     (tmp_path / "changing.py").write_text(source)
     monkeypatch.setattr(FAMILIES, "_things", FAMILIES.things())
     monkeypatch.setattr(FAMILIES, "_imported", {})
-    assert own_families() == {}
+    assert own_families(["changing:PHI3"]) == {}
     with allowing_user_code(True):
         FAMILIES["changing:PHI3"]
-    before = own_families()["phi_of_mine"]
+    before = own_families(["changing:PHI3"])["phi_of_mine"]
     assert before.startswith("changing:PHI3 sha256:")
     (tmp_path / "changing.py").write_text(source + "# changed\n")
     with pytest.raises(ConfigError, match="has changed since this process imported it"):
-        own_families()
+        own_families(["changing:PHI3"])
     sys.modules.pop("changing")
     FAMILIES._things.pop("phi_of_mine")
     FAMILIES._imported.clear()
     with allowing_user_code(True):
         FAMILIES["changing:PHI3"]
-    assert own_families()["phi_of_mine"] != before
+    assert own_families(["changing:PHI3"])["phi_of_mine"] != before
+    assert own_families([None, "qwen3"]) == {}  # another recipe's, in the same process
 
 
 def test_the_tools_take_it(tmp_path: Path) -> None:
