@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_lopd.config import load_recipe
 from megatron_lopd.errors import (
     ConfigError,
     DataError,
@@ -30,7 +31,6 @@ from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.rounds import Round, due_round, missing_round
 from megatron_lopd.pipeline.stage import SharedStage, Stage
 from megatron_lopd.pipeline.verified import verified_for_workers
-from megatron_lopd.registry import allowing_user_code
 from megatron_lopd.runtime import environment
 from megatron_lopd.runtime.launch import in_own_process, is_worker, launch, launch_workers
 from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
@@ -91,7 +91,10 @@ def run_all(command: Command) -> None:
     check_run_dir(run)
     waiting = waiting_stages(run)
     names = [stage.name for stage in waiting]
-    planned = in_own_process(_check, run, names) if _asks_of_gpu(run) else _check(run, names)
+    if _asks_of_gpu(run):
+        planned = in_own_process(_check_anew, command.recipe_path, list(command.overrides), names)
+    else:
+        planned = _check(run, names)
     done = 0
     for number, stage in enumerate(needed, start=1):
         if stage in waiting:
@@ -236,8 +239,12 @@ def _before(stage: Stage, run: ResolvedRun) -> Iterator[Stage]:
 
 def _check(run: ResolvedRun, names: Sequence[str]) -> dict[str, list[str]]:
     """What each of the named stages would do. Raises as their checks do."""
-    with allowing_user_code(run.recipe.allow_user_code):  # a process of its own has not read the recipe
-        return {stage.name: stage.check(run) for stage in STAGES if stage.name in names}
+    return {stage.name: stage.check(run) for stage in STAGES if stage.name in names}
+
+
+def _check_anew(recipe_path: str, overrides: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """`_check` in a process that has not read the recipe, nor imported what it names."""
+    return _check(ResolvedRun(load_recipe(recipe_path, overrides)), names)
 
 
 def _asks_of_gpu(run: ResolvedRun) -> bool:

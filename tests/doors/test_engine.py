@@ -13,8 +13,10 @@ import pytest
 
 from megatron_lopd import registry
 from megatron_lopd.cli import main
+from megatron_lopd.commands import run
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.runtime.launch import in_own_process
 from tests.pipeline import write_recipe
 
 SOURCE = Path(__file__).with_name("my_engine.py")
@@ -75,3 +77,9 @@ def test_doctor_plan_and_help_know_it(root: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["rollout", "--help"])
     assert "rollout.engine.vllm:" in capsys.readouterr().out
+
+
+def test_a_check_in_a_process_of_its_own_knows_it(root: Path) -> None:
+    """As `lopd run` has recipes checked that ask something of a GPU."""
+    planned = in_own_process(run._check_anew, "recipe.yaml", ["allow_user_code=true"], ["rollout"])
+    assert "the student after SFT answers" in planned["rollout"][0]
