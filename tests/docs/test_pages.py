@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import shlex
@@ -43,11 +44,15 @@ WHOLE: dict[str, Any] = {
 }
 
 
-def fenced(page: Path, language: str = r"\w*") -> Iterator[str]:
-    """The code between fences of `language`, without the page's indent."""
-    text = page.read_text(encoding="utf-8")
-    for indent, body in re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, flags=re.M | re.S):
-        yield "".join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
+def fenced(page: Path, language: str) -> Iterator[str]:
+    """The code between fences of `language` ("" for those that name none), without the page's indent."""
+    lines = iter(page.read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if opened := re.fullmatch(r"( *)```(\w*)", line):
+            indent, named = opened.groups()
+            block = list(itertools.takewhile(lambda each: each != f"{indent}```", lines))  # noqa: B023
+            if named == language:
+                yield "".join(f"{each.removeprefix(indent)}\n" for each in block)
 
 
 def command_lines(page: Path) -> Iterator[str]:
