@@ -75,7 +75,8 @@ $(NEWEST)/.installed: $(VENV)/bin/python requirements-newest.txt
 		--target $(NEWEST) --requirement requirements-newest.txt
 	touch $@
 
-$(VLLM)/.installed: requirements-vllm.txt
+# After .venv, whose folder it lies in: two of `venv` at once meet in making it.
+$(VLLM)/.installed: $(VENV)/bin/python requirements-vllm.txt
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-vllm.txt

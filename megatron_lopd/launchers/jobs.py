@@ -13,7 +13,6 @@ from megatron_lopd.pipeline.stage import SharedStage
 from megatron_lopd.stages.table import STAGES
 
 SHARED = tuple(stage.name for stage in STAGES if isinstance(stage, SharedStage))
-CPU_STAGES = ("tokenize", "export", "report")
 
 
 def jobs_of(recipe: Recipe, cluster: Cluster) -> list[Job]:
@@ -29,7 +28,8 @@ def jobs_of(recipe: Recipe, cluster: Cluster) -> list[Job]:
     for stage in needed:
         if not run.is_committed(stage.name):
             names = _rounds(run) if stage.name == "train" else [(stage.name, stage.name)]
-            jobs += [_job(name, command, recipe, cluster) for name, command in names]
+            on_gpu = stage.on_gpu(run)
+            jobs += [_job(name, command, on_gpu, recipe, cluster) for name, command in names]
     return jobs
 
 
@@ -42,7 +42,7 @@ def _rounds(run: ResolvedRun) -> Iterator[tuple[str, str]]:
             yield f"train-{each.number}", "train"
 
 
-def _job(name: str, command: str, recipe: Recipe, cluster: Cluster) -> Job:
+def _job(name: str, command: str, on_gpu: bool, recipe: Recipe, cluster: Cluster) -> Job:
     resources = getattr(cluster.stages, command)
     layout = _layout(command, recipe)
     if command in SHARED:
@@ -54,7 +54,7 @@ def _job(name: str, command: str, recipe: Recipe, cluster: Cluster) -> Job:
         nodes=1 if workers else resources.nodes,
         workers=workers,
         ranks=_ranks(command, resources.nodes, layout, cluster) if layout is not None else 0,
-        gpus=0 if command in CPU_STAGES else cluster.gpus_per_node,
+        gpus=cluster.gpus_per_node if on_gpu else 0,
         minutes=resources.minutes,
         partition=resources.partition or cluster.partition,
     )

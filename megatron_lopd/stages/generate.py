@@ -21,7 +21,6 @@ class GenerateStage(SharedStage):
         return run.generate.config.engine.workers
 
     def check(self, run: ResolvedRun) -> list[str]:
-
         part = run.generate
         part.check()
         kind_of(part.config.engine).require(part.config.engine, "generate")

@@ -74,6 +74,14 @@ def test_stages_not_needed_are_left_out(tmp_path: Path) -> None:
     assert "train" not in [job.name for job in plan(tmp_path, bare, BARE)[0]]
 
 
+def test_a_job_has_gpus_where_its_stage_uses_one(tmp_path: Path) -> None:
+    """Calibration for FP8 runs the student, which a plain export does not."""
+    without = {job.name for job in plan(tmp_path, RECIPE, BARE)[0] if not job.gpus}
+    assert without == {"export", "report"}
+    quantized = RECIPE | {"export": {"quantization": "fp8"}}
+    assert {job.name: job.gpus for job in plan(tmp_path, quantized, BARE)[0]}["export"] == 8
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
