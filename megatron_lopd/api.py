@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from megatron_lopd.config import Recipe, load_recipe
-from megatron_lopd.errors import DataError
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.runtime import environment
 
@@ -254,16 +253,9 @@ def read_metrics(directory: str | Path) -> dict[str, NDArray[np.float64]]:
     """What a stage that trains measured at each step: float64 [steps] by name, NaN where there is none."""
     import numpy as np
 
-    from megatron_lopd.loggers import METRICS_FILE
+    from megatron_lopd.loggers import METRICS_FILE, read_steps
 
-    path = Path(directory) / METRICS_FILE
-    if not path.is_file():
-        raise DataError(f"{path}: no such file: run the stage that trains")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # one without its end is being written
-    try:
-        rows = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: damaged ({error})") from None
+    rows = read_steps(Path(directory) / METRICS_FILE)
     names = dict.fromkeys(name for row in rows for name in row)
     # None, which stands for what is not finite, becomes NaN.
     return {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in names}

@@ -29,7 +29,8 @@ if find_spec("hypothesis") is not None:  # tests/gpu need it not, nor a GPU mach
     settings.load_profile("unhurried")
 
 TESTS = Path(__file__).parent
-FOLDERS = ("slurm", "dist", "fault", "engines", "study", "unit")  # in the order in which they are run
+# In the order in which they are run.
+FOLDERS = ("slurm", "dist", "golden", "fault", "engines", "doors", "docs", "study", "unit", "launcher")
 GPU_TESTS = TESTS / "gpu"
 # What cannot run everywhere: (tests, what they need, its name in LOPD_REQUIRE, whether it is here).
 OPTIONAL = (

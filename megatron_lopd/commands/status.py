@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_lopd.errors import LineageError
-from megatron_lopd.loggers import METRICS_FILE
+from megatron_lopd.loggers import METRICS_FILE, read_steps
 from megatron_lopd.pipeline.execute import why_changed
 from megatron_lopd.pipeline.plan_file import PLAN_FILE
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -23,7 +22,7 @@ INDENT = " " * 11
 
 
 def describe_run(run: ResolvedRun) -> Iterator[str]:
-    """Yield the lines of the view. Raises DataError for a damaged manifest or claim."""
+    """Yield the lines of the view. Raises DataError for a damaged manifest, claim or metric."""
     for stage in STAGES:
         if not stage.needed(run):
             continue
@@ -96,10 +95,7 @@ def _worker(place: Path, state: ClaimState, here: Owner) -> str:
 
 
 def _training(directory: Path, steps: int | None) -> str:
-    lines = (directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    try:
-        last = json.loads(lines[-1])["step"] if lines else 0
-    except (json.JSONDecodeError, KeyError):  # being written this moment
-        last = json.loads(lines[-2])["step"] if len(lines) > 1 else 0
+    rows = read_steps(directory / METRICS_FILE)
+    last = rows[-1]["step"] if rows else 0
     saved = max((path.name for path in (directory / "checkpoints").glob("step_*")), default="none yet")
     return f"step {last:,}" + (f" of {steps:,}" if steps else "") + f"; newest checkpoint: {saved}"

@@ -132,6 +132,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(
+            self.run_dir.strip() != "" and "\0" not in self.run_dir,
+            f"run_dir={self.run_dir!r} names no directory: give one",
+        )
+        require(
             self.fp8 is None or self.precision == "bf16",
             "fp8 layers stand among bf16 ones: set precision=bf16, or drop the fp8 section",
         )

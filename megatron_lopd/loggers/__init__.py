@@ -1,10 +1,10 @@
 """Where a step's metrics go."""
 
-from megatron_lopd.loggers.jsonl import METRICS_FILE, JsonLinesLogger
+from megatron_lopd.loggers.jsonl import METRICS_FILE, JsonLinesLogger, read_steps
 from megatron_lopd.loggers.logger import Logger, Loggers
 from megatron_lopd.loggers.tensorboard import TensorBoardLogger
 from megatron_lopd.registry import LOGGERS
 
-__all__ = ["METRICS_FILE", "Logger", "Loggers"]
+__all__ = ["METRICS_FILE", "Logger", "Loggers", "read_steps"]
 
 LOGGERS.add(JsonLinesLogger, TensorBoardLogger)

@@ -7,9 +7,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import IO, Any, ClassVar
 
 from megatron_lopd.artifacts.files import atomic_file
+from megatron_lopd.errors import DataError
 from megatron_lopd.loggers.logger import Logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,6 +41,30 @@ class JsonLinesLogger(Logger):
         self._stream.close()
 
 
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """What was written, step by step; a last line without its end is being written, and left out.
+
+    Raises DataError naming the line that is damaged, or the file that is not there.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file: run the stage that trains") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: damaged ({error})") from None
+    return [_step(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def _step(where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: damaged ({error})") from None
+    if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+        raise DataError(f"{where}: damaged (it has no step)")
+    return row
+
+
 def _truncate(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`. What follows a torn line was never acknowledged."""
     if not path.exists():
@@ -47,9 +72,9 @@ def _truncate(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] > step:
+            if _step(str(path), line)["step"] > step:
                 break
-        except json.JSONDecodeError:
+        except DataError:
             break
         kept.append(line + "\n")
     with atomic_file(path, "w") as stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import platform
 import time
@@ -198,9 +199,10 @@ def seconds_of(directory: Path) -> float:
     """Seconds a stage has taken over all its attempts, as far as they ended; 0 when unknown."""
     path = directory / TIMING_FILE
     try:
-        return float(read_json(path)["seconds"])
+        seconds = float(read_json(path)["seconds"])
     except (DataError, TypeError, KeyError, ValueError):
         return 0.0  # a duration is not worth stopping a run for
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def _record_seconds(directory: Path, seconds: float) -> None:

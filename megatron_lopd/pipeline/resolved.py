@@ -101,11 +101,18 @@ class PromptSet:
 
 
 class ResolvedRun:
-    """One recipe, resolved. Stages are given it and take their part."""
+    """One recipe, resolved. Stages are given it and take their part.
+
+    Raises ConfigError for a run_dir that cannot be one.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.directory = Path(recipe.run_dir)
+        try:
+            self.directory.exists()
+        except OSError as error:  # a name too long, a folder that may not be looked into
+            raise ConfigError(f"run_dir={recipe.run_dir}: {error.strerror}: choose another") from None
         self._encoded: dict[tuple[str, Path, bool, int], EncodedPrompts] = {}
 
     # ---- places

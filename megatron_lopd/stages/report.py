@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from megatron_lopd.artifacts.files import atomic_file, atomic_write_json, read_j
 from megatron_lopd.artifacts.lineage import Proof, artifact_parent, worst
 from megatron_lopd.artifacts.manifest import Manifest
 from megatron_lopd.errors import DataError
+from megatron_lopd.loggers import METRICS_FILE, read_steps
 from megatron_lopd.pipeline import proofs as proved
 from megatron_lopd.pipeline.execute import seconds_of
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -160,13 +160,11 @@ def _settings(
 
 
 def _history(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "metrics.jsonl"
-    if not path.is_file():
-        return []
+    path = directory / METRICS_FILE
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: damaged ({error}): remove it to draw the report without it") from None
+        return read_steps(path) if path.is_file() else []
+    except DataError as error:
+        raise DataError(f"{error}: remove it to draw the report without it") from None
 
 
 def _graph(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proof]) -> LineageGraph:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_lopd.artifacts import fingerprint
 from megatron_lopd.artifacts.digest_cache import CACHE_NAME
-from megatron_lopd.artifacts.files import atomic_file
+from megatron_lopd.artifacts.files import atomic_file, read_json
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import (
     Evidence,
@@ -41,6 +41,13 @@ TENSORS = {
     "model.norm.weight": torch.ones(3, dtype=torch.bfloat16),
     "model.layers.0.self_attn.q_proj.weight": torch.full((2, 3), 0.5),
 }
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"1" * 5000])
+def test_a_file_that_is_not_json_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "it.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"it\.json: damaged: not valid JSON"):
+        read_json(tmp_path / "it.json")
 
 
 def make_model(directory: Path, shards: int = 1, tensors: dict[str, torch.Tensor] | None = None) -> Path:

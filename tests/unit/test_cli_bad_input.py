@@ -15,6 +15,7 @@ import pytest
 from megatron_lopd import cli
 from megatron_lopd.cli import main
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.pipeline.execute import TIMING_FILE, seconds_of
 from tests.pipeline import write_recipe
 
 
@@ -54,6 +55,14 @@ FROM_FILE = "prompts.opd={path: p.jsonl}"
 GOOD_LINE = '{"prompt": "1+2+3+4+5+6"}\n'
 CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
     "misspelt key": (lambda: None, ["train.optimiser.lr=1"], 2, ["train.optimiser", "train.optimizer"]),
+    "a directory without a name": (lambda: None, ['run_dir=""'], 2, ["run_dir", "names no directory"]),
+    "a directory that no name can be": (
+        lambda: None,
+        [f"run_dir={'x' * 300}"],
+        2,
+        ["run_dir", "File name too long"],
+    ),
+    "a zero byte in a name": (lambda: None, ['run_dir="a\\0b"'], 2, ["run_dir", "names no directory"]),
     "wrong type": (lambda: None, ["seed=x"], 2, ["seed", "expected int"]),
     "no such teacher": (
         lambda: None,
@@ -223,3 +232,17 @@ def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+def test_a_damaged_metric_is_one_line_under_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "run/sft").mkdir(parents=True)
+    (root / "run/sft/metrics.jsonl").write_text('{"step": 1}\n[2]\n')
+    assert main(["status", "recipe.yaml"]) == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "run/sft/metrics.jsonl:2: damaged (it has no step)" in message
+
+
+@pytest.mark.parametrize("content", ['{"seconds": NaN}', '{"seconds": "long"}', "[]", "{"])
+def test_a_damaged_duration_stops_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / TIMING_FILE).write_text(content)
+    assert seconds_of(tmp_path) == 0

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lopd.config import TrainConfig
-from megatron_lopd.errors import ConfigError, LoggerError
-from megatron_lopd.loggers import METRICS_FILE, Logger, Loggers
+from megatron_lopd.errors import ConfigError, DataError, LoggerError
+from megatron_lopd.loggers import METRICS_FILE, Logger, Loggers, read_steps
 from megatron_lopd.registry import LOGGERS
 from megatron_lopd.runtime import display as progress
 from megatron_lopd.runtime.display import ProgressDisplay, duration
@@ -41,6 +41,24 @@ def test_reopening_at_a_step_drops_what_came_after_it(tmp_path: Path) -> None:
         {"step": 3, "loss": 0.25},
     ]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_line_being_written_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_steps(path) == [{"step": 1}]
+
+
+DAMAGED = ["", "{", "[1]", "{}", '{"step": "2"}', '{"step": NaN}', "[" * 100_000, "\xff"]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_told_by_its_number(tmp_path: Path, line: str) -> None:
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(f'{{"step": 1}}\n{line}\n'.encode("latin-1"))
+    where = rf"metrics\.jsonl{'' if line == chr(255) else ':2'}: damaged"
+    with pytest.raises(DataError, match=where):
+        read_steps(path)
 
 
 class Broken(Logger):
