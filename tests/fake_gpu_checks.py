@@ -106,7 +106,7 @@ CHECKS = (
     _fake("crashes", "crashes"),
     Check("no-module", "no-module", "tests.no_such_module:run", 0, 60),
     _fake("half", "half"),
-    _fake("hangs", "hangs", limit=20),
+    _fake("hangs", "hangs", limit=8),
     _fake("killed", "killed"),
     _fake("children", "leaves_children"),
     _fake("waits", "waits"),

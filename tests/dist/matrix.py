@@ -48,7 +48,7 @@ EXPERTS = ("experts",)
 # Data parallelism always comes with the distributed optimizer, and with its communication overlapped.
 LAYOUTS: dict[str, Layout] = {
     "one process": Layout(ParallelConfig(), ALL),
-    "micro-batches of 24 tokens": Layout(ParallelConfig(), tokens=24, release=True),
+    "micro-batches of 24 tokens": Layout(ParallelConfig(), tokens=24),
     "micro-batches of 200 tokens": Layout(ParallelConfig(), ("tied", "experts"), tokens=200, nightly=True),
     "recompute core_attn": Layout(ParallelConfig(recompute="core_attn"), ("tied", "experts"), nightly=True),
     "recompute selective": Layout(ParallelConfig(recompute="selective"), ("tied", "experts"), nightly=True),
@@ -59,7 +59,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP2 + SP": Layout(ParallelConfig(tensor=2, processes=2), ALL, release=True),
     "TP2 + SP, recompute full": Layout(ParallelConfig(tensor=2, recompute="full", processes=2), nightly=True),
     "TP2 + SP, recompute selective": Layout(
-        ParallelConfig(tensor=2, recompute="selective", processes=2), ("tied", "experts")
+        ParallelConfig(tensor=2, recompute="selective", processes=2), ("tied", "experts"), nightly=True
     ),
     "PP2": Layout(ParallelConfig(pipeline=2, processes=2), DENSE, nightly=True),
     "PP2 + VPP2": Layout(
@@ -70,7 +70,7 @@ LAYOUTS: dict[str, Layout] = {
     "DP2, distributed optimizer": Layout(ParallelConfig(processes=2), ALL, release=True),
     "EP2": Layout(ParallelConfig(expert=2, processes=2), EXPERTS, release=True),
     "ETP2": Layout(ParallelConfig(expert_tensor=2, processes=2), EXPERTS),
-    "TP2, ETP1": Layout(ParallelConfig(tensor=2, expert_tensor=1, processes=2), EXPERTS),
+    "TP2, ETP1": Layout(ParallelConfig(tensor=2, expert_tensor=1, processes=2), EXPERTS, nightly=True),
     "CP2 x EP2": Layout(ParallelConfig(context=2, expert=2, processes=2), EXPERTS, nightly=True),
     "DP4": Layout(ParallelConfig(processes=4), nightly=True),
     "TP2 x DP2": Layout(ParallelConfig(tensor=2, processes=4), nightly=True),

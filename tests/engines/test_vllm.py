@@ -174,6 +174,7 @@ def test_a_bf16_model_has_its_output_layer_in_fp32(tmp_path: Path) -> None:
         assert (np.diff(score.top_k.log_probs) < 0).all(), "no ties"
 
 
+@pytest.mark.nightly  # two workers; test_load_weights.py and fault/test_online.py kill engines by day
 def test_a_killed_worker_is_an_engine_that_died_and_none_is_left(
     model_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

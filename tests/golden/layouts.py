@@ -11,16 +11,17 @@ import matrix
 import torch
 from steps import Trained
 
-# By the number of processes: layouts, and which of their models. Nothing is split; then a vocabulary, a
-# pipeline, samples, a sequence and experts.
-LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
-    1: {"one process": ("tied", "experts")},
+Layouts = dict[int, dict[str, tuple[str, ...]]]
+
+# By the number of processes: layouts, and which of their models. Nothing is split; a sequence and experts.
+LAYOUTS: Layouts = {1: {"one process": ("tied", "experts")}, 2: {"CP2 x EP2": ("experts",)}}
+# A vocabulary, a pipeline, samples.
+NIGHTLY: Layouts = {
     2: {
         "TP2 + SP": ("tied", "experts"),
         "PP2 + VPP2": ("tied",),
         "DP2, distributed optimizer": ("untied, with bias", "experts"),
-        "CP2 x EP2": ("experts",),
-    },
+    }
 }
 
 

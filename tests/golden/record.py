@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,16 @@ def main(out: Path, parts: list[str]) -> None:
     out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
-def _matrix(root: Path) -> dict[str, Any]:
+def _layouts(which: str, root: Path) -> dict[str, Any]:
     from gloo import run_ranks
     from matrix import make_models
 
-    from tests.golden.layouts import LAYOUTS, record_layouts
+    from tests.golden import layouts as golden
 
     make_models(root)
     record: dict[str, Any] = {}
-    for processes, layouts in LAYOUTS.items():
-        ranks = run_ranks(processes, record_layouts, root, layouts, timeout=600)
+    for processes, layouts in getattr(golden, which).items():
+        ranks = run_ranks(processes, golden.record_layouts, root, layouts, timeout=600)
         for name in layouts:
             record[name] = {f"rank {number}": rank[name] for number, rank in enumerate(ranks)}
     return record
@@ -86,7 +87,8 @@ def _quickstart(root: Path) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "matrix": _matrix,
+    "matrix": partial(_layouts, "LAYOUTS"),
+    "nightly matrix": partial(_layouts, "NIGHTLY"),
     "pipeline": _pipeline,
     "quickstart": _quickstart,
 }

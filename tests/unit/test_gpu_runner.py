@@ -136,7 +136,7 @@ def test_a_runner_that_is_ended_leaves_whole_lines_and_no_check(
 
 def test_a_check_that_the_budget_ends_has_not_failed(tmp_path: Path) -> None:
     """Its own limit is longer: it is no fault of the machine's."""
-    runner = start(tmp_path, "--only", "children", "waits", "--budget", "15")
+    runner = start(tmp_path, "--only", "children", "waits", "--budget", "8")
     runner.communicate()
     _, ended, waits = sorted(lines(tmp_path), key=lambda line: line.get("name", ""))
     assert (ended["status"], waits["status"], runner.returncode) == ("ok", "left out", 0)
