@@ -8,10 +8,8 @@ recipe := examples/quickstart/recipe.yaml
 # `make quickstart seed=3 run_dir=runs/other`: any of these, as overrides of the recipe.
 overrides := $(if $(seed),seed=$(seed)) $(if $(run_dir),run_dir=$(run_dir))
 
-pip_install := pip install --quiet --disable-pip-version-check
-# Half of what goes in, and most of it is never imported; what is, is compiled then, and kept.
-pip_install_tested := $(pip_install) --no-compile
-unexport PYTHONDONTWRITEBYTECODE
+# What is imported is compiled then, and kept, unless the environment says not to keep it.
+pip_install := pip install --quiet --disable-pip-version-check $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
 # How many tests run at once, each in one thread. Some start two or four processes of their own.
 workers := 2
@@ -75,7 +73,7 @@ $(VENV)/.dev: $(VENV)/.base requirements-dev.txt requirements-smollm2.txt
 
 $(NEWEST)/.installed: $(VENV)/bin/python requirements-newest.txt
 	rm -rf $(NEWEST)
-	$(BIN)/python -m $(pip_install_tested) --no-deps --ignore-requires-python --target $(NEWEST) \
+	$(BIN)/python -m $(pip_install) --no-deps --ignore-requires-python --target $(NEWEST) \
 		--requirement requirements-newest.txt
 	touch $@
 
@@ -83,7 +81,7 @@ $(NEWEST)/.installed: $(VENV)/bin/python requirements-newest.txt
 $(VLLM)/.installed: $(VENV)/bin/python requirements-vllm.txt
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m $(pip_install_tested) --no-deps --requirement requirements-vllm.txt
+	$(VLLM)/bin/python -m $(pip_install) --no-deps --requirement requirements-vllm.txt
 	touch $@
 
 clean:

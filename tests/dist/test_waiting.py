@@ -19,7 +19,7 @@ from tests.training_zoo import make_root, train
 
 DP2 = ParallelConfig(processes=2)
 # Seconds. What other tests delay, beside this one, is less.
-GROUPS_WAIT, HASHING_TAKES, MEETING_TAKES = 3.0, 5.0, 6.0
+GROUPS_WAIT, HASHING_TAKES, MEETING_TAKES = 3.0, 5.0, 4.0
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ TINY = {
 
 @pytest.mark.timeout(600)  # up to 200 forks
 @pytest.mark.parametrize(
-    "writes", [16, pytest.param(1, marks=pytest.mark.nightly)], ids=["some writes", "every write"]
+    "writes", [8, pytest.param(1, marks=pytest.mark.nightly)], ids=["some writes", "every write"]
 )
 def test_wherever_a_save_is_killed_the_newest_whole_checkpoint_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], writes: int
