@@ -1,4 +1,6 @@
-"""`lopd status`: how far a run is, across all the processes and machines at work on it. It writes nothing."""
+"""`lopd status`: how far a run is, across all the processes and machines at work on it.
+
+It writes nothing into the run."""
 
 from __future__ import annotations
 

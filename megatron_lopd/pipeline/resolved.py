@@ -38,8 +38,7 @@ from megatron_lopd.errors import ConfigError, DataError, LopdError
 from megatron_lopd.families.architecture import Architecture, read_architecture
 from megatron_lopd.families.family import own_families
 from megatron_lopd.pipeline.encoded import EncodedPrompts, encode, longest_prompt
-from megatron_lopd.prompts.prompt import Prompt
-from megatron_lopd.prompts.sources import load_prompts, prompts_parent
+from megatron_lopd.prompts.sources import PromptSet
 
 PROMPT_USES = {
     "sft": "the prompts that the teacher answers",
@@ -90,14 +89,6 @@ class Model:
         self.require()
         Chat(str(self.directory))
         read_architecture(self.directory)
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts of one use, and what a manifest says of them."""
-
-    prompts: list[Prompt]
-    parent: Parent
 
 
 class ResolvedRun:
@@ -283,8 +274,7 @@ class ResolvedRun:
             raise ConfigError(f"missing section prompts.{use}: {PROMPT_USES[use]}")
         if source.path is not None and not Path(source.path).exists():
             raise DataError(f"prompts.{key or use}.path: {source.path}: No such file: give a file of prompts")
-        prompts = load_prompts(source, use, self.recipe.seed)
-        return PromptSet(prompts, prompts_parent(source, prompts))
+        return PromptSet(source, use, self.recipe.seed)
 
     # ---- parts
 

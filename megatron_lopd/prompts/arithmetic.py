@@ -33,6 +33,7 @@ MODULUS = 10
 
 _DIGITS = "0123456789"
 _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+_SIGNS = tuple(_OPERATORS)
 _EXPRESSION = re.compile(r"[0-9](?:[-+*][0-9])+")
 
 # What stands between an operation and its result.
@@ -49,14 +50,17 @@ class Problem:
     Attributes:
         id: stable name, a digest of ``prompt``: the same expression has the same id in every run.
         prompt: the user message, such as ``3+4*7-2+9*5``.
-        solution: the worked response in the dialect ``equals``, without any end token.
         answer: the final digit.
     """
 
     id: str
     prompt: str
-    solution: str
     answer: str
+
+    @property
+    def solution(self) -> str:
+        """The worked response in the dialect ``equals``, without any end token."""
+        return solve(self.prompt)
 
 
 class Arithmetic(Task):
@@ -120,17 +124,18 @@ def grade(prompt: str, response: str, dialects: Sequence[str] = ("equals",)) -> 
 
 def _draw(count: int, rng: random.Random, split: str) -> Iterator[Problem]:
     seen: set[str] = set()
+    draw, parts = rng.random, [""] * (2 * OPERANDS - 1)
     while len(seen) < count:
-        # Python promises the same sequence across versions for random() alone; choices() is built on it.
-        digits = rng.choices(_DIGITS, k=OPERANDS)
-        signs = rng.choices(list(_OPERATORS), k=OPERANDS - 1)
-        prompt = digits[0] + "".join(sign + digit for sign, digit in zip(signs, digits[1:], strict=True))
+        # Python promises the same sequence across versions for random() alone.
+        parts[::2] = [_DIGITS[int(draw() * len(_DIGITS))] for _ in range(OPERANDS)]
+        parts[1::2] = [_SIGNS[int(draw() * len(_SIGNS))] for _ in range(OPERANDS - 1)]
+        prompt = "".join(parts)
         digest = hashlib.sha256(prompt.encode()).digest()
         if prompt in seen or SPLITS[digest[-1] % len(SPLITS)] != split:
             continue
         seen.add(prompt)
         answer = str(_running_results(prompt)[-1])
-        yield Problem(f"arithmetic-{digest[:8].hex()}", prompt, solve(prompt), answer)
+        yield Problem(f"arithmetic-{digest[:8].hex()}", prompt, answer)
 
 
 def _running_results(prompt: str) -> list[int]:

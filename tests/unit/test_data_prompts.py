@@ -11,7 +11,8 @@ from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.prompts.json_lines import JsonLinesReader
 from megatron_lopd.prompts.prompt import Prompt
 from megatron_lopd.prompts.rows import read_conversations, read_prompts
-from megatron_lopd.prompts.sources import load_prompts, prompts_parent
+from megatron_lopd.prompts.sources import PromptSet, load_prompts
+from megatron_lopd.registry import allowing_user_code
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -81,12 +82,69 @@ def test_extra_fields_are_kept_for_the_grader_and_decide(tmp_path: Path) -> None
     assert extra[0].extra == {"tests": ["a", 1]}
     # What lineage knows the quickstart's prompts by: a run of an earlier release must find them unchanged.
     source = PromptSource(task="arithmetic", count=3)
-    digest = prompts_parent(source, load_prompts(source, "opd", 0)).digests
+    digest = PromptSet(source, "opd", 0).parent.digests
     assert digest == {"sha256": "ea844994114487505a5bdfed725fa4ff669060118d5c34ebe4e5354bed749e34"}
-    source = PromptSource(path=str(path))
-    assert prompts_parent(source, plain) != prompts_parent(source, extra)
+    sources = PromptSource(path=str(path)), PromptSource(path=str(path), extra_fields=("tests",))
+    without, with_tests = (PromptSet(source, "opd", 0).parent for source in sources)
+    assert without != with_tests
     with pytest.raises(DataError, match=r"p\.jsonl:1: must have gold, which extra_fields names"):
         read_prompts(path, extra_fields=["gold"])
+
+
+def test_a_file_is_read_once_for_its_digest_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1?"}, {"prompt": "2+2?"})
+    reads = 0
+    rows = JsonLinesReader.rows
+
+    def counting(self: JsonLinesReader, path: Path) -> Any:
+        nonlocal reads
+        reads += 1
+        return rows(self, path)
+
+    monkeypatch.setattr(JsonLinesReader, "rows", counting)
+
+    def of(**options: Any) -> PromptSet:
+        return PromptSet(PromptSource(path=str(path), **options), "opd", 0)
+
+    first = of().parent
+    assert (of().parent, reads) == (first, 1)
+    others = [of(**each).parent for each in ({"count": 1}, {"suffix": "Box it."})]
+    assert len({parent.digests["sha256"] for parent in (first, *others)}) == 3
+    assert (of().parent, of(count=1).parent, reads) == (first, others[0], 3)
+    # What was read decides, whatever the file has become since.
+    begun = of()
+    assert [prompt.messages[0]["content"] for prompt in begun.prompts] == ["1+1?", "2+2?"]
+    write(path, {"prompt": "10+2?"}, {"prompt": "2+2?"})
+    assert begun.parent == first != of().parent
+    assert reads == 5
+
+
+def test_a_reader_of_ones_own_is_asked_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may read more than the file that is named."""
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    path, beside = tmp_path / "p.pairs", tmp_path / "beside"
+    path.touch()
+    digests = set()
+    with allowing_user_code(True):
+        for text in ("1+1?", "2+2?"):
+            beside.write_text(text)
+            source = PromptSource(path=str(path), format="pairs:Pairs")
+            digests.add(PromptSet(source, "opd", 0).parent.digests["sha256"])
+    assert len(digests) == 2
+
+
+PAIRS = """
+from megatron_lopd.prompts import Reader
+
+class Pairs(Reader):
+    name, caption = "pairs", "what lies beside it"
+
+    def rows(self, path):
+        yield "beside", {"prompt": path.with_name("beside").read_text()}
+"""
 
 
 def test_a_suffix_that_nothing_reads_names_those_that_are(tmp_path: Path) -> None:

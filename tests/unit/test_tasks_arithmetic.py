@@ -44,10 +44,9 @@ def test_splits_share_no_prompt_and_repeat_none() -> None:
 
 
 def test_the_same_arguments_give_the_same_problems_on_any_machine() -> None:
-    expected = Problem(
-        id="arithmetic-86c60b3b528a14f5", prompt="3*8*4*0+2+1", solution="3*8=4*4=6*0=0+2=2+1=3", answer="3"
-    )
+    expected = Problem(id="arithmetic-86c60b3b528a14f5", prompt="3*8*4*0+2+1", answer="3")
     assert next(problems(1, 0, "eval")) == expected
+    assert expected.solution == "3*8=4*4=6*0=0+2=2+1=3"
     assert list(problems(50, 3, "opd")) == list(problems(80, 3, "opd"))[:50]
     assert list(problems(50, 3, "opd")) != list(problems(50, 4, "opd"))
 
