@@ -52,7 +52,7 @@ LAYOUTS: dict[str, Layout] = {
     "micro-batches of 200 tokens": Layout(ParallelConfig(), ("tied", "experts"), tokens=200, nightly=True),
     "recompute core_attn": Layout(ParallelConfig(recompute="core_attn"), ("tied", "experts"), nightly=True),
     "recompute selective": Layout(ParallelConfig(recompute="selective"), ("tied", "experts"), nightly=True),
-    "recompute full": Layout(ParallelConfig(recompute="full"), ALL, release=True),
+    "recompute full": Layout(ParallelConfig(recompute="full"), ALL),
     "TP2": Layout(
         ParallelConfig(tensor=2, sequence=False, processes=2), ("untied, with bias",), nightly=True
     ),
@@ -80,7 +80,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP2 x CP2": Layout(ParallelConfig(tensor=2, context=2, processes=4), ("untied, with bias",)),
     "CP4": Layout(ParallelConfig(context=4, processes=4), nightly=True),
     "PP2 x CP2": Layout(ParallelConfig(pipeline=2, context=2, processes=4), nightly=True),
-    "PP2 + VPP2 x DP2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, processes=4)),
+    "PP2 + VPP2 x DP2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, processes=4), nightly=True),
     "PP4": Layout(ParallelConfig(pipeline=4, processes=4), nightly=True),
     "TP2 x PP2 + VPP2": Layout(
         ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, processes=4), nightly=True
@@ -89,7 +89,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP2 x EP2, ETP1": Layout(ParallelConfig(tensor=2, expert=2, expert_tensor=1, processes=4), EXPERTS, release=True),
     "EP4": Layout(ParallelConfig(expert=4, processes=4), EXPERTS, nightly=True),
     "TP2 x EP2, ETP2": Layout(ParallelConfig(tensor=2, expert=2, processes=4), EXPERTS, nightly=True),
-    "PP2 x EP2": Layout(ParallelConfig(pipeline=2, expert=2, processes=4), EXPERTS),
+    "PP2 x EP2": Layout(ParallelConfig(pipeline=2, expert=2, processes=4), EXPERTS, nightly=True),
 }
 
 # What is trained in every cell: the objective's name, and its options.

@@ -59,6 +59,7 @@ def write_rollouts(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.nightly  # the run below is of a dense model
 def test_experts_in_bf16(tmp_path: Path) -> None:
     exact = make_model_dir(tmp_path / "exact", "qwen3_moe", dtype=torch.bfloat16)
     quantize.quantize_fp8(exact, tmp_path / "fp8", write_rollouts(tmp_path / "rollouts"), 4)

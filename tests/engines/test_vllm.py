@@ -149,6 +149,7 @@ def test_a_real_model_is_scored_as_by_transformers(
         assert_agree(list(opened.score(smollm2_asked, TOP_K)), smollm2_scores)
 
 
+@pytest.mark.nightly  # a start of vLLM; those above compare it in fp32
 def test_a_bf16_model_has_its_output_layer_in_fp32(tmp_path: Path) -> None:
     """Of a model whose layers add nothing, so that both engines have the same bf16 hidden states."""
     make_model_dir(tmp_path, vocab_size=VOCABULARY, max_position_embeddings=64, head_dim=HEAD)

@@ -55,8 +55,8 @@ def contents(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "records", "mask"),
     [
-        *((ROLLOUTS, RECORDS, mask) for mask in (0x01, 0xFF)),
-        *(pytest.param(ROLLOUTS, RECORDS, mask, marks=pytest.mark.nightly) for mask in (0x02, 0x10)),
+        (ROLLOUTS, RECORDS, 0xFF),
+        *(pytest.param(ROLLOUTS, RECORDS, mask, marks=pytest.mark.nightly) for mask in (0x01, 0x02, 0x10)),
         (scores_kind(3), TOP_K, 0x01),
     ],
 )

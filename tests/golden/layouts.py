@@ -13,14 +13,15 @@ from steps import Trained
 
 Layouts = dict[int, dict[str, tuple[str, ...]]]
 
-# By the number of processes: layouts, and which of their models. Nothing is split; a sequence and experts.
-LAYOUTS: Layouts = {1: {"one process": ("tied", "experts")}, 2: {"CP2 x EP2": ("experts",)}}
-# A vocabulary, a pipeline, samples.
+# By the number of processes: layouts, and which of their models. Nothing is split.
+LAYOUTS: Layouts = {1: {"one process": ("tied", "experts")}}
+# A vocabulary, a pipeline, samples, a sequence and experts.
 NIGHTLY: Layouts = {
     2: {
         "TP2 + SP": ("tied", "experts"),
         "PP2 + VPP2": ("tied",),
         "DP2, distributed optimizer": ("untied, with bias", "experts"),
+        "CP2 x EP2": ("experts",),
     }
 }
 
