@@ -33,7 +33,9 @@ MODULUS = 10
 
 _DIGITS = "0123456789"
 _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-_SIGNS = tuple(_OPERATORS)
+# All digits are drawn before all signs: what each is drawn from, how many those are, and where it goes.
+_DRAWS = [(_DIGITS, MODULUS)] * OPERANDS + [("".join(_OPERATORS), len(_OPERATORS))] * (OPERANDS - 1)
+_in_order = operator.itemgetter(*sorted(range(len(_DRAWS)), key=lambda drawn: drawn % OPERANDS))
 _EXPRESSION = re.compile(r"[0-9](?:[-+*][0-9])+")
 
 # What stands between an operation and its result.
@@ -124,24 +126,26 @@ def grade(prompt: str, response: str, dialects: Sequence[str] = ("equals",)) -> 
 
 def _draw(count: int, rng: random.Random, split: str) -> Iterator[Problem]:
     seen: set[str] = set()
-    draw, parts = rng.random, [""] * (2 * OPERANDS - 1)
+    draw, wanted = rng.random, SPLITS.index(split)
     while len(seen) < count:
         # Python promises the same sequence across versions for random() alone.
-        parts[::2] = [_DIGITS[int(draw() * len(_DIGITS))] for _ in range(OPERANDS)]
-        parts[1::2] = [_SIGNS[int(draw() * len(_SIGNS))] for _ in range(OPERANDS - 1)]
-        prompt = "".join(parts)
+        drawn = [choices[int(draw() * number)] for choices, number in _DRAWS]
+        prompt = "".join(_in_order(drawn))
         digest = hashlib.sha256(prompt.encode()).digest()
-        if prompt in seen or SPLITS[digest[-1] % len(SPLITS)] != split:
+        if digest[-1] % len(SPLITS) != wanted or prompt in seen:
             continue
         seen.add(prompt)
-        answer = str(_running_results(prompt)[-1])
-        yield Problem(f"arithmetic-{digest[:8].hex()}", prompt, answer)
+        yield Problem(f"arithmetic-{digest[:8].hex()}", prompt, str(_results(prompt)[-1]))
 
 
 def _running_results(prompt: str) -> list[int]:
-    """The value after each operator, left to right, modulo 10."""
+    """The value after each operator, left to right, modulo 10. DataError for what has none."""
     if not _EXPRESSION.fullmatch(prompt):
         raise DataError(f"arithmetic: {prompt!r} is not a chain of single digits joined by +, - and *")
+    return _results(prompt)
+
+
+def _results(prompt: str) -> list[int]:
     results = [int(prompt[0])]
     for sign, digit in zip(prompt[1::2], prompt[2::2], strict=True):
         results.append(_OPERATORS[sign](results[-1], int(digit)) % MODULUS)
