@@ -1,6 +1,7 @@
 """`lopd status`: how far a run is, across all the processes and machines at work on it.
 
-It writes nothing into the run."""
+It writes nothing into the run.
+"""
 
 from __future__ import annotations
 
