@@ -17,12 +17,13 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from megatron_lopd import errors
 from megatron_lopd.mcore import jit
 
 if TYPE_CHECKING:
     from megatron_lopd.api import Run, read_metrics, read_rollouts, read_scores
 
-__all__ = ["Run", "read_metrics", "read_rollouts", "read_scores"]
+__all__ = ["Run", "errors", "read_metrics", "read_rollouts", "read_scores"]
 __version__ = "0.1.0"
 
 jit.install()

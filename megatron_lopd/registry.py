@@ -38,11 +38,15 @@ T = TypeVar("T", bound=Kind)
 
 
 class Registry(Generic[T]):
-    """The things of one kind, by name. `what` one of them is, for messages; `home` adds the project's own."""
+    """The things of one kind, by name.
 
-    def __init__(self, what: str, home: str) -> None:
+    `what` one of them is, for messages; `home` adds the project's own, and has their `base`, a class.
+    """
+
+    def __init__(self, what: str, home: str, base: str) -> None:
         self.what = what
         self._home = home
+        self._base = base
         self._things: dict[str, T] = {}
         self._imported: dict[str, T] = {}  # a user's, by import path
 
@@ -86,15 +90,27 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self.what} {path} is code of yours: set allow_user_code=true to have it run")
         if path not in self._imported:
             thing: T = _import(path)
-            missing = [
-                each for each in ("name", "caption") if not isinstance(getattr(thing, each, None), str)
-            ]
-            if missing:
-                raise ConfigError(f"{path}: no {self.what}: it has no text called {' and no '.join(missing)}")
-            self.things()
+            known = self.things()
+            if lacking := self._lacking(thing, known):
+                raise ConfigError(f"{path}: no {self.what}: {lacking}")
             self.add(thing)
             self._imported[path] = thing
         return self._imported[path]
+
+    def _lacking(self, thing: Any, known: dict[str, T]) -> str:
+        """What `thing` has not of what is asked of all here; an object where classes are, or the reverse."""
+        base = getattr(importlib.import_module(self._home), self._base)
+        wants_class = any(isinstance(each, type) for each in known.values())
+        is_one = (
+            isinstance(thing, type) and issubclass(thing, base) if wants_class else isinstance(thing, base)
+        )
+        if not is_one:
+            kind = "a subclass" if wants_class else "an object"
+            return f"it must be {kind} of {self._home}.{self._base}"
+        if unmade := sorted(getattr(thing, "__abstractmethods__", ())):
+            return f"it has no {' and no '.join(unmade)}"
+        wordless = [each for each in ("name", "caption") if not isinstance(getattr(thing, each, None), str)]
+        return f"it has no text called {' and no '.join(wordless)}" if wordless else ""
 
 
 @contextmanager
@@ -138,6 +154,8 @@ def _import(path: str) -> Any:
     module, _, attribute = path.partition(":")
     try:
         thing = getattr(importlib.import_module(module), attribute)
+    except ConfigError as error:  # of a class that is not as its door has them
+        raise ConfigError(f"{path}: {error}") from None
     except (Exception, SystemExit) as error:  # somebody's module may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
@@ -148,12 +166,12 @@ def _import(path: str) -> Any:
     return thing
 
 
-OBJECTIVES: Registry[Any] = Registry("objective", "megatron_lopd.objectives")
-FAMILIES: Registry[Any] = Registry("model family", "megatron_lopd.families")
-ENGINES: Registry[Any] = Registry("engine", "megatron_lopd.engines")
-GRADERS: Registry[Any] = Registry("grader", "megatron_lopd.graders")
-PROMPT_READERS: Registry[Any] = Registry("prompt format", "megatron_lopd.prompts")
-TASKS: Registry[Any] = Registry("task", "megatron_lopd.prompts")
-LOGGERS: Registry[Any] = Registry("logger", "megatron_lopd.loggers")
-LAUNCHERS: Registry[Any] = Registry("launcher", "megatron_lopd.launchers")
+OBJECTIVES: Registry[Any] = Registry("objective", "megatron_lopd.objectives", "Objective")
+FAMILIES: Registry[Any] = Registry("model family", "megatron_lopd.families", "Family")
+ENGINES: Registry[Any] = Registry("engine", "megatron_lopd.engines", "EngineKind")
+GRADERS: Registry[Any] = Registry("grader", "megatron_lopd.graders", "Grader")
+PROMPT_READERS: Registry[Any] = Registry("prompt format", "megatron_lopd.prompts", "Reader")
+TASKS: Registry[Any] = Registry("task", "megatron_lopd.prompts", "Task")
+LOGGERS: Registry[Any] = Registry("logger", "megatron_lopd.loggers", "Logger")
+LAUNCHERS: Registry[Any] = Registry("launcher", "megatron_lopd.launchers", "Launcher")
 DOORS = (OBJECTIVES, FAMILIES, ENGINES, GRADERS, PROMPT_READERS, LOGGERS, LAUNCHERS)

@@ -12,6 +12,7 @@ from megatron_lopd.config.keys import (
     Options,
     Positive,
     Share,
+    check_options,
     key,
     require,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "WeightsConfig",
+    "check_options",
     "deciding",
     "describe_keys",
     "key",

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from megatron_lopd.config.hints import bare, hints_of, range_text, type_name, without_none
-from megatron_lopd.config.keys import options_class
 from megatron_lopd.registry import Registry
 
 
@@ -65,7 +64,7 @@ def _sections(section: Section) -> Iterator[Section]:
     for item in declared.values():
         if door_key := item.metadata.get("options_of"):
             for each in declared[door_key].metadata["door"].things().values():
-                place, kind = section.dotted(each.name), options_class(each)
+                place, kind = section.dotted(each.name), each.Options
                 yield from _sections(Section(place, kind, each.caption, each, section.operational))
             continue
         inner, name = without_none(hints[item.name]), section.dotted(item.name)

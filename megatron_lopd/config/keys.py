@@ -58,12 +58,9 @@ def options_of(name: str) -> Any:
     return field(default=None, metadata={"options_of": name})
 
 
-def options_class(thing: Any) -> type[Options]:
-    """The Options of something registered; empty ones where it has none.
-
-    Raises ConfigError for a class that is not made as all Options are.
-    """
-    found: type[Options] = getattr(thing, "Options", Options)
+def check_options(thing: Any) -> None:
+    """Raise ConfigError unless the `Options` of a class behind a door are made as all are."""
+    found = thing.Options
     is_made_so = (
         isinstance(found, type)
         and issubclass(found, Options)
@@ -72,10 +69,9 @@ def options_class(thing: Any) -> type[Options]:
     )
     require(
         is_made_so,
-        f"{thing.name}: its Options must be a frozen dataclass and a subclass of "
+        f"{thing.__name__}: its Options must be a frozen dataclass and a subclass of "
         "megatron_lopd.config.Options, each of its fields a megatron_lopd.config.key(...)",
     )
-    return found
 
 
 def named_by(config: Any, name: str) -> Any:
@@ -88,7 +84,7 @@ def settle_options(config: Any) -> None:
     """Give a new `config` the default options of the thing it names. ConfigError for another thing's."""
     for item in fields(config):
         if name := item.metadata.get("options_of"):
-            kind = options_class(thing := named_by(config, name))
+            kind = (thing := named_by(config, name)).Options
             options = getattr(config, item.name)
             if options is None:  # the one place where a frozen config is written to, before anyone has it
                 object.__setattr__(config, item.name, kind())

@@ -14,7 +14,6 @@ import msgspec
 
 from megatron_lopd.config.describe import sections
 from megatron_lopd.config.hints import bare, hints_of, without_none
-from megatron_lopd.config.keys import options_class
 from megatron_lopd.config.recipe import Recipe
 from megatron_lopd.registry import Registry
 
@@ -40,7 +39,7 @@ def _complete(kind: type, definition: dict[str, Any], by_kind: dict[type, dict[s
         if door_key := item.metadata.get("options_of"):
             del properties[name]
             for thing in declared[door_key].metadata["door"].things().values():
-                properties[thing.name] = by_kind[options_class(thing)]
+                properties[thing.name] = by_kind[thing.Options]
             continue
         found = properties[name]
         inner = without_none(hints_of(kind)[name])

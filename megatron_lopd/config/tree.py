@@ -12,7 +12,7 @@ import msgspec
 
 from megatron_lopd.config.describe import nearest
 from megatron_lopd.config.hints import bare, hints_of, range_text, type_name, without_none
-from megatron_lopd.config.keys import named_by, options_class
+from megatron_lopd.config.keys import named_by
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.registry import Registry, identity
 
@@ -76,7 +76,7 @@ class _Builder:
             thing = _named_thing(door_key, raw, prefix, items)
             given = raw.get(thing.name)
             options = {} if given is None else given
-            values[place] = self.section(options_class(thing), options, f"{prefix}{thing.name}.")
+            values[place] = self.section(thing.Options, options, f"{prefix}{thing.name}.")
             raw = {name: value for name, value in raw.items() if name != thing.name}
             here.append(thing.name)
         for name in raw:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_lopd.config import EngineConfig, Options, ParallelConfig
+from megatron_lopd.config import EngineConfig, Options, ParallelConfig, check_options
 from megatron_lopd.registry import ENGINES
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class EngineKind(ABC):
     takes_weights: ClassVar[bool] = False
     own_process: ClassVar[bool] = False
     fp8: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        check_options(cls)
 
     @abstractmethod
     def open(self, config: EngineConfig, model_dir: str) -> Engine:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from megatron_lopd.config import Options, WeightsConfig
+from megatron_lopd.config import Options, WeightsConfig, check_options
 from megatron_lopd.errors import DataError
 
 if TYPE_CHECKING:
@@ -99,6 +99,9 @@ class Objective(ABC):
     Options: ClassVar[type[Options]] = Options
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ()
     metric_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        check_options(cls)
 
     def __init__(self, options: Any = None, weights: WeightsConfig | None = None) -> None:
         self.options = self.Options() if options is None else options

@@ -56,7 +56,7 @@ def refuse_change(
             was, is_now = before.digests.get(part, "none"), now.digests.get(part, "none")
             if was != is_now:
                 raise LineageError(
-                    f"refused: the {role} that {stage} was made from has changed: {part} was {short(was)} "
+                    f"refused: the {role} of {stage} changed after it was made: {part} was {short(was)} "
                     f"({before.path}), is now {short(is_now)} ({now.path}): {remedy}"
                 )
     for name, was, is_now in _differences(config, plan.config):

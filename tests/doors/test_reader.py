@@ -46,7 +46,7 @@ def test_a_prompt_format_of_ones_own(
     assert hashlib.sha256(source.read_bytes()).hexdigest() in parents["prompts"]["digests"].values()
     edited(source)
     line = refused(3, "rollout", *WITH)
-    assert "the prompts that rollout was made from has changed: source of my_reader:CsvReader was" in line
+    assert "the prompts of rollout changed after it was made: source of my_reader:CsvReader was" in line
 
     write(root / "opd.csv", [*rows, ["short"]])
     assert "opd.csv:22: has not as many fields as there are columns" in refused(1, "rollout", *WITH)

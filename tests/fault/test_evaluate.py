@@ -92,4 +92,4 @@ def test_another_set_is_another_evaluation(root: Path, capsys: pytest.CaptureFix
     assert main(["evaluate", *ARGUMENTS]) == 0
     write(root / "aime.jsonl", AIME[:2])
     assert main(["evaluate", *ARGUMENTS]) == 3
-    assert "prompts aime24 that evaluate was made from has changed" in capsys.readouterr().err
+    assert "prompts aime24 of evaluate changed after it was made" in capsys.readouterr().err

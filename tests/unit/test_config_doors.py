@@ -20,6 +20,8 @@ from megatron_lopd.registry import allowing_user_code
 MODULE = """
 from dataclasses import dataclass
 from megatron_lopd.config import Count, Options, key, require
+from megatron_lopd.loggers import Logger
+from megatron_lopd.objectives import Objective, TopKForwardKl
 
 @dataclass(frozen=True)
 class PullOptions(Options):
@@ -29,30 +31,38 @@ class PullOptions(Options):
     def check(self, recipe):
         require(self.strength <= recipe.score.top_k, "train.pull.strength is above score.top_k: lower it")
 
-class Pull:
+class Pull(TopKForwardKl):
     name = "pull"
     caption = "pulls towards the teacher"
     needs = ("top_k",)
     Options = PullOptions
 
-class Steps:
+class Steps(TopKForwardKl):
     name = "steps"
     caption = "has the name of a key"
     needs = ()
 
-class Careless:
-    name = "careless"
-    caption = "whose options are no dataclass"
-    needs = ()
-    class Options(Options):
-        strength: int = 3
-
-class Wordless:
+class Wordless(TopKForwardKl):
     name = "wordless"
+    caption = None
 
-class Printed:
+class Lossless(Objective):
+    name = "lossless"
+    caption = "has its metrics to write yet"
+    def token_loss(self, tokens):
+        return -tokens.current
+
+class Other:
+    name = "other"
+    caption = "is no objective"
+
+made = Pull()
+
+class Printed(Logger):
     name = "printed"
     caption = "prints the metrics"
+    def open(self, *_): ...
+    def write(self, *_): ...
 """
 RECIPE: dict[str, Any] = {
     "run_dir": "run",
@@ -139,6 +149,28 @@ def test_a_module_that_exits_is_an_error(recipe: Path) -> None:
         load_recipe(recipe)
 
 
+CARELESS = """
+from megatron_lopd.config import Options
+from megatron_lopd.objectives import TopKForwardKl
+
+class Careless(TopKForwardKl):
+    name = "careless"
+    caption = "whose options are no dataclass"
+    class Options(Options):
+        strength: int = 3
+"""
+
+
+def test_options_that_are_none_are_refused_and_leave_nothing_behind(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe.parent / "carelessly.py").write_text(CARELESS)
+    with pytest.raises(ConfigError, match="carelessly:Careless: Careless: its Options must be a frozen"):
+        load_recipe(recipe, ["train.objective=carelessly:Careless"])
+    assert load_recipe(recipe).train is not None
+    assert "careless" not in json_schema()["$defs"]["TrainConfig"]["properties"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -154,8 +186,18 @@ def test_a_module_that_exits_is_an_error(recipe: Path) -> None:
             "train.topk_reverse_kl has options of another objective than train.objective=pulling:Pull: drop",
         ),
         (["train.objective=pulling:Steps"], "train.objective: steps is a key here: give your objective anot"),
-        (["train.objective=pulling:Careless"], "careless: its Options must be a frozen dataclass"),
         (["train.objective=pulling:Wordless"], "pulling:Wordless: no objective: it has no text called capti"),
+        (["train.objective=pulling:Lossless"], "pulling:Lossless: no objective: it has no metrics"),
+        (
+            ["train.objective=pulling:Other"],
+            "pulling:Other: no objective: it must be a subclass of megatron_lopd.objectives.Objective",
+        ),
+        (["train.objective=pulling:made"], "pulling:made: no objective: it must be a subclass of"),
+        (["train.loggers=[jsonl, pulling:Pull]"], "pulling:Pull: no logger: it must be a subclass of"),
+        (
+            ["score.engine={name: pulling:Pull}"],
+            "pulling:Pull: no engine: it must be an object of megatron_lopd.engines.EngineKind",
+        ),
         (["train.objective=pulling:Push"], "pulling:Push: cannot be imported: AttributeError"),
         (["train.objective=nowhere:Push"], "nowhere:Push: cannot be imported: ModuleNotFoundError"),
         (["train.objective=pul"], "train.objective: unknown objective 'pul'"),
