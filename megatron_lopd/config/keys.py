@@ -58,19 +58,19 @@ def options_of(name: str) -> Any:
     return field(default=None, metadata={"options_of": name})
 
 
-def check_options(thing: Any) -> None:
-    """Raise ConfigError unless the `Options` of a class behind a door are made as all are."""
+def check_options(thing: Any, base: type[Options]) -> None:
+    """Raise ConfigError unless the `Options` of a class behind a door are made as all are, from `base`."""
     found = thing.Options
     is_made_so = (
         isinstance(found, type)
-        and issubclass(found, Options)
+        and issubclass(found, base)
         and "__dataclass_fields__" in vars(found)
         and all("help" in item.metadata for item in fields(found))
     )
     require(
         is_made_so,
         f"{thing.__name__}: its Options must be a frozen dataclass and a subclass of "
-        "megatron_lopd.config.Options, each of its fields a megatron_lopd.config.key(...)",
+        f"{base.__module__}.{base.__name__}, each of its fields a megatron_lopd.config.key(...)",
     )
 
 

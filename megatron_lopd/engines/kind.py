@@ -56,7 +56,7 @@ class EngineKind(ABC):
     fp8: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        check_options(cls)
+        check_options(cls, EngineOptions)
 
     @abstractmethod
     def open(self, config: EngineConfig, model_dir: str) -> Engine:

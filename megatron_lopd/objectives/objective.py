@@ -101,7 +101,7 @@ class Objective(ABC):
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        check_options(cls)
+        check_options(cls, Options)
 
     def __init__(self, options: Any = None, weights: WeightsConfig | None = None) -> None:
         self.options = self.Options() if options is None else options

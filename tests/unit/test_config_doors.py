@@ -149,7 +149,7 @@ def test_a_module_that_exits_is_an_error(recipe: Path) -> None:
         load_recipe(recipe)
 
 
-CARELESS = """
+CARELESS_OBJECTIVE = """
 from megatron_lopd.config import Options
 from megatron_lopd.objectives import TopKForwardKl
 
@@ -159,16 +159,41 @@ class Careless(TopKForwardKl):
     class Options(Options):
         strength: int = 3
 """
+CARELESS_ENGINE = """
+from dataclasses import dataclass
+from megatron_lopd.config import Options, key
+from megatron_lopd.engines import EngineKind
+
+@dataclass(frozen=True)
+class CarelessOptions(Options):
+    strength: int = key("how hard it works", 3)
+
+class CarelessKind(EngineKind):
+    name = "careless"
+    caption = "whose options are not an engine's"
+    Options = CarelessOptions
+    def open(self, config, model_dir): ...
+
+Careless = CarelessKind()
+"""
 
 
+@pytest.mark.parametrize(
+    ("module", "override", "base"),
+    [
+        (CARELESS_OBJECTIVE, "train.objective=", "config.keys.Options"),
+        (CARELESS_ENGINE, "score.engine.name=", "engines.kind.EngineOptions"),
+    ],
+)
 def test_options_that_are_none_are_refused_and_leave_nothing_behind(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, module: str, override: str, base: str
 ) -> None:
-    (recipe.parent / "carelessly.py").write_text(CARELESS)
-    with pytest.raises(ConfigError, match="carelessly:Careless: Careless: its Options must be a frozen"):
-        load_recipe(recipe, ["train.objective=carelessly:Careless"])
+    (recipe.parent / "carelessly.py").write_text(module)
+    expected = f"its Options must be a frozen dataclass and a subclass of megatron_lopd.{base}, each"
+    with pytest.raises(ConfigError, match=f"carelessly:Careless: Careless.*: {expected}"):
+        load_recipe(recipe, [f"{override}carelessly:Careless"])
     assert load_recipe(recipe).train is not None
-    assert "careless" not in json_schema()["$defs"]["TrainConfig"]["properties"]
+    assert "careless" not in str(json_schema())
 
 
 @pytest.mark.parametrize(
