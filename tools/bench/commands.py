@@ -2,7 +2,8 @@
 
     python -m tools.bench.commands [--rounds N] [--package DIR ...] [--run DIR RECIPE]
 
-Without `--run` the recipe of tests/pipeline.py is run first, in a temporary directory. `--package` names
+Without `--run` the recipe of tests/pipeline.py is run first, in a temporary directory. `--run . RECIPE` takes
+a recipe whose run is finished, and the directory that its paths are relative to. `--package` names
 checkouts of this project (this one alone, by default); they and the commands take turns. CPU seconds, user
 and system, are the process's with all that it started, from os.times: medians of `--rounds` fresh processes
 after one that warms the file cache. The last line is one JSON object, {checkout: {command: seconds}}.
@@ -20,6 +21,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+from megatron_lopd.config import load_recipe
+
 HERE = Path(__file__).parents[2]
 
 
@@ -28,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="CPU seconds of commands that only ask")
     parser.add_argument("--rounds", type=int, default=5, help="processes measured of each (count)")
     parser.add_argument("--package", type=Path, nargs="+", default=[HERE], help="checkouts, measured in turn")
-    parser.add_argument("--run", nargs=2, metavar=("DIR", "RECIPE"), help="where to run what is finished")
+    parser.add_argument(
+        "--run", nargs=2, metavar=("DIR", "RECIPE"), help="a finished run: where, and of what"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         root, recipe = arguments.run or (place, _make_run(Path(place), arguments.package[0]))
@@ -41,20 +46,21 @@ def main() -> None:
 
 def measure(root: Path, recipe: str, packages: list[Path], rounds: int) -> dict[str, dict[str, float]]:
     """{checkout: {command: CPU seconds}}, medians."""
+    run_dir = load_recipe(root / recipe).run_dir
     commands = {
         "--help": ["--help"],
         "a misspelt key": ["run", recipe, "train.stepz=3"],
         "status": ["status", recipe],
-        "verify": ["verify", "run"],
-        "inspect an artifact": ["inspect", "run/export"],
-        "inspect shards": ["inspect", "run/rollout"],
+        "verify": ["verify", run_dir],
+        "inspect an artifact": ["inspect", f"{run_dir}/export"],
+        "inspect shards": ["inspect", f"{run_dir}/rollout"],
         "a run with nothing to do": ["run", recipe],
     }
     spent: dict[Path, dict[str, list[float]]] = {package: defaultdict(list) for package in packages}
     for number in range(rounds + 1):
         for name, command in commands.items():
             for package in packages:
-                seconds = cpu_seconds(command, root, package)
+                seconds = cpu_seconds(command, root, package, exit_code=2 if "misspelt" in name else 0)
                 if number:  # the first filled the file cache
                     spent[package][name].append(seconds)
     return {
@@ -63,18 +69,23 @@ def measure(root: Path, recipe: str, packages: list[Path], rounds: int) -> dict[
     }
 
 
-def cpu_seconds(command: list[str], root: Path, package: Path) -> float:
-    """What `lopd *command` in `root` takes, by the code of a checkout."""
+def cpu_seconds(command: list[str], root: Path, package: Path, exit_code: int) -> float:
+    """What `lopd *command` in `root` takes, by the code of a checkout. Exits where it ends otherwise."""
     before = os.times()
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "megatron_lopd.cli", *command],
         cwd=root,
         env=_environment(package),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,  # a misspelt key ends in 2
+        stderr=subprocess.PIPE,
+        check=False,
+        text=True,
     )
     after = os.times()
+    if done.returncode != exit_code:
+        raise SystemExit(
+            f"lopd {' '.join(command)}: exit code {done.returncode}, not {exit_code}: {done.stderr}"
+        )
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
@@ -96,8 +107,10 @@ def _make_run(root: Path, package: Path) -> str:
 
 
 def _environment(package: Path) -> dict[str, str]:
-    rest = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(package.resolve()), *([rest] if rest else [])])}
+    """This one's, with compiled modules kept, as outside of an image that says not to."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    rest = kept.get("PYTHONPATH")
+    return kept | {"PYTHONPATH": os.pathsep.join([str(package.resolve()), *([rest] if rest else [])])}
 
 
 if __name__ == "__main__":
