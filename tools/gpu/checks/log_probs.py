@@ -117,10 +117,12 @@ Operation = Callable[[Inputs], tuple[Tensor, Tensor]]
 
 
 def token_loss(scored: ResponseLogProbs, rows: slice) -> Tensor:
-    """Of each row, something that all log-probs have a part in."""
-    if not scored.top_k_log_probs.shape[1]:
+    """Of each row, a mean that all log-probs have a part in: off by no more than they are, however many."""
+    k = scored.top_k_log_probs.shape[1]
+    if not k:
         return -scored.log_probs
-    return -(scored.log_probs + 0.5 * scored.tail_log_probs + 0.1 * scored.top_k_log_probs.sum(1))
+    parts = scored.log_probs + 0.5 * scored.tail_log_probs + 0.1 * scored.top_k_log_probs.sum(1)
+    return -parts / (1.5 + 0.1 * k)
 
 
 def ours(inputs: Inputs, rows: int | None = None) -> tuple[Tensor, Tensor]:
