@@ -30,6 +30,10 @@ class DataError(LopdError):
     """An input or an artifact is missing, malformed or damaged."""
 
 
+class Unreadable(DataError):  # noqa: N818 - what happened, as StopRequested
+    """The system refuses to read a file that is there; another try, or another machine, may go through."""
+
+
 class LineageError(LopdError):
     """Two things that must come from the same model, tokenizer or artifact do not."""
 

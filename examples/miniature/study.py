@@ -152,7 +152,7 @@ class CellRunner:
         return (*condition.overrides, *SCHEDULES[condition.schedule], f"score.top_k={condition.k}", *allowed)
 
     def run_condition(self, condition: Condition) -> None:
-        from megatron_lopd.artifacts.files import atomic_write_json
+        from megatron_lopd.files.writing import atomic_write_json
 
         directory = self.directory / condition.name
         if (directory / "entry.json").is_file():

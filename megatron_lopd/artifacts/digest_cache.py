@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import atomic_write_json
 
 CACHE_NAME = ".lopd_fingerprint.json"
 CACHE_VARIABLE = "LOPD_CACHE"

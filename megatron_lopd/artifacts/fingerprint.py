@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lopd.artifacts.digest_cache import digest_of, is_kept
-from megatron_lopd.artifacts.files import canonical_json, read_json, sha256_bytes, sha256_file
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
+from megatron_lopd.files.reading import read_json
 
 # Keys of config.json that say how it was written, not what the model computes.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")

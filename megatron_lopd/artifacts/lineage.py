@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.artifacts.fingerprint import Fingerprint, weights_digest
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
 from megatron_lopd.errors import DataError, LineageError
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import atomic_write_json
 
 LINEAGE_FILE = "lopd_lineage.json"
 LINEAGE_FORMAT = "lopd-model-lineage"

@@ -16,18 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_lopd.artifacts.files import (
-    TEMPORARY_PREFIX,
-    atomic_file,
-    canonical_json,
-    fsync_directory,
-    fsync_file,
-    read_json,
-    remove,
-    sha256_bytes,
-    sha256_files,
-)
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_files
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_file, fsync_directory, fsync_file, remove
 
 MANIFEST = "manifest.json"
 FORMAT = "lopd-artifact"
@@ -214,11 +206,8 @@ def verify(files: Sequence[CommittedFile]) -> None:
     """Re-hash files. DataError naming the first, in their order, that is missing or not what it was."""
     for file in files:
         file.check_size()
-    try:
-        for file, digest in zip(files, sha256_files(file.path for file in files), strict=True):
-            file.check_digest(digest)
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}: check the disk and its permissions") from error
+    for file, digest in zip(files, sha256_files(file.path for file in files), strict=True):
+        file.check_digest(digest)
 
 
 def verify_files(directory: Path, manifest: Manifest, since: int | None = None) -> None:

@@ -21,12 +21,12 @@ import torch
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_lopd.artifacts.files import HashedFile
 from megatron_lopd.artifacts.manifest import FileEntry
 from megatron_lopd.checkpoint.staging import HostBuffer
 from megatron_lopd.checkpoint.tensor_shards import Box, ShardedModel
 from megatron_lopd.checkpoint.torch_dist import INDEX, Entry, TorchDistReader, index_of, pickled, write_value
 from megatron_lopd.errors import CheckpointError
+from megatron_lopd.files.digests import HashedFile
 from megatron_lopd.mcore.optimizer import Optimization, common_state, finish_gathering, load_common_state
 from megatron_lopd.mcore.private import (
     COMMON_STATE_FNAME,

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint import (
     TensorStorageMetadata,
 )
 
-from megatron_lopd.artifacts.files import HashedFile
 from megatron_lopd.errors import CheckpointError, DataError
+from megatron_lopd.files.digests import HashedFile
 from megatron_lopd.mcore.private import (
     INDEX_MODULES,
     MetadataIndex,

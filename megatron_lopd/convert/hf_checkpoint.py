@@ -19,18 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_lopd.artifacts.files import (
-    TEMPORARY_PREFIX,
-    atomic_write_json,
-    fsync_directory,
-    fsync_tree,
-    read_json,
-)
 from megatron_lopd.artifacts.fingerprint import TensorLocation, safetensors_files, tensor_locations
 from megatron_lopd.artifacts.lineage import LINEAGE_FILE
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.families.weight_rules import TensorMap, spare_tensors
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json, fsync_directory, fsync_tree
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPE_NAMES = {

@@ -22,7 +22,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128
 
-from megatron_lopd.artifacts.files import errors_of_file, temporary_file
 from megatron_lopd.data.columns import Bytes
 from megatron_lopd.data.sample_ids import SampleIds
 from megatron_lopd.data.shard_kind import (
@@ -37,6 +36,7 @@ from megatron_lopd.data.shard_kind import (
     ShardKind,
 )
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.writing import errors_of_file, temporary_file
 
 
 class ShardWriter(Generic[Record]):

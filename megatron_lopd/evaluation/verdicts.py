@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
-from megatron_lopd.artifacts.files import canonical_json, fsync_file, read_json, sha256_bytes
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import shard_paths
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import ShardReader
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.digests import canonical_json, sha256_bytes
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import fsync_file
 from megatron_lopd.graders import Grader, Verdict, open_grader
 from megatron_lopd.pipeline.workers import Derived
 from megatron_lopd.prompts.prompt import Prompt

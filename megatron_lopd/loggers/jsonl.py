@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from megatron_lopd.artifacts.files import atomic_file
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.writing import atomic_file
 from megatron_lopd.loggers.logger import Logger
 
 METRICS_FILE = "metrics.jsonl"

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_lopd.artifacts.files import atomic_write_json, canonical_json, read_json, sha256_bytes
 from megatron_lopd.config import AgreementConfig, EngineConfig, ScoreConfig, deciding, to_plain
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.records import Rollout, Score
@@ -20,6 +19,9 @@ from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.engines import open_engine
 from megatron_lopd.errors import NumericsError
 from megatron_lopd.families.architecture import check_layout, read_architecture
+from megatron_lopd.files.digests import canonical_json, sha256_bytes
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.mcore.precision import check_precision
 from megatron_lopd.runtime.claims import make_once
 from megatron_lopd.training.preflight import TOLERANCES, Spread

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO
 
 import megatron_lopd
-from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.artifacts.manifest import (
     MANIFEST,
     Manifest,
@@ -24,6 +23,8 @@ from megatron_lopd.artifacts.manifest import (
     load_manifest,
 )
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline.plan_file import begin, begun_plan, refuse_change
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, SharedStage, Stage

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, atomic_write_json, publish, read_json
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import Parent
 from megatron_lopd.errors import DataError, LineageError
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json, publish
 from megatron_lopd.pipeline.stage import Plan
 
 PLAN_FILE = "plan.json"

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.artifacts.lineage import (
     WHOLE_MODEL,
     Proof,
@@ -25,6 +24,8 @@ from megatron_lopd.artifacts.lineage import (
 from megatron_lopd.artifacts.manifest import Manifest, Parent, is_committed, load_manifest, verify_files
 from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError, LineageError
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.plan_file import begun_plan
 from megatron_lopd.pipeline.resolved import ResolvedRun

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_lopd.artifacts.files import canonical_json, sha256_bytes
 from megatron_lopd.artifacts.manifest import LineageStatus, Parent
+from megatron_lopd.files.digests import canonical_json, sha256_bytes
 
 if TYPE_CHECKING:
     from megatron_lopd.pipeline.resolved import ResolvedRun

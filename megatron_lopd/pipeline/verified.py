@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_lopd.artifacts.digest_cache import stamp
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, atomic_write_json, read_json
 from megatron_lopd.artifacts.manifest import CommittedFile, Manifest, committed_files, verify
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json
 
 VERIFIED = "LOPD_VERIFIED"  # in a worker's environment: the file with the stamps
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, publish
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine
 from megatron_lopd.errors import EngineDied, LopdError, StopRequested
+from megatron_lopd.files.writing import TEMPORARY_PREFIX, publish
 from megatron_lopd.runtime.claims import (
     ATTEMPTS,
     CLAIMS,

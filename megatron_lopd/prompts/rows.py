@@ -9,8 +9,8 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from megatron_lopd.artifacts.files import canonical_json
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.digests import canonical_json
 from megatron_lopd.prompts.prompt import Prompt
 from megatron_lopd.prompts.reader import Reader, reader_of
 

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_lopd.artifacts.digest_cache import digest_of, stamp
-from megatron_lopd.artifacts.files import canonical_json, sha256_bytes, sha256_file
 from megatron_lopd.artifacts.manifest import Parent
 from megatron_lopd.config import PromptSource
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
 from megatron_lopd.prompts.prompt import Prompt
 from megatron_lopd.prompts.reader import Reader, reader_of
 from megatron_lopd.prompts.rows import read_prompts

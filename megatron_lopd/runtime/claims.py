@@ -29,8 +29,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, read_json
 from megatron_lopd.errors import DataError, LopdError, StopRequested
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import TEMPORARY_PREFIX
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.runtime.owner import Owner
 

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megatron_lopd.artifacts.files import atomic_write_json
 from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
+from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
 

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lopd.artifacts.files import atomic_write_json, read_json
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage

@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lopd.artifacts.files import atomic_file, atomic_write_json, read_json
 from megatron_lopd.artifacts.lineage import Proof, artifact_parent, worst
 from megatron_lopd.artifacts.manifest import Manifest
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import atomic_file, atomic_write_json
 from megatron_lopd.loggers import METRICS_FILE, read_steps
 from megatron_lopd.pipeline import proofs as proved
 from megatron_lopd.pipeline.execute import seconds_of

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lopd.artifacts.files import sha256_file
 from megatron_lopd.artifacts.manifest import Parent
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.files.digests import sha256_file
 from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.files import TEMPORARY_PREFIX, fsync_directory, remove
 from megatron_lopd.artifacts.manifest import (
     FileEntry,
     LineageStatus,
@@ -25,6 +24,7 @@ from megatron_lopd.artifacts.manifest import (
 )
 from megatron_lopd.errors import CheckpointError, DataError
 from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.files.writing import TEMPORARY_PREFIX, fsync_directory, remove
 
 KIND = "checkpoint"
 NAME = re.compile(r"step_\d{8,}")  # as `checkpoint_name` gives them

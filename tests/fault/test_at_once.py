@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_lopd.artifacts import manifest as manifests
-from megatron_lopd.artifacts.files import sha256_files
 from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.digests import sha256_files
 from megatron_lopd.pipeline.verified import verified_for_workers, verify_unless_told
 from tests.unit.test_imports import COMMAND, NOT_FOR_ASKING, modules_after
 

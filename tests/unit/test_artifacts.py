@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from megatron_lopd.artifacts import fingerprint
 from megatron_lopd.artifacts.digest_cache import CACHE_NAME
-from megatron_lopd.artifacts.files import atomic_file, read_json
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import (
     Evidence,
@@ -35,6 +34,8 @@ from megatron_lopd.artifacts.manifest import (
     verify_files,
 )
 from megatron_lopd.errors import DataError, LineageError
+from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.writing import atomic_file
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(12, dtype=torch.float32).reshape(4, 3),
@@ -46,7 +47,7 @@ TENSORS = {
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"1" * 5000])
 def test_a_file_that_is_not_json_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "it.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"it\.json: damaged: not valid JSON"):
+    with pytest.raises(DataError, match=r"it\.json: (not UTF-8 text|damaged: (not valid JSON|brackets))"):
         read_json(tmp_path / "it.json")
 
 
@@ -98,7 +99,7 @@ def test_a_manifest_comes_back_and_its_id_stands_for_every_byte(tmp_path: Path) 
 def test_a_file_that_cannot_be_read_is_named() -> None:
     """The error of a failed read, as of a bad disk, has no name in it. This file fails so everywhere."""
     manifest = Manifest("test", {"mem": FileEntry(0, "")}, {}, {}, {}, {}, "proved")
-    with pytest.raises(DataError, match=r"^/proc/self/mem: Input/output error: check the disk"):
+    with pytest.raises(DataError, match=r"^/proc/self/mem: cannot be read: Input/output error"):
         verify_files(Path("/proc/self"), manifest)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lopd.artifacts.files import sha256_file
 from megatron_lopd.artifacts.manifest import FileEntry, load_manifest, verify_files
 from megatron_lopd.checkpoint.sharded import canonical_pickle
 from megatron_lopd.errors import DataError
 from megatron_lopd.families.architecture import Architecture, read_architecture
+from megatron_lopd.files.digests import sha256_file
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
 from megatron_lopd.training.saving import newest_checkpoint
 from tests.model_zoo import make_config

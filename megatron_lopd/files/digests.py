@@ -1,0 +1,71 @@
+"""Digests of bytes, files and values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_lopd.files.reading import open_file, reading
+
+_CHUNK = 1 << 22
+# Files hashed at a time by a process: hashlib lets go of the interpreter. A disk array may feed as many.
+HASHING_THREADS = 8
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN. What digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a regular file's bytes. Raises as `reading.open_file`."""
+    digest = hashlib.sha256()
+    with open_file(path, buffering=0) as stream, reading(path):
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_files(paths: Iterable[Path]) -> Iterator[str]:
+    """`sha256_file` of each, in order, by several threads. Those not begun when it is left are not read."""
+    pool = ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1), thread_name_prefix="sha256")
+    try:
+        yield from pool.map(sha256_file, paths)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class HashedFile:
+    """Writes through to a stream and takes the digest on the way: what was written need not be read again."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`; returns its bytes."""
+        self._stream.write(data)
+        self._digest.update(data)
+        count = memoryview(data).nbytes
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        self._stream.flush()
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of all that was written."""
+        return self._digest.hexdigest()
