@@ -8,7 +8,6 @@ plan, report) may stand below it. A user's are named by import path, `my_package
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import inspect
 import sys
@@ -20,7 +19,8 @@ from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-from megatron_lopd.errors import ConfigError
+from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.files.digests import sha256_file
 
 # None while no recipe is being read: then what has been imported is known, and nothing else is.
 _ALLOWED: ContextVar[bool | None] = ContextVar("user code may be imported", default=None)
@@ -145,8 +145,8 @@ def identity(name: str) -> str:
 
 def _digest(module: str, name: str) -> str:
     try:
-        return hashlib.sha256(Path(inspect.getfile(sys.modules[module])).read_bytes()).hexdigest()
-    except (KeyError, OSError, TypeError) as error:
+        return sha256_file(Path(inspect.getfile(sys.modules[module])))
+    except (KeyError, OSError, TypeError, DataError) as error:
         raise ConfigError(f"{name}: the source of {module} cannot be read: {error}") from None
 
 

@@ -25,7 +25,15 @@ from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.families.weight_rules import TensorMap, spare_tensors
 from megatron_lopd.files.reading import read_json
-from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json, fsync_directory, fsync_tree
+from megatron_lopd.files.writing import (
+    TEMPORARY_PREFIX,
+    atomic_write_json,
+    atomic_write_text,
+    copy_file,
+    fsync_directory,
+    fsync_tree,
+    settle_mode,
+)
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPE_NAMES = {
@@ -196,7 +204,9 @@ class HFWriter:
 
     def _flush(self) -> None:
         self._written.append(list(self._shard))
-        save_file(self._shard, self._path(len(self._written)), metadata={"format": "pt"})
+        path = self._path(len(self._written))
+        save_file(self._shard, path, metadata={"format": "pt"})
+        settle_mode(path)
         self._total_bytes += self._shard_bytes
         self._shard = {}
         self._shard_bytes = 0
@@ -229,8 +239,7 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> list[str]
     """Copy what matches `patterns`, byte for byte; returns the names, relative to `source`."""
     names = [str(path.relative_to(source)) for pattern in patterns for path in sorted(source.glob(pattern))]
     for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
     return names
 
 
@@ -247,4 +256,4 @@ def carry_over(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     if any(config.get(key) != DTYPE_NAMES[dtype] for key in keys):
         config.update(dict.fromkeys(keys, DTYPE_NAMES[dtype]))
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        atomic_write_text(target / "config.json", json.dumps(config, indent=2) + "\n")

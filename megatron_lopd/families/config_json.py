@@ -5,14 +5,17 @@ Importing transformers takes seconds, in each rank of a job, and nothing else in
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.files.reading import read_object
+
+LIMIT = 16 << 20  # bytes: a config of a quantized model names its layers
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,9 @@ class ConfigJson:
     def of(model_dir: str | Path) -> ConfigJson:
         """Read `model_dir`/config.json. Raises ConfigError where there is none, or it is no JSON object."""
         path = Path(model_dir) / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path} is not there: give a Hugging Face checkpoint directory") from error
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not readable as JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: not a JSON object, but {type(raw).__name__}")
-        return ConfigJson(path, raw)
+        if not os.path.lexists(path):
+            raise ConfigError(f"{path} is not there: give a Hugging Face checkpoint directory")
+        return ConfigJson(path, read_object(path, limit=LIMIT, error=ConfigError))
 
     def count(self, key: str, default: int | None = None) -> int:
         """Raises ConfigError unless it is a whole number of at least 1."""

@@ -22,6 +22,7 @@ from megatron_lopd.errors import DataError, LopdError, Unreadable
 # Bytes. The largest tokenizer.json in use has some 35 MB; JSON takes about ten times its size in memory.
 TEXT_LIMIT = 128 << 20
 LINE_LIMIT = 32 << 20  # a sample of a million tokens has a tenth of it
+DIGITS_LIMIT = 1000
 DEPTH_LIMIT = 100  # brackets within brackets: this program's own functions walk such values by recursion
 
 _KINDS = {
@@ -148,12 +149,17 @@ def parse_json(text: str, where: str, error: type[LopdError] = DataError) -> Any
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
         )
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as failure:
-        at = f"line {failure.lineno}, column {failure.colno}"
+        line = f"line {failure.lineno}, " if "\n" in text.rstrip() else ""
+        at = f"{line}column {failure.colno}"
         raise error(f"{where}: damaged: not valid JSON ({failure.msg}, {at})") from None
     except UnicodeEncodeError:
         raise error(f"{where}: damaged: half of a surrogate pair, which is no character") from None
@@ -186,6 +192,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
+def _whole(text: str) -> int:
+    if len(text) > DIGITS_LIMIT:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -195,7 +207,7 @@ def _finite(text: str) -> float:
 
 def _is_deeper(value: Any, limit: int) -> bool:
     level = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         inner: list[Any] = []
         for each in level:
             children = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_lopd.errors import DataError, LopdError
-from megatron_lopd.files.reading import open_file, reading
+from megatron_lopd.files.reading import open_file, reading, require_regular
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -145,13 +145,18 @@ def copy_file(source: Path, target: Path) -> None:
             copy.write(chunk)
 
 
-def open_to_append(path: Path) -> IO[str]:
-    """A text file to add lines to, made if need be; no link is followed. Raises OSError."""
+def open_to_append(path: Path, error: type[LopdError] = DataError) -> IO[str]:
+    """A text file to add lines to, made if need be. Raises `error` for what is no file, or not writable."""
 
     def create(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        require_regular(path, os.fstat(descriptor).st_mode, error)
+        return descriptor
 
-    return open(path, "a", encoding="utf-8", opener=create)
+    if path.is_symlink():
+        raise error(f"{path}: a link, not a file: remove it")
+    with errors_of_file(path, error):
+        return open(path, "a", encoding="utf-8", opener=create)
 
 
 def settle_mode(path: Path) -> None:

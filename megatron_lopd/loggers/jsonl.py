@@ -6,11 +6,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from megatron_lopd.errors import DataError
-from megatron_lopd.files.writing import atomic_file
+from megatron_lopd.files.reading import parse_json, read_lines
+from megatron_lopd.files.writing import atomic_file, open_to_append
 from megatron_lopd.loggers.logger import Logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -27,7 +29,7 @@ class JsonLinesLogger(Logger):
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         _truncate(path, resumed_step)
-        self._stream = path.open("a", encoding="utf-8")
+        self._stream = open_to_append(path)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -46,20 +48,17 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError naming the line that is damaged, or the file that is not there.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file: run the stage that trains") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: damaged ({error})") from None
-    return [_step(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+    if not os.path.lexists(path):
+        raise DataError(f"{path}: no such file: run the stage that trains")
+    return [
+        _step(f"{path}:{number}", line)
+        for number, line in read_lines(path, follow_links=False)
+        if line.endswith("\n")
+    ]
 
 
 def _step(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: damaged ({error})") from None
+    row = parse_json(line, where)
     if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
         raise DataError(f"{where}: damaged (it has no step)")
     return row
@@ -67,15 +66,13 @@ def _step(where: str, line: str) -> dict[str, Any]:
 
 def _truncate(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`. What follows a torn line was never acknowledged."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if _step(str(path), line)["step"] > step:
+    with suppress(DataError):
+        for number, line in read_lines(path, follow_links=False):
+            if not line.endswith("\n") or _step(f"{path}:{number}", line)["step"] > step:
                 break
-        except DataError:
-            break
-        kept.append(line + "\n")
+            kept.append(line)
     with atomic_file(path, "w") as stream:
         stream.writelines(kept)

@@ -24,7 +24,7 @@ from megatron_lopd.artifacts.manifest import (
 )
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
 from megatron_lopd.files.reading import read_json
-from megatron_lopd.files.writing import atomic_write_json
+from megatron_lopd.files.writing import atomic_write_json, open_to_append
 from megatron_lopd.pipeline.plan_file import begin, begun_plan, refuse_change
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, SharedStage, Stage
@@ -145,9 +145,9 @@ def _open_lock(directory: Path) -> IO[str]:
     """The stage's lock file, its directory made if need be. ConfigError where that cannot be written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        return (directory / LOCK_FILE).open("w")
     except OSError as error:
         raise ConfigError(f"run_dir: {directory} cannot be written: {error.strerror}") from None
+    return open_to_append(directory / LOCK_FILE, ConfigError)
 
 
 def check_unchanged(stage: Stage, run: ResolvedRun) -> None:

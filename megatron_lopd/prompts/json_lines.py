@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.reading import parse_json, read_lines
 from megatron_lopd.prompts.reader import Reader
 
 
@@ -19,19 +19,10 @@ class JsonLinesReader(Reader):
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".json")
 
     def rows(self, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _object(f"{path}:{number}", line)
-
-
-def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON, at column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
-        raise DataError(f"{where}: not JSON to be read: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: must be a JSON object, not {type(row).__name__}")
-    return row
+        for number, line in read_lines(path):
+            if line.strip():
+                where = f"{path}:{number}"
+                row = parse_json(line.rstrip(), where)
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: must be a JSON object, not {type(row).__name__}")
+                yield where, row

@@ -165,7 +165,7 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a"}, '{"prompt": \n'], r"p\.jsonl:2: not valid JSON, at column"),
+        ([{"prompt": "a"}, '{"prompt": \n'], r"p\.jsonl:2: .*not valid JSON \(.*, column \d+\)"),
         (["[1]\n"], r"p\.jsonl:1: must be a JSON object, not list"),
         (["\n\n"], r"p\.jsonl: the file is empty"),
         ([{"answer": "a"}], r"p\.jsonl:1: must have prompt or problem or .*: it has 'answer'"),
@@ -190,9 +190,9 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
             [{"prompt": "a", "answer": 1, "expected_answer": 2}],
             r"p\.jsonl:1: has both answer and expected_answer: .* answer_field",
         ),
-        (['{"prompt": "\\ud800"}\n'], r"p\.jsonl:1: .* is half a character"),
-        (['{"prompt": "a", "id": ' + "9" * 5000 + "}\n"], r"p\.jsonl:1: not JSON to be read: Exceeds"),
-        (["[" * 100_000 + "\n"], r"p\.jsonl:1: not JSON to be read: maximum recursion depth"),
+        (['{"prompt": "\\ud800"}\n'], r"p\.jsonl:1: .*half of a surrogate pair"),
+        (['{"prompt": "a", "id": ' + "9" * 5000 + "}\n"], r"p\.jsonl:1: .*a number of 5,000 digits"),
+        (["[" * 100_000 + "\n"], r"p\.jsonl:1: .*brackets more than"),
     ],
 )
 def test_bad_files_are_refused_with_file_and_line(tmp_path: Path, rows: list[Any], message: str) -> None:
@@ -202,7 +202,7 @@ def test_bad_files_are_refused_with_file_and_line(tmp_path: Path, rows: list[Any
 
 
 def test_other_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
         read_prompts(tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="has 1 prompts, fewer than the 2"):
         read_prompts(write(tmp_path / "p.jsonl", {"prompt": "a"}), count=2)

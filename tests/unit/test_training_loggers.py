@@ -56,8 +56,7 @@ DAMAGED = ["", "{", "[1]", "{}", '{"step": "2"}', '{"step": NaN}', "[" * 100_000
 def test_a_damaged_line_is_told_by_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / METRICS_FILE
     path.write_bytes(f'{{"step": 1}}\n{line}\n'.encode("latin-1"))
-    where = rf"metrics\.jsonl{'' if line == chr(255) else ':2'}: damaged"
-    with pytest.raises(DataError, match=where):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: (damaged|not UTF-8 text)"):
         read_steps(path)
 
 
