@@ -8,10 +8,13 @@ what a token becomes does not depend on the others, those of the padding include
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.families.architecture import Architecture
@@ -71,6 +74,17 @@ def mark_expert_weights(model: GPTModel) -> None:
             weight.tensor_model_parallel = True
             weight.partition_dim = 0 if is_input else 1
             weight.partition_stride = 2 if is_input else 1  # [gate; up]
+
+
+def forget_routing(chunks: Sequence[torch.nn.Module]) -> None:
+    """Detach what Megatron-Core's dispatchers keep of the last micro-batch: its routing, with its graph.
+
+    That graph holds the weights' hooks and these the model, by ways that Python's garbage collector cannot
+    see. A model that holds such a graph itself is never freed: weights, gradients and main weights stay.
+    """
+    layers = (module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer))
+    for kept in (vars(layer.token_dispatcher) for layer in layers):
+        kept.update({name: value.detach() for name, value in kept.items() if isinstance(value, torch.Tensor)})
 
 
 def tensor_split(weight: Any) -> tuple[int, int]:

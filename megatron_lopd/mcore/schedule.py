@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_lopd.data.collate import MicroBatch
+from megatron_lopd.mcore.experts import forget_routing
 from megatron_lopd.mcore.model import PackedGPTModel
 
 V = TypeVar("V")
@@ -51,6 +52,7 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+    forget_routing(chunks)
     return values
 
 

@@ -182,7 +182,7 @@ class _Run:
         while waiting and (not running or (waiting[0].shared and all(each.check.shared for each in running))):
             check, left = waiting.pop(0), self._end - time.monotonic()
             if left < check.seconds:
-                reason = f"budget: {left:.0f} s were left, and it takes {check.seconds:.0f} on an H100"
+                reason = f"budget: {left:.0f} s were left, and it takes about {check.seconds:.0f}"
                 self._add(Ending(check.name, "left out", 0.0, reason))
                 continue
             print(f"{check.name}: {check.about} ...", flush=True)

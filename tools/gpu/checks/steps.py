@@ -50,7 +50,7 @@ def _measuring(part: Part, job: Job) -> Callable[[], None]:
 def _measure(part: Part, job: Job) -> None:
     require_kind(job)
     device.need_memory(job.planned_bytes, job.largest_fitting(device.free_bytes()))
-    device.start_peak()
+    held = device.start_peak()
     with training(job) as steps:
         for _ in range(WARMUP):
             steps.step()
@@ -65,5 +65,6 @@ def _measure(part: Part, job: Job) -> None:
         tokens_per_s=tokens / median,
         mfu=None if peak is None else flops / median / peak,  # of the bf16 peak, for FP8 too
         peak_gb=device.read_peak() / 1e9,
+        held_gb=held / 1e9,  # of it by what came before, and to be near 0
         planned_gb=job.planned_bytes / 1e9,
     )
