@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # tests and with SmolLM2). A bf16 factor keeps 8 bits: against fp32, 0.0085 seen in a tiny random model, and
 # in SmolLM2-135M 0.026 on plain text and 0.031 on its own samples. e4m3 keeps 4: with weights and inputs
 # rounded so, on a CPU, 0.10 in that tiny model and 0.21 in SmolLM2-135M on plain text; larger models and a
-# student's own tokens should be nearer, and on a GPU it has not been looked at.
+# student's own tokens should be nearer: tensorwise on an H200, 0.062 in a random 0.6B on its own samples.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.05, "fp8": 0.2}
 
 
