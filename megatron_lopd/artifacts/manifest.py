@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_lopd.artifacts.committed import CommittedFile, FileEntry, seal, verify
 from megatron_lopd.errors import DataError
-from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_files
-from megatron_lopd.files.reading import read_json
-from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_file, fsync_directory, fsync_file, remove
+from megatron_lopd.files.digests import canonical_json, sha256_bytes
+from megatron_lopd.files.reading import parse_json, read_bytes, read_text
+from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_file, fsync_directory, remove
 
 MANIFEST = "manifest.json"
 FORMAT = "lopd-artifact"
-VERSION = 2
+VERSION = 3
+
+MAX_NAME_BYTES = 1024  # of a file in an artifact, its folders included
 
 LineageStatus = Literal["proved", "declared", "overridden"]
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A committed file: size in bytes and hex SHA-256."""
-
-    size: int
-    sha256: str
+ParentKind = Literal["artifact", "model", "file", "checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Parent:
     named by their stage alone.
     """
 
-    kind: Literal["artifact", "model", "file", "checkpoint"]
+    kind: ParentKind
     path: str
     digests: dict[str, str]
 
@@ -79,8 +76,8 @@ class Manifest:
 
 
 def is_committed(directory: Path) -> bool:
-    """Whether the artifact in `directory` is whole."""
-    return (directory / MANIFEST).is_file()
+    """Whether there is a manifest in `directory`, which then must be a whole artifact."""
+    return os.path.lexists(directory / MANIFEST)
 
 
 def commit(
@@ -95,22 +92,16 @@ def commit(
     lineage: LineageStatus,
 ) -> Manifest:
     """Hash `files` (paths relative to `directory`), flush them, and write the manifest, last."""
-    names = sorted(files)
-    paths = [directory / name for name in names]
-    for path in paths:
-        fsync_file(path)
-    digests = sha256_files(paths)
-    entries = {
-        name: FileEntry(path.stat().st_size, digest)
-        for name, path, digest in zip(names, paths, digests, strict=True)
-    }
+    entries = seal(directory, sorted(files))
     manifest = Manifest(kind, entries, dict(config), dict(counts), dict(versions), dict(parents), lineage)
     write_manifest(directory, manifest)
     return manifest
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Commit an artifact whose files are already hashed and flushed."""
+    """Commit an artifact whose files are already hashed and flushed. DataError where it would not be read."""
+    if problem := _problem(manifest):
+        raise DataError(f"{directory / MANIFEST}: {problem}: report this as a defect")
     for parent in {(directory / name).parent for name in manifest.files}:
         fsync_directory(parent)
     with atomic_file(directory / MANIFEST, "w") as stream:
@@ -120,14 +111,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
     """Read a manifest. DataError when it is missing, damaged, of another format or of another `kind`."""
     path = directory / MANIFEST
-    if not path.is_file():
+    if not is_committed(directory):
         raise DataError(f"{directory}: not a committed artifact (no {MANIFEST}): run the stage that makes it")
-    raw = read_json(path)
+    raw = parse_json(read_text(path, follow_links=False), str(path))
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of this project (format {FORMAT!r})")
     if raw.get("version") != VERSION:
+        version = str(raw.get("version"))[:20]
         raise DataError(
-            f"{path}: format version {raw.get('version')}, this program reads {VERSION}: use the version of "
+            f"{path}: format version {version}, this program reads {VERSION}: use the version of "
             "megatron-lopd that wrote it, or make the artifact again"
         )
     try:
@@ -140,85 +132,97 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
             parents={role: Parent(**parent) for role, parent in raw["parents"].items()},
             lineage=raw["lineage"],
         )
-        whole = manifest.text().encode() == path.read_bytes()
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{path}: damaged: a part is missing or of the wrong type ({error})") from None
-    if not whole:
-        raise DataError(
-            f"{path}: damaged: it does not match its own digest: restore it or make the artifact again"
-        )
-    if manifest.lineage not in get_args(LineageStatus):
-        raise DataError(
-            f"{path}: damaged: lineage {manifest.lineage!r}: restore it or make the artifact again"
-        )
+        problem = _problem(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = f"a part is missing or of the wrong type ({error})"
+    if problem is None and manifest.text().encode() != read_bytes(path, follow_links=False):
+        problem = "it does not match its own digest"
+    if problem is not None:
+        raise DataError(f"{path}: damaged: {problem}: restore it or make the artifact again")
     if kind is not None and manifest.kind != kind:
         raise DataError(f"{directory}: holds {manifest.kind}, not {kind}: give another path")
     return manifest
 
 
-@dataclass(frozen=True)
-class CommittedFile:
-    """A file of an artifact, and what its manifest says of it."""
+def _problem(manifest: Manifest) -> str | None:
+    """What is wrong with the types and names in a manifest, in a few words; None for nothing."""
+    for part, each, known in (
+        ("kind", manifest.kind, isinstance(manifest.kind, str)),
+        ("config", manifest.config, isinstance(manifest.config, dict)),
+        ("counts", manifest.counts, _maps_to(manifest.counts, _is_count)),
+        ("versions", manifest.versions, _maps_to(manifest.versions, _is_text)),
+        ("lineage", manifest.lineage, manifest.lineage in get_args(LineageStatus)),
+    ):
+        if not known:
+            return f"{part} {shown(each)}"
+    for name, entry in manifest.files.items():
+        if not is_plain_path(name) or name.casefold() == MANIFEST:
+            return f"the file name {shown(name)}"
+        if not _is_count(entry.size) or not _is_digest(entry.sha256):
+            return f"size or digest of {name}"
+    for role, parent in manifest.parents.items():
+        named_by_path = parent.kind in ("artifact", "checkpoint")
+        if parent.kind not in get_args(ParentKind) or not _maps_to(parent.digests, _is_text):
+            return f"the parent {shown(role)}"
+        if not _is_text(parent.path) or (named_by_path and not is_plain_path(parent.path)):
+            return f"the path of the parent {shown(role)}, {shown(parent.path)}"
+    return None
 
-    path: Path
-    entry: FileEntry
-    artifact: Path
 
-    def check_size(self) -> None:
-        """Raise DataError when it is missing or not of the size it was committed with."""
-        if not self.path.is_file():
-            raise DataError(
-                f"{self.path}: missing: the manifest lists it; restore it or make the artifact again"
-            )
-        size = self.path.stat().st_size
-        if size != self.entry.size:
-            raise DataError(
-                f"{self.path}: damaged: {size} bytes, the manifest says {self.entry.size}: "
-                f"restore it or remove {self.artifact} to make it again"
-            )
+def is_plain_path(name: Any) -> bool:
+    """Whether it names something below a directory, in one way only, that any file system can hold."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and "\\" not in name
+        and len(name.encode()) <= MAX_NAME_BYTES
+        and all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in name.split("/"))
+    )
 
-    def check_digest(self, digest: str) -> None:
-        """Raise DataError when `digest` is not the one it was committed with."""
-        if digest != self.entry.sha256:
-            raise DataError(
-                f"{self.path}: damaged: SHA-256 {digest[:12]}, the manifest says {self.entry.sha256[:12]}: "
-                f"restore it or remove {self.artifact} to make it again"
-            )
+
+def shown(value: Any) -> str:
+    """A value from a file, short enough for a line."""
+    return repr(value)[:80]
+
+
+def _maps_to(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(holds, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def plan_digest(config: Mapping[str, Any], parents: Mapping[str, Parent]) -> str:
+    """Hex SHA-256 of all that decides what a stage makes. Its shards, and its job's checkpoints, carry it."""
+    return sha256_bytes(canonical_json([config, {role: each.digests for role, each in parents.items()}]))
 
 
 def committed_files(artifact: Path, manifest: Manifest) -> list[CommittedFile]:
     """The files of an artifact, by name."""
-    return [CommittedFile(artifact / name, entry, artifact) for name, entry in manifest.files.items()]
+    return [CommittedFile(artifact, name, entry) for name, entry in manifest.files.items()]
 
 
-def share_of(files: Iterable[CommittedFile], rank: int, size: int) -> list[CommittedFile]:
-    """What `rank` of `size` takes of them: as many bytes as the others, as near as whole files allow."""
-    shares: list[list[CommittedFile]] = [[] for _ in range(size)]
-    held = [0] * size
-    for file in sorted(files, key=lambda each: (-each.entry.size, str(each.path))):
-        least = held.index(min(held))
-        shares[least].append(file)
-        held[least] += file.entry.size
-    return shares[rank]
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Hash every file that this process has not. DataError naming the first that is not as committed."""
+    verify(committed_files(directory, manifest))
 
 
-def verify(files: Sequence[CommittedFile]) -> None:
-    """Re-hash files. DataError naming the first, in their order, that is missing or not what it was."""
-    for file in files:
-        file.check_size()
-    for file, digest in zip(files, sha256_files(file.path for file in files), strict=True):
-        file.check_digest(digest)
-
-
-def verify_files(directory: Path, manifest: Manifest, since: int | None = None) -> None:
-    """Re-hash every file, or only those modified after `since` (nanoseconds since the epoch).
-
-    DataError naming the first that is missing or differs from the manifest.
-    """
-    files = committed_files(directory, manifest)
-    for file in files:
-        file.check_size()
-    verify([file for file in files if since is None or file.path.stat().st_mtime_ns > since])
+def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
+    """What lies below an artifact's directory, relative to it, that is no part of it; links too, unfollowed."""
+    found = []
+    for place, folders, files in os.walk(directory):
+        links = [name for name in folders if os.path.islink(Path(place, name))]
+        found += [os.path.relpath(Path(place, name), directory) for name in (*files, *links)]
+    return sorted(set(found) - manifest.files.keys() - {MANIFEST})
 
 
 def clear_temporaries(directory: Path) -> None:

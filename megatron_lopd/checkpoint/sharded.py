@@ -21,7 +21,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_lopd.artifacts.manifest import FileEntry
+from megatron_lopd.artifacts.committed import FileEntry
 from megatron_lopd.checkpoint.staging import HostBuffer
 from megatron_lopd.checkpoint.tensor_shards import Box, ShardedModel
 from megatron_lopd.checkpoint.torch_dist import INDEX, Entry, TorchDistReader, index_of, pickled, write_value

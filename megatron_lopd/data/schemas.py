@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megatron_lopd.data.arrow_file import ArrowFile, ShardFile, path_of
 from megatron_lopd.data.columns import (
     COMPAND_LIMIT,
     LOG_PROBS,
@@ -149,7 +149,7 @@ def scores_kind(top_k: int) -> ShardKind[Score]:
         }
     return ShardKind(
         name="scores",
-        version=2,
+        version=3,
         text=("sample_id",),
         columns=columns,
         split=_split_score,
@@ -161,7 +161,7 @@ def scores_kind(top_k: int) -> ShardKind[Score]:
 
 ROLLOUTS: ShardKind[Rollout] = ShardKind(
     name="rollouts",
-    version=2,
+    version=3,
     text=("sample_id", "finish_reason"),
     columns={"log_probs": LOG_PROBS, "prompt_tokens": TOKENS, "response_tokens": TOKENS},
     extra={UNTRUNCATED: LOG_PROBS},
@@ -173,11 +173,11 @@ ROLLOUTS: ShardKind[Rollout] = ShardKind(
 SCORES = scores_kind(0)
 
 
-def kind_of(path: Path) -> ShardKind[Any]:
+def kind_of(file: ShardFile) -> ShardKind[Any]:
     """The kind a shard says it is. DataError when it is not a shard."""
+    path = path_of(file)
     try:
-        with pa.memory_map(str(path)) as source:
-            about = pa.ipc.open_file(source).schema.metadata or {}
+        about = ArrowFile(file).schema.metadata or {}
         name, top_k = about[b"lopd.kind"].decode(), int(about.get(b"lopd.top_k", 0))
     except (pa.ArrowException, ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]

@@ -23,6 +23,15 @@ ALIGNMENT = 8
 NO_TOKEN = -1
 
 
+_PLAN = b"lopd.plan"
+
+
+def plan_of(schema: pa.Schema) -> str | None:
+    """The digest of the plan that made a shard, "" for one of no run; None where its schema has none."""
+    plan = (schema.metadata or {}).get(_PLAN)
+    return None if plan is None else str(plan.decode())
+
+
 class Identified(Protocol):
     """What every record has."""
 
@@ -63,6 +72,10 @@ class ShardKind(Generic[Record]):
         """This kind in a file that begins with `record`."""
         fields = self.split(record)
         return self.with_extra if any(fields[name] is not None for name in self.extra) else self
+
+    def schema_of(self, plan: str) -> pa.Schema:
+        """The Arrow schema of a shard that `plan` made; its metadata names that, and what `schema` names."""
+        return self.schema.with_metadata({**self.schema.metadata, _PLAN: plan.encode()})
 
     @cached_property
     def schema(self) -> pa.Schema:

@@ -7,11 +7,12 @@ one at random is one place on the disk. Beside it are its text and, for each col
 Arrow finds no flipped byte by itself. So every record has an xxh3_64 of its values, verified whenever it is
 read, and every record batch an xxh3_128 of its index: all that is not values, those checksums, the largest
 token id, and its place in the file, so that no batch can go missing. The index is verified when the shard is
-opened, which reads no values.
+opened, which reads no values. A shard also says, there and in its schema, which plan it was made by.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128
 
+from megatron_lopd.data.arrow_file import ArrowFile, ShardFile, path_of
 from megatron_lopd.data.columns import Bytes
 from megatron_lopd.data.sample_ids import SampleIds
 from megatron_lopd.data.shard_kind import (
@@ -34,17 +36,22 @@ from megatron_lopd.data.shard_kind import (
     Item,
     Record,
     ShardKind,
+    plan_of,
 )
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.writing import errors_of_file, temporary_file
 
 
+# What reading a file that is no shard, or a damaged one, may raise beside DataError.
+DAMAGE = (pa.ArrowException, struct.error, ValueError, OverflowError, OSError, KeyError, TypeError)
+
+
 class ShardWriter(Generic[Record]):
     """Takes the records of a shard, one by one. Made by `shard_writer`. `count`: how many it has."""
 
-    def __init__(self, path: Path, kind: ShardKind[Record], stream: IO[bytes]) -> None:
+    def __init__(self, path: Path, kind: ShardKind[Record], stream: IO[bytes], plan: str) -> None:
         self.count = 0
-        self._path, self._kind, self._stream = path, kind, stream
+        self._path, self._kind, self._stream, self._plan = path, kind, stream, plan
         self._file: pa.RecordBatchFileWriter | None = None
         self._draft: _BatchDraft[Record]
         self._seen: set[str] = set()
@@ -58,7 +65,7 @@ class ShardWriter(Generic[Record]):
         self._begin(record)
         if self._draft.is_full():
             self._seal(is_last=False)
-            self._draft = _BatchDraft(self._kind, self._draft.number + 1)
+            self._draft = _BatchDraft(self._kind, self._plan, self._draft.number + 1)
         self._draft.add(record)
         self._seen.add(record.sample_id)
         self.count += 1
@@ -68,8 +75,8 @@ class ShardWriter(Generic[Record]):
         kind = self._kind.holding(record)
         if self._file is None:
             with errors_of_file(self._path):
-                self._file = pa.ipc.new_file(self._stream, kind.schema)
-            self._kind, self._draft = kind, _BatchDraft(kind, number=0)
+                self._file = pa.ipc.new_file(self._stream, kind.schema_of(self._plan))
+            self._kind, self._draft = kind, _BatchDraft(kind, self._plan, number=0)
         elif kind is not self._kind:
             raise DataError(
                 f"{self._path}: sample {record.sample_id} has {', '.join(self._kind.extra)}, and the first "
@@ -91,24 +98,25 @@ class ShardWriter(Generic[Record]):
 
 
 @contextmanager
-def shard_writer(path: Path, kind: ShardKind[Record]) -> Iterator[ShardWriter[Record]]:
+def shard_writer(path: Path, kind: ShardKind[Record], plan: str = "") -> Iterator[ShardWriter[Record]]:
     """Make `path` of the records that the block adds; it appears only once it is whole and on disk.
 
-    The bytes depend on the records alone. Errors of the file are DataErrors, those of whatever makes the
+    `plan`: the digest of the plan of the stage that makes it; none for a shard of no run. The bytes depend on
+    the records and that alone. Errors of the file are DataErrors, those of whatever makes the
     records pass as they are; then there is no file. Raises DataError as `ShardWriter` does.
     """
     with ExitStack() as file:
         with errors_of_file(path):
-            shard = ShardWriter(path, kind, file.enter_context(temporary_file(path)))
+            shard = ShardWriter(path, kind, file.enter_context(temporary_file(path)), plan)
         yield shard
         shard.finish()
         with errors_of_file(path):
             file.close()
 
 
-def write_shard(path: Path, kind: ShardKind[Record], records: Iterable[Record]) -> int:
+def write_shard(path: Path, kind: ShardKind[Record], records: Iterable[Record], plan: str = "") -> int:
     """Write `records` to `path`, as `shard_writer` does. Returns how many."""
-    with shard_writer(path, kind) as shard:
+    with shard_writer(path, kind, plan) as shard:
         for record in records:
             shard.add(record)
     return shard.count
@@ -119,14 +127,21 @@ class ShardReader(Generic[Record]):
 
     Raises DataError naming the file, and the sample where there is one: on opening, for a file that is
     missing, truncated, of another kind or version or damaged in its index, and for a sample id met twice; on
-    reading, for values that are damaged or not valid. `check_ids=False` where ids have been looked at, by
+    reading, for values that are damaged or not valid. With `plan`, also for a shard that another plan made.
+    `check_ids=False` where ids have been looked at, by
     whoever committed the shards: so many processes may read one artifact, each with its files mapped and
     next to nothing of its own.
     """
 
-    def __init__(self, kind: ShardKind[Record], paths: Sequence[Path], check_ids: bool = True) -> None:
+    def __init__(
+        self,
+        kind: ShardKind[Record],
+        files: Sequence[ShardFile],
+        check_ids: bool = True,
+        plan: str | None = None,
+    ) -> None:
         self.kind = kind
-        self._batches = [batch for path in paths for batch in _open_shard(path, kind)]
+        self._batches = [batch for file in files for batch in _open_shard(file, kind, plan)]
         self._starts = np.cumsum([0, *(batch.num_records for batch in self._batches)])
         self.sample_ids = SampleIds([batch.ids for batch in self._batches])
         if check_ids:
@@ -174,13 +189,7 @@ class ShardReader(Generic[Record]):
 
     def record(self, index: int) -> Record:
         """Record `index`. Its arrays may be read-only views of the file."""
-        batch, row = self._find(index)
-        raw = batch.values(row)
-        if xxh3_64_intdigest(raw.data) != batch.checksums[row]:
-            raise DataError(
-                f"{batch.path}: damaged: the checksum of sample {self.sample_ids[index]} does not match: "
-                "delete the artifact and make it again"
-            )
+        batch, row, raw = self._values(index)
         fields: dict[str, Any] = {name: batch.text(name, row) for name in self.kind.text}
         begin = 0
         try:
@@ -195,6 +204,11 @@ class ShardReader(Generic[Record]):
         if problem:
             raise DataError(f"{batch.path}: sample {self.sample_ids[index]}: {problem}")
         return record
+
+    def require_whole(self) -> None:
+        """Raise DataError naming the first sample whose values are damaged; all are read."""
+        for index in range(len(self)):
+            self._values(index)
 
     def require_vocabulary(self, size: int) -> None:
         """Raise DataError naming file and first sample when a token id is `size` or above.
@@ -212,6 +226,16 @@ class ShardReader(Generic[Record]):
                         f"model's vocabulary of {size}: these {self.kind.name} are of another model"
                     )
 
+    def _values(self, index: int) -> tuple[_Batch, int, Bytes]:
+        batch, row = self._find(index)
+        raw = batch.values(row)
+        if xxh3_64_intdigest(raw.data) != batch.checksums[row]:
+            raise DataError(
+                f"{batch.path}: damaged: the checksum of sample {self.sample_ids[index]} does not match: "
+                "delete the artifact and make it again"
+            )
+        return batch, row, raw
+
     def _find(self, index: int) -> tuple[_Batch, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
@@ -222,9 +246,9 @@ class ShardReader(Generic[Record]):
 class _BatchDraft(Generic[Record]):
     """A record batch in the making: encoded records, by column of the file."""
 
-    def __init__(self, kind: ShardKind[Record], number: int) -> None:
+    def __init__(self, kind: ShardKind[Record], plan: str, number: int) -> None:
         self.number = number
-        self._kind = kind
+        self._kind, self._plan = kind, plan
         self._fields: dict[str, list[Any]] = {name: [] for name in kind.schema.names}
         self._bytes = 0
         self._max_token = NO_TOKEN
@@ -248,10 +272,11 @@ class _BatchDraft(Generic[Record]):
 
     def seal(self, path: Path, is_last: bool) -> tuple[pa.RecordBatch, dict[str, str]]:
         """The batch and its metadata, as `write_batch` takes them."""
-        arrays = [pa.array(self._fields[each.name], each.type) for each in self._kind.schema]
-        batch = pa.RecordBatch.from_arrays(arrays, schema=self._kind.schema)
+        schema = self._kind.schema_of(self._plan)
+        arrays = [pa.array(self._fields[each.name], each.type) for each in schema]
+        batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
         view = _Batch(path, self._kind, batch, self._max_token)
-        checksum = view.index_checksum(self.number, is_last)
+        checksum = view.index_checksum(self._plan, self.number, is_last)
         return batch, {"max_token": str(self._max_token), "xxh3_128": checksum}
 
 
@@ -281,8 +306,8 @@ class _Batch:
     def values(self, row: int) -> Bytes:
         return self._values.row(row)
 
-    def index_checksum(self, number: int, is_last: bool) -> str:
-        digest = xxh3_128(f"{number} {is_last} {self.max_token}".encode())
+    def index_checksum(self, plan: str, number: int, is_last: bool) -> str:
+        digest = xxh3_128(f"{plan} {number} {is_last} {self.max_token}".encode())
         for ragged in self._text.values():
             digest.update(ragged.offsets.data)
             digest.update(ragged.data.data)
@@ -311,35 +336,41 @@ def _flat(array: pa.Array, dtype: type[Item]) -> NDArray[Item]:
     return np.frombuffer(array.buffers()[1], dtype=dtype, count=len(array))
 
 
-def _open_shard(path: Path, kind: ShardKind[Any]) -> list[_Batch]:
+def _open_shard(file: ShardFile, kind: ShardKind[Any], plan: str | None) -> list[_Batch]:
     """Map a shard and verify what can be without reading its values."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such {kind.name} shard")
+    path = path_of(file)
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if set(kind.extra) & set(reader.schema.names):
+        arrow_file = ArrowFile(file)
+        schema = arrow_file.schema
+        if set(kind.extra) & set(schema.names):
             kind = kind.with_extra
-        if reader.schema.metadata != kind.schema.metadata or reader.schema != kind.schema:
+        made_by = plan_of(schema)
+        if made_by is None or not schema.equals(kind.schema_of(made_by), check_metadata=True):
             wanted = ", ".join(f"{key} {value}" for key, value in kind.parameters.items())
             raise DataError(
                 f"{path}: not a {kind.name} shard of version {kind.version}{wanted and f' with {wanted}'}: "
-                f"its schema says {reader.schema.metadata}, columns {', '.join(reader.schema.names)}"
+                f"its schema says {str(schema.metadata)[:200]}, columns {', '.join(schema.names)[:200]}"
+            )
+        if plan is not None and made_by != plan:
+            raise DataError(
+                f"{path}: another plan made it ({made_by[:12] or 'none'}; this stage's is {plan[:12]}): remove "
+                "it to have it made again"
             )
         batches: list[_Batch] = []
-        last = reader.num_record_batches - 1
-        if last < 0:
+        found = list(arrow_file.batches())
+        if not found:
             raise ValueError("no records")
-        for number in range(last + 1):
-            arrow, metadata = reader.get_batch_with_custom_metadata(number)
+        for number, (arrow, metadata) in enumerate(found):
             batch = _Batch(path, kind, arrow, int(metadata[b"max_token"]))
-            if metadata[b"xxh3_128"].decode() != batch.index_checksum(number, is_last=number == last):
+            checksum = batch.index_checksum(made_by, number, is_last=number == len(found) - 1)
+            if metadata[b"xxh3_128"].decode() != checksum:
                 raise DataError(
                     f"{path}: damaged: the index checksum of record batch {number} does not match: "
                     "delete the artifact and make it again"
                 )
             batches.append(batch)
-    except (pa.ArrowException, ValueError, OverflowError, OSError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
             f"{path}: damaged or truncated ({reason}): delete the artifact and make it again"
         ) from error

@@ -13,14 +13,8 @@ from typing import Any, Literal
 
 from megatron_lopd.artifacts.fingerprint import fingerprint_model, is_fingerprinted
 from megatron_lopd.artifacts.lineage import model_parent, read_model_lineage
-from megatron_lopd.artifacts.manifest import (
-    MANIFEST,
-    Manifest,
-    Parent,
-    is_committed,
-    load_manifest,
-    verify_files,
-)
+from megatron_lopd.artifacts.manifest import Manifest, Parent, is_committed, load_manifest
+from megatron_lopd.artifacts.unchanged import verify_unchanged
 from megatron_lopd.config import (
     EngineConfig,
     GenerateConfig,
@@ -121,14 +115,14 @@ class ResolvedRun:
         return load_manifest(self.directory_of(stage))
 
     def unchanged_manifest(self, stage: str, kind: str | None = None) -> Manifest:
-        """The committed manifest of a stage, after re-hashing the files modified since it was written.
+        """The committed manifest of a stage, after hashing the files that have changed since they last were.
 
-        Whoever goes on to read the files has them all re-hashed (`execute`), and so does `lopd verify`.
+        Whoever goes on to read the files has them all hashed (`execute`), and so does `lopd verify`.
         DataError when the stage has not run, or a file is damaged.
         """
         directory = self.directory_of(stage)
         manifest = load_manifest(directory, kind)
-        verify_files(directory, manifest, since=(directory / MANIFEST).stat().st_mtime_ns)
+        verify_unchanged(directory, manifest)
         return manifest
 
     # ---- sections

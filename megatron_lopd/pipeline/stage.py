@@ -6,8 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_lopd.artifacts.manifest import LineageStatus, Parent
-from megatron_lopd.files.digests import canonical_json, sha256_bytes
+from megatron_lopd.artifacts.manifest import LineageStatus, Parent, plan_digest
 
 if TYPE_CHECKING:
     from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -23,9 +22,8 @@ class Plan:
 
 
 def identity_of(plan: Plan) -> str:
-    """A digest of all that decides a training job's numbers; its checkpoints carry it."""
-    parents = {role: parent.digests for role, parent in plan.parents.items()}
-    return sha256_bytes(canonical_json([plan.config, parents]))
+    """A digest of all that decides what comes out: shards and checkpoints carry it."""
+    return plan_digest(plan.config, plan.parents)
 
 
 @dataclass(frozen=True)

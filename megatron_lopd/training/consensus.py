@@ -7,6 +7,7 @@ collective, which has one.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_lopd.artifacts.manifest import Manifest, committed_files, share_of, verify
+from megatron_lopd.artifacts.committed import known_of, learn, share_of, verify
+from megatron_lopd.artifacts.manifest import Manifest, committed_files
 from megatron_lopd.engines.ranks import channel
 from megatron_lopd.errors import DataError, LopdError
 
@@ -54,7 +56,9 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 
 
 def verify_together(artifacts: Mapping[Path, Manifest]) -> None:
-    """Re-hash every file of artifacts, by directory, each rank its share. Every rank calls, with the same.
+    """Hash every file of artifacts, by directory, each rank its share. Every rank calls, with the same.
+
+    After that each rank knows them all, and hashes no file again that it opens as it was.
 
     Raises the same DataError in every rank when a file is missing or damaged. No process group is needed.
     """
@@ -62,14 +66,18 @@ def verify_together(artifacts: Mapping[Path, Manifest]) -> None:
         file for directory, manifest in artifacts.items() for file in committed_files(directory, manifest)
     ]
     fault: DataError | None = None
+    share = share_of(files, *_rank_and_size())
     try:
-        verify(share_of(files, *_rank_and_size()))
+        verify(share)
     except DataError as error:
         fault = error
-    faults = channel(CHANNEL).collect(fault)
-    first = on_rank_zero(lambda: next((each for each in faults if each is not None), None))
+    host = platform.node()
+    told = channel(CHANNEL).collect((fault, host, known_of(share)))
+    first, of_all = on_rank_zero(lambda: (next((each[0] for each in told if each[0]), None), told))
     if first is not None:
         raise first
+    for _, theirs, known in of_all:
+        learn(known, elsewhere=theirs != host)
 
 
 def _rank_and_size() -> tuple[int, int]:

@@ -267,12 +267,12 @@ def test_repeated_and_absent_samples(tmp_path: Path) -> None:
 
 def test_another_kind_or_version_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.arrow", SCORES, [Score("a", np.zeros(1, dtype=np.float32))])
-    with pytest.raises(DataError, match=r"s\.arrow: not a rollouts shard of version 2"):
+    with pytest.raises(DataError, match=r"s\.arrow: not a rollouts shard of version 3"):
         ShardReader(ROLLOUTS, [tmp_path / "s.arrow"])
-    with pytest.raises(DataError, match=r"s\.arrow: not a scores shard of version 3 with top_k 0"):
-        ShardReader(replace(SCORES, version=3), [tmp_path / "s.arrow"])
+    with pytest.raises(DataError, match=r"s\.arrow: not a scores shard of version 4 with top_k 0"):
+        ShardReader(replace(SCORES, version=4), [tmp_path / "s.arrow"])
     write_shard(tmp_path / "k.arrow", scores_kind(4), [score(0, 3, 4)])
-    with pytest.raises(DataError, match=r"k\.arrow: not a scores shard of version 2 with top_k 0"):
+    with pytest.raises(DataError, match=r"k\.arrow: not a scores shard of version 3 with top_k 0"):
         ShardReader(SCORES, [tmp_path / "s.arrow", tmp_path / "k.arrow"])
     (tmp_path / "other.arrow").write_bytes(b"text")
     with pytest.raises(DataError, match=r"other\.arrow: not a shard"):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lopd.artifacts.manifest import FileEntry, load_manifest, verify_files
+from megatron_lopd.artifacts.committed import FileEntry
+from megatron_lopd.artifacts.manifest import load_manifest, verify_files
 from megatron_lopd.checkpoint.sharded import canonical_pickle
 from megatron_lopd.errors import DataError
 from megatron_lopd.families.architecture import Architecture, read_architecture
