@@ -17,6 +17,7 @@ from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES
 from megatron_lopd.data.shards import write_shard
 from tests.model_zoo import Family, make_model_dir
+from tests.shard_zoo import PLAN, commit_shards
 
 VOCABULARY = 67  # odd, and tied: what TP pads and what PP gives a gradient bucket of its own
 # What a step measures beside its numbers, different in every run.
@@ -54,8 +55,9 @@ def make_root(
         rollouts.append(Rollout(f"sample-{number}", prompt, response, "stop", *log_probs))
         # A teacher that likes every token better: the losses add up, rather than cancel to rounding.
         scores.append(Score(f"sample-{number}", kept * rng.uniform(0.3, 0.9, len(kept)).astype(np.float32)))
-    write_shard(root / "data" / "rollouts-00000.arrow", ROLLOUTS, rollouts)
-    write_shard(root / "data" / "scores-00000.arrow", SCORES, scores)
+    write_shard(root / "data" / "rollouts-00000.arrow", ROLLOUTS, rollouts, PLAN)
+    write_shard(root / "data" / "scores-00000.arrow", SCORES, scores, PLAN)
+    commit_shards(root / "data")
     return root
 
 

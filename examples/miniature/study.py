@@ -293,6 +293,7 @@ class CellRunner:
         }
 
     def grade(self, model: Path, directory: Path) -> dict[str, Any]:
+        from megatron_lopd.artifacts.fingerprint import fingerprint_model
         from megatron_lopd.evaluation.grading import grade_model
         from megatron_lopd.graders import open_grader
         from megatron_lopd.pipeline.resolved import ONLY_SET, ResolvedRun
@@ -300,8 +301,9 @@ class CellRunner:
         recipe = self.recipe(self.base)
         prompts = ResolvedRun(recipe).evaluation_sets[ONLY_SET].prompts
         with open_grader(recipe.evaluate.grader) as grader:
-            grades = grade_model(
-                model, prompts, recipe.evaluate, self.cell.seed, directory, directory.parent.name, grader
+            label, made_from = directory.parent.name, fingerprint_model(model).weights
+            grades, _ = grade_model(
+                model, prompts, recipe.evaluate, self.cell.seed, directory, label, grader, made_from
             )
         names = ("sampled", "greedy", "pass_at_k", "entropy", "length")
         return {name: round(getattr(grades, name), 5) for name in names}

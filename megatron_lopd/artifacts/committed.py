@@ -33,7 +33,8 @@ TICK, COARSE_TICK = 20_000_000, 2_000_000_000
 _SECOND = 1_000_000_000
 _CHUNK = 1 << 22
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 # By absolute path: the stamp and the SHA-256 that this process, or the one that started it, found.
 _hashed: dict[str, tuple[Stamp, str]] = {}
@@ -76,7 +77,7 @@ class CommittedFile:
         self.open().close()
 
     def check_size(self) -> None:
-        """Raise DataError when it is missing, or not of the size it was committed with, without opening it."""
+        """Raise DataError when it is missing or not of the size it was committed with; not opened."""
         with reading(self.path):
             try:
                 found = os.lstat(self.path)
@@ -171,10 +172,11 @@ def _is_known(known: Mapping[str, tuple[Stamp, str]], key: str, found: Stamp, di
 def _open_below(directory: Path, name: str) -> FileIO:
     """A regular file of an artifact. No part of `name` may be a link; what leads to `directory` may."""
     path, (*folders, last) = directory / name, name.split("/")
+    places: list[str | Path] = [directory, *folders]
     with ExitStack() as opened, reading(path):
         place: int | None = None
         try:
-            for folder in (directory, *folders):
+            for folder in places:
                 flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
                 place = os.open(folder, flags | (0 if place is None else os.O_NOFOLLOW), dir_fd=place)
                 opened.callback(os.close, place)

@@ -217,7 +217,7 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
 
 
 def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
-    """What lies below an artifact's directory, relative to it, that is no part of it; links too, unfollowed."""
+    """What lies below an artifact's directory, relative to it, and is no part of it; no link is followed."""
     found = []
     for place, folders, files in os.walk(directory):
         links = [name for name in folders if os.path.islink(Path(place, name))]

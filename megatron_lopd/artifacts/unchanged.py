@@ -1,6 +1,6 @@
-"""Whether a committed artifact is as it was, without reading it, by the stamps that its files had when hashed.
+"""Whether a committed artifact is as it was, unread: by the stamps that its files had when they were hashed.
 
-They are kept in the user's cache, as a hint: what is trained on is hashed all the same. Without a cache, and
+Those are kept in the user's cache, as a hint: what is trained on is hashed all the same. Without a cache, and
 on another machine's first look, all is hashed here.
 """
 

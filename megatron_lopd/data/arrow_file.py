@@ -63,7 +63,7 @@ class ArrowFile:
 
 
 def _is_compressed(message: bytes) -> bool:
-    """Whether a record batch's message says that its buffers are. Arrow has checked that it is well-formed."""
+    """Whether a record batch's message says that its buffers are. Arrow has found it well-formed."""
     table = _pointed_to(message, 0)
     header = _pointed_to(message, _field(message, table, _HEADER))
     return _field(message, header, _COMPRESSION) != 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lopd.artifacts.committed import CommittedFile
+from megatron_lopd.artifacts.manifest import committed_files, is_committed, load_manifest, plan_digest
 from megatron_lopd.config import Sampling
 from megatron_lopd.data.packing import Padding
 from megatron_lopd.data.records import Rollout, Sample, Score
@@ -22,29 +25,41 @@ def shard_name(kind: ShardKind[Record], number: int) -> str:
 
 
 def open_shards(kind: ShardKind[Record], directory: Path, check_ids: bool = True) -> ShardReader[Record]:
-    """All shards of a kind in an artifact, in order of their numbers. `check_ids` as of ShardReader.
+    """All shards of a kind that an artifact's manifest lists, in order. `check_ids` as of ShardReader.
 
-    Raises DataError when there are none, or when one is missing in between.
+    `directory` is an artifact's, or one within it. Raises DataError as `listed_shards`.
     """
-    return ShardReader(kind, shard_paths(kind, directory), check_ids)
+    files, plan = listed_shards(kind, directory)
+    return ShardReader(kind, files, check_ids, plan)
 
 
 def open_scores(directory: Path, check_ids: bool = True) -> ShardReader[Score]:
     """The scores of an artifact, all with the k of its first shard. Raises as `open_shards`."""
-    paths = shard_paths(SCORES, directory)
-    kind = kind_of(paths[0])
-    return ShardReader(kind if kind.name == SCORES.name else SCORES, paths, check_ids)
+    files, plan = listed_shards(SCORES, directory)
+    kind = kind_of(files[0])
+    return ShardReader(kind if kind.name == SCORES.name else SCORES, files, check_ids, plan)
 
 
-def shard_paths(kind: ShardKind[Record], directory: Path) -> list[Path]:
-    """The shards of a kind in an artifact, in order of their numbers. Raises as `open_shards`."""
-    paths = sorted(directory.glob(f"{kind.name}-*.arrow"))
-    if not paths:
+def listed_shards(kind: ShardKind[Record], directory: Path) -> tuple[list[CommittedFile], str]:
+    """The shards in `directory` that its artifact's manifest lists, by number, and that artifact's plan.
+
+    Others that lie there are none of it. DataError where nothing is committed, where the manifest lists none
+    there, or lacks one in between.
+    """
+    artifact = next((each for each in (directory, *directory.parents) if is_committed(each)), directory)
+    manifest = load_manifest(artifact)
+    place = directory.relative_to(artifact)
+    files = {
+        file.path.name: file
+        for file in committed_files(artifact, manifest)
+        if Path(file.name).parent == place and re.fullmatch(rf"{kind.name}-[0-9]+\.arrow", file.path.name)
+    }
+    if not files:
         raise DataError(f"{directory}: there are no {kind.name} shards ({shard_name(kind, 0)}, ...)")
-    for number, path in enumerate(paths):
-        if path.name != shard_name(kind, number):
-            raise DataError(f"{directory}: {shard_name(kind, number)} is missing, yet {path.name} is there")
-    return paths
+    names = [shard_name(kind, number) for number in range(len(files))]
+    if lacking := [name for name in names if name not in files]:
+        raise DataError(f"{directory}: {lacking[0]} is missing, yet {max(files)} is there")
+    return [files[name] for name in names], plan_digest(manifest.config, manifest.parents)
 
 
 class TrainingData:
@@ -58,13 +73,13 @@ class TrainingData:
     def __init__(self, rollout_dir: Path, score_dir: Path | None = None, check_ids: bool = True) -> None:
         self._rollouts: ShardReader[Rollout] = open_shards(ROLLOUTS, rollout_dir, check_ids)
         self.sample_ids = self._rollouts.sample_ids
-        responses = self._rollouts.lengths("response_tokens")
-        self.lengths: NDArray[np.int64] = self._rollouts.lengths("prompt_tokens") + responses  # [n]
+        prompts, responses = (self._rollouts.lengths(f"{part}_tokens") for part in ("prompt", "response"))
+        self.lengths: NDArray[np.int64] = prompts + responses  # [n]
         self._scores: ShardReader[Score] | None = None
         self._score_of: NDArray[np.int64] | None = None  # [n]; None: the scores are in the rollouts' order
         if score_dir is not None:
             self._scores = open_scores(score_dir, check_ids=False)  # the join finds what is there twice
-            self._score_of = self._join(self._scores, responses, score_dir)
+            self._score_of = match_scores(self._rollouts, self._scores)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -113,30 +128,33 @@ class TrainingData:
         if self._scores is not None:
             self._scores.require_vocabulary(size)
 
-    def _join(
-        self, scores: ShardReader[Score], responses: NDArray[np.int64], score_dir: Path
-    ) -> NDArray[np.int64] | None:
-        """The position of each sample's score, once every one is known to have just one that fits it."""
-        positions = self.sample_ids.positions_in(scores.sample_ids)
-        if positions is not None:
-            scores.check_ids()
-        if positions is not None and (positions < 0).any():
-            missing = self.sample_ids[int((positions < 0).argmax())]
-            raise DataError(f"{score_dir}: sample {missing} of the rollouts has no score")
-        lengths = scores.lengths("log_probs")
-        differ = (lengths if positions is None else lengths[positions]) != responses
-        if differ.any():
-            index = int(differ.argmax())
-            at = index if positions is None else int(positions[index])
-            raise DataError(
-                f"{scores.path(at)}: sample {self.sample_ids[index]} has {lengths[at]} scores for "
-                f"{responses[index]} response tokens: these scores are of other rollouts"
-            )
-        if positions is not None and len(scores) > len(self):
-            used = np.zeros(len(scores), dtype=bool)
-            used[positions] = True
-            extra = int((~used).argmax())
-            raise DataError(
-                f"{scores.path(extra)}: sample {scores.sample_ids[extra]} is scored but not in the rollouts"
-            )
-        return positions
+
+def match_scores(rollouts: ShardReader[Rollout], scores: ShardReader[Score]) -> NDArray[np.int64] | None:
+    """The position of each rollout's score, int64 [n]; None where they are in the rollouts' order.
+
+    Raises DataError naming file and sample unless every one has just one that fits it.
+    """
+    sample_ids, responses = rollouts.sample_ids, rollouts.lengths("response_tokens")
+    positions = sample_ids.positions_in(scores.sample_ids)
+    if positions is not None:
+        scores.check_ids()
+    if positions is not None and (positions < 0).any():
+        missing = sample_ids[int((positions < 0).argmax())]
+        raise DataError(f"{scores.path(0).parent}: sample {missing} of the rollouts has no score")
+    lengths = scores.lengths("log_probs")
+    differ = (lengths if positions is None else lengths[positions]) != responses
+    if differ.any():
+        index = int(differ.argmax())
+        at = index if positions is None else int(positions[index])
+        raise DataError(
+            f"{scores.path(at)}: sample {sample_ids[index]} has {lengths[at]} scores for "
+            f"{responses[index]} response tokens: these scores are of other rollouts"
+        )
+    if positions is not None and len(scores) > len(rollouts):
+        used = np.zeros(len(scores), dtype=bool)
+        used[positions] = True
+        extra = int((~used).argmax())
+        raise DataError(
+            f"{scores.path(extra)}: sample {scores.sample_ids[extra]} is scored but not in the rollouts"
+        )
+    return positions

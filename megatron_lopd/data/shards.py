@@ -41,9 +41,7 @@ from megatron_lopd.data.shard_kind import (
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.writing import errors_of_file, temporary_file
 
-
-# What reading a file that is no shard, or a damaged one, may raise beside DataError.
-DAMAGE = (pa.ArrowException, struct.error, ValueError, OverflowError, OSError, KeyError, TypeError)
+_DAMAGE = (pa.ArrowException, struct.error, ValueError, OverflowError, OSError, LookupError, TypeError)
 
 
 class ShardWriter(Generic[Record]):
@@ -140,7 +138,7 @@ class ShardReader(Generic[Record]):
         check_ids: bool = True,
         plan: str | None = None,
     ) -> None:
-        self.kind = kind
+        self.kind, self.paths = kind, [path_of(file) for file in files]
         self._batches = [batch for file in files for batch in _open_shard(file, kind, plan)]
         self._starts = np.cumsum([0, *(batch.num_records for batch in self._batches)])
         self.sample_ids = SampleIds([batch.ids for batch in self._batches])
@@ -336,10 +334,36 @@ def _flat(array: pa.Array, dtype: type[Item]) -> NDArray[Item]:
     return np.frombuffer(array.buffers()[1], dtype=dtype, count=len(array))
 
 
+def require_plan(path: Path, plan: str) -> None:
+    """Raise DataError unless a shard that was made earlier is by this plan. Its schema alone is read."""
+    with _damage_of(path):
+        _require_plan(path, plan_of(ArrowFile(path).schema), plan)
+
+
+def _require_plan(path: Path, made_by: str | None, plan: str) -> None:
+    if made_by != plan:
+        raise DataError(
+            f"{path}: another plan made it ({(made_by or 'none')[:12]}; this stage's is {plan[:12]}): "
+            "remove it to have it made again"
+        )
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Raise as a DataError what reading a file that is no shard, or a damaged one, may raise."""
+    try:
+        yield
+    except _DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(
+            f"{path}: damaged or truncated ({reason}): delete the artifact and make it again"
+        ) from error
+
+
 def _open_shard(file: ShardFile, kind: ShardKind[Any], plan: str | None) -> list[_Batch]:
     """Map a shard and verify what can be without reading its values."""
     path = path_of(file)
-    try:
+    with _damage_of(path):
         arrow_file = ArrowFile(file)
         schema = arrow_file.schema
         if set(kind.extra) & set(schema.names):
@@ -351,11 +375,8 @@ def _open_shard(file: ShardFile, kind: ShardKind[Any], plan: str | None) -> list
                 f"{path}: not a {kind.name} shard of version {kind.version}{wanted and f' with {wanted}'}: "
                 f"its schema says {str(schema.metadata)[:200]}, columns {', '.join(schema.names)[:200]}"
             )
-        if plan is not None and made_by != plan:
-            raise DataError(
-                f"{path}: another plan made it ({made_by[:12] or 'none'}; this stage's is {plan[:12]}): remove "
-                "it to have it made again"
-            )
+        if plan is not None:
+            _require_plan(path, made_by, plan)
         batches: list[_Batch] = []
         found = list(arrow_file.batches())
         if not found:
@@ -369,12 +390,7 @@ def _open_shard(file: ShardFile, kind: ShardKind[Any], plan: str | None) -> list
                     "delete the artifact and make it again"
                 )
             batches.append(batch)
-    except DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(
-            f"{path}: damaged or truncated ({reason}): delete the artifact and make it again"
-        ) from error
-    return batches
+        return batches
 
 
 def _largest_token(kind: ShardKind[Any], fields: Mapping[str, Any]) -> int:

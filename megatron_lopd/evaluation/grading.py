@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_lopd.config import EvaluateConfig
-from megatron_lopd.data.dataset import open_shards
+from megatron_lopd.config import EvaluateConfig, Sampling
+from megatron_lopd.data.arrow_file import ShardFile
+from megatron_lopd.data.dataset import listed_shards
+from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.data.shards import ShardReader
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.evaluation.verdicts import Marker
 from megatron_lopd.graders import Grader, Verdict, open_grader
 from megatron_lopd.pipeline.encoded import encode, longest_prompt
 from megatron_lopd.pipeline.resolved import ResolvedRun
-from megatron_lopd.pipeline.shard_jobs import SamplingJob, rollout_work
+from megatron_lopd.pipeline.shard_jobs import SamplingJob, finished_rollouts, rollout_work, sample_names
 from megatron_lopd.pipeline.workers import Work, make_parts
 from megatron_lopd.prompts.prompt import Prompt
 from megatron_lopd.runtime.claims import remove_claims
@@ -78,16 +81,16 @@ def answering(
     seed: int,
     directory: Path,
     label: str,
+    plan: str,
 ) -> Iterator[Work]:
     """The work of answering every prompt, into `directory`/sampled and /greedy, and of grading the answers.
 
     Every model is given the same draws, to be compared on equal luck.
     """
-    greedy = replace(settings.sampling, temperature=0.0, samples_per_prompt=1)
     limit = longest_prompt(model_dir, settings.sampling, None)
     encoded = encode(prompts, model_dir, limit, settings.engine.trust_remote_code)
     marker = Marker(prompts, model_dir, settings.engine.trust_remote_code)
-    for mode, sampling in (("sampled", settings.sampling), ("greedy", greedy)):
+    for mode, sampling in _modes(settings).items():
         job = SamplingJob(
             model_dir=model_dir,
             prompts=encoded,
@@ -96,8 +99,25 @@ def answering(
             seed=seed,
             stream=f"evaluate {mode}",
             label=f"evaluate {label} {mode}",
+            plan=plan,
         )
         yield _with_grading(rollout_work(job, directory / mode), marker, settings.grader)
+
+
+def _modes(settings: EvaluateConfig) -> dict[str, Sampling]:
+    greedy = replace(settings.sampling, temperature=0.0, samples_per_prompt=1)
+    return {"sampled": settings.sampling, "greedy": greedy}
+
+
+def answers_in(
+    directory: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, plan: str
+) -> dict[str, ShardReader[Rollout]]:
+    """What `answering` left in `directory`, by "sampled" and "greedy". Raises as `finished_rollouts`."""
+    size = settings.engine.shard_samples
+    return {
+        mode: finished_rollouts(directory / mode, sample_names(prompts, sampling), size, plan)
+        for mode, sampling in _modes(settings).items()
+    }
 
 
 def _with_grading(work: Work, marker: Marker, grader: str) -> Work:
@@ -114,47 +134,61 @@ def grade_model(
     directory: Path,
     label: str,
     grader: Grader,
-) -> Grades:
-    """Answer every prompt into `directory`, and grade what comes out."""
-    make_parts(list(answering(model_dir, prompts, settings, seed, directory, label)))
-    grades = grade_answers(directory, model_dir, prompts, settings, grader)
+    plan: str,
+) -> tuple[Grades, list[Path]]:
+    """Answer every prompt into `directory`, and grade what comes out: that, and the shards."""
+    make_parts(list(answering(model_dir, prompts, settings, seed, directory, label, plan)))
+    answers = answers_in(directory, prompts, settings, plan)
+    grades = grade_answers(answers, model_dir, prompts, settings, grader)
     remove_claims(directory)
-    return grades
+    return grades, [path for reader in answers.values() for path in reader.paths]
 
 
 def grade_answers(
-    directory: Path, model_dir: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader
+    answers: Mapping[str, ShardReader[Rollout]],
+    model_dir: Path,
+    prompts: Sequence[Prompt],
+    settings: EvaluateConfig,
+    grader: Grader,
 ) -> Grades:
-    """The grades of what `answering` left in `directory`."""
+    """The grades of `answers_in`."""
     trust = settings.engine.trust_remote_code
-    return _grades(
-        directory,
-        graded(directory / "sampled", model_dir, prompts, grader, trust),
-        graded(directory / "greedy", model_dir, prompts, grader, trust),
+    sampled, greedy = (
+        graded(answers[mode].paths, answers[mode].paths[0].parent, model_dir, prompts, grader, trust)
+        for mode in ("sampled", "greedy")
     )
+    return _grades(answers["sampled"], sampled, greedy)
 
 
 def share_right(
-    directory: Path, voice_dir: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader
+    directory: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader
 ) -> float:
-    """The share of the responses in a directory of rollouts that are right, in [0, 1]."""
-    verdicts = graded(directory, voice_dir, prompts, grader, settings.engine.trust_remote_code)
+    """The share of the responses in an artifact of rollouts with its tokenizer that are right, in [0, 1]."""
+    shards, _ = listed_shards(ROLLOUTS, directory)
+    trust = settings.engine.trust_remote_code
+    verdicts = graded(shards, directory, directory / "tokenizer", prompts, grader, trust)
     return float(np.mean([verdict.right for of_prompt in verdicts.values() for verdict in of_prompt]))
 
 
 def graded(
-    directory: Path, voice_dir: Path, prompts: Sequence[Prompt], grader: Grader, trust_remote_code: bool
+    shards: Sequence[ShardFile],
+    kept_in: Path,
+    voice_dir: Path,
+    prompts: Sequence[Prompt],
+    grader: Grader,
+    trust_remote_code: bool,
 ) -> dict[str, list[Verdict]]:
-    """The grader's verdict on each response to each prompt in a directory of rollouts, by prompt id.
+    """The grader's verdict on each response to each prompt in shards of rollouts, by prompt id.
 
-    Those that workers have kept beside their claims are taken as they are. `voice_dir` has the tokenizer that
-    turns responses into text.
+    Those that workers have kept beside their claims in `kept_in` are taken as they are. `voice_dir` has the
+    tokenizer that turns responses into text.
     """
-    return Marker(prompts, voice_dir, trust_remote_code).by_prompt(directory, grader, directory)
+    return Marker(prompts, voice_dir, trust_remote_code).by_prompt(shards, grader, kept_in)
 
 
-def _grades(directory: Path, sampled: dict[str, list[Verdict]], greedy: dict[str, list[Verdict]]) -> Grades:
-    responses = open_shards(ROLLOUTS, directory / "sampled")
+def _grades(
+    responses: ShardReader[Rollout], sampled: dict[str, list[Verdict]], greedy: dict[str, list[Verdict]]
+) -> Grades:
     log_probs = [record.log_probs for record in responses if record.log_probs is not None]
     right = [[verdict.right for verdict in of_prompt] for of_prompt in sampled.values()]
     k = len(right[0])

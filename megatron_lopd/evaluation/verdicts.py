@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
+from megatron_lopd.data.arrow_file import ShardFile, path_of
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.dataset import shard_paths
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import ShardReader
 from megatron_lopd.errors import DataError
@@ -45,14 +45,16 @@ class Marker:
 
         return Derived(_kept(shard, directory), shard, write)
 
-    def by_prompt(self, directory: Path, grader: Grader, kept_in: Path) -> dict[str, list[Verdict]]:
-        """The verdict on each response in a directory of rollouts, by prompt id.
+    def by_prompt(
+        self, shards: Sequence[ShardFile], grader: Grader, kept_in: Path
+    ) -> dict[str, list[Verdict]]:
+        """The verdict on each response in shards of rollouts, by prompt id.
 
         Those kept in `kept_in` are taken from there, the others made. DataError where one is damaged.
         """
         verdicts: dict[str, list[Verdict]] = defaultdict(list)
-        for shard in shard_paths(ROLLOUTS, directory):
-            kept = _kept(shard, kept_in)
+        for shard in shards:
+            kept = _kept(path_of(shard), kept_in)
             reader = ShardReader(ROLLOUTS, [shard])
             if kept.is_file():
                 ids = [reader.sample_ids[index] for index in range(len(reader))]
@@ -66,7 +68,9 @@ class Marker:
     def _prompt_of(self, sample_id: str) -> Prompt:
         return self._prompts[sample_id.rpartition("/")[0]]
 
-    def _verdicts(self, shard: Path, grader: Grader, tick: Callable[[], None]) -> list[tuple[str, Verdict]]:
+    def _verdicts(
+        self, shard: ShardFile, grader: Grader, tick: Callable[[], None]
+    ) -> list[tuple[str, Verdict]]:
         found = []
         for rollout in ShardReader(ROLLOUTS, [shard]):
             tick()

@@ -7,20 +7,27 @@ begun it before, the finished files are the same bytes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from megatron_lopd.artifacts.manifest import Manifest
+import numpy as np
+
+from megatron_lopd.artifacts.committed import CommittedFile
 from megatron_lopd.config import EngineConfig, Sampling, ScoreConfig
-from megatron_lopd.data.dataset import TrainingData, open_shards, shard_name
+from megatron_lopd.data.dataset import listed_shards, match_scores, open_shards, shard_name
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
+from megatron_lopd.data.shard_kind import ShardKind
 from megatron_lopd.data.shards import ShardReader, write_shard
 from megatron_lopd.engines.protocol import Engine, Prompted
+from megatron_lopd.errors import DataError
 from megatron_lopd.pipeline.encoded import EncodedPrompts
 from megatron_lopd.pipeline.resolved import Answering
-from megatron_lopd.pipeline.stage import Output
+from megatron_lopd.pipeline.stage import Output, Plan, identity_of
 from megatron_lopd.pipeline.workers import Count, Part, Work
 from megatron_lopd.prompts.prompt import Prompt
 
@@ -29,8 +36,9 @@ from megatron_lopd.prompts.prompt import Prompt
 class SamplingJob:
     """Which model answers which prompts, and how.
 
-    `stream` separates the seeds of different uses; `label` is what progress is shown under. `only`: the
-    sample ids to draw, where not every sample of the prompts is wanted.
+    `stream` separates the seeds of different uses; `label` is what progress is shown under; `plan` is the
+    digest of the stage's plan, which its shards carry. `only`: the sample ids to draw, where not every sample
+    of the prompts is wanted.
     """
 
     model_dir: Path
@@ -40,6 +48,7 @@ class SamplingJob:
     seed: int
     stream: str
     label: str
+    plan: str
     only: frozenset[str] | None = None
 
 
@@ -54,7 +63,12 @@ def sample_name(prompt: Prompt, index: int) -> str:
     return f"{prompt.id}/{index}"
 
 
-def answering_job(part: Answering) -> SamplingJob:
+def sample_names(prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+    """The ids of all responses to prompts, in order."""
+    return [sample_name(prompt, index) for prompt in prompts for index in range(sampling.samples_per_prompt)]
+
+
+def answering_job(part: Answering, plan: Plan) -> SamplingJob:
     """All that generate or rollout asks for."""
     return SamplingJob(
         model_dir=part.model.directory,
@@ -64,6 +78,7 @@ def answering_job(part: Answering) -> SamplingJob:
         seed=part.run.recipe.seed,
         stream=part.name,
         label=part.name,
+        plan=identity_of(plan),
     )
 
 
@@ -72,51 +87,91 @@ def rollout_work(job: SamplingJob, directory: Path) -> Work:
 
     def part(number: int, requests: Sequence[Prompted]) -> Part:
         def write(engine: Engine, path: Path, count: Count[Rollout]) -> None:
-            write_shard(
-                path, ROLLOUTS, count(engine.generate(requests, job.sampling, job.prompts.end_tokens))
-            )
+            answers = engine.generate(requests, job.sampling, job.prompts.end_tokens)
+            write_shard(path, ROLLOUTS, count(answers), job.plan)
 
         return Part(directory / shard_name(ROLLOUTS, number), len(requests), write)
 
     chunks = _chunks(_requests(job), job.engine.shard_samples)
     parts = [part(number, requests) for number, requests in enumerate(chunks)]
-    return Work(job.label, job.engine, job.model_dir, parts)
+    return Work(job.label, job.engine, job.model_dir, parts, job.plan)
 
 
-def score_work(
-    model_dir: Path, config: ScoreConfig, rollout_dir: Path, rollout_files: Sequence[str], directory: Path
-) -> Work:
+def score_work(model_dir: Path, config: ScoreConfig, rollout_dir: Path, directory: Path, plan: str) -> Work:
     """A score of every rollout, in a shard in `directory` for each shard of rollouts, of the same number."""
     kind = scores_kind(config.top_k)
+    files, made_by = listed_shards(ROLLOUTS, rollout_dir)
 
-    def part(number: int, rollouts: Path) -> Part:
-        reader = ShardReader(ROLLOUTS, [rollouts])
+    def part(number: int, rollouts: CommittedFile) -> Part:
+        reader = ShardReader(ROLLOUTS, [rollouts], plan=made_by)
 
         def write(engine: Engine, path: Path, count: Count[Score]) -> None:
-            write_shard(path, kind, count(engine.score([*reader], config.top_k)))
+            write_shard(path, kind, count(engine.score([*reader], config.top_k)), plan)
 
         return Part(directory / shard_name(kind, number), len(reader), write)
 
-    names = sorted(name for name in rollout_files if name.endswith(".arrow"))
-    parts = [part(number, rollout_dir / name) for number, name in enumerate(names)]
-    return Work("score", config.engine, model_dir, parts)
+    parts = [part(number, file) for number, file in enumerate(files)]
+    return Work("score", config.engine, model_dir, parts, plan)
 
 
-def score_output(rollout: Manifest, rollout_dir: Path, directory: Path) -> Output:
-    """What a score stage commits. DataError unless every rollout has its score, of the right length."""
-    TrainingData(rollout_dir, directory)
-    counts = {name: rollout.counts[name] for name in ("samples", "response_tokens", "tokens")}
-    return Output(shards_in(directory), counts)
+def score_output(top_k: int, rollout_dir: Path, directory: Path, plan: str) -> Output:
+    """What a score stage commits: a shard for each of the rollouts'.
+
+    DataError unless every rollout has its score, whole, of the right length and of this plan.
+    """
+    rollouts, kind = open_shards(ROLLOUTS, rollout_dir), scores_kind(top_k)
+    names = shard_names(kind, len(listed_shards(ROLLOUTS, rollout_dir)[0]), 1)
+    scores = ShardReader(kind, [directory / name for name in names], plan=plan)
+    scores.require_whole()
+    match_scores(rollouts, scores)
+    responses = int(rollouts.lengths("response_tokens").sum())
+    tokens = responses + int(rollouts.lengths("prompt_tokens").sum())
+    return Output(names, {"samples": len(scores), "response_tokens": responses, "tokens": tokens})
 
 
-def shards_in(directory: Path) -> list[str]:
-    """The names of the shards in a directory, in order."""
-    return sorted(path.name for path in directory.glob("*.arrow"))
+def rollout_output(job: SamplingJob, directory: Path) -> Output:
+    """What a stage of nothing but `job` commits: shards of just what it asks for, whole and of its plan.
+
+    Raises DataError as `finished_rollouts`, and for a prompt that is another now.
+    """
+    requests, size = _requests(job), job.engine.shard_samples
+    reader = finished_rollouts(directory, [each.sample_id for each in requests], size, job.plan)
+    for index, asked in enumerate(requests):
+        if not np.array_equal(reader.record(index).prompt_tokens, asked.prompt_tokens):
+            raise DataError(
+                f"{reader.path(index)}: sample {asked.sample_id} answers another prompt than it is now: "
+                "the prompts, the chat template or what it prints have changed: "
+                f"remove {directory} to make it again"
+            )
+    return Output(shard_names(ROLLOUTS, len(requests), size), count_rollouts(reader))
 
 
-def count_rollouts(directory: Path) -> dict[str, int]:
-    """What a directory of rollouts holds: samples, tokens, and how many were cut at the horizon."""
-    reader = open_shards(ROLLOUTS, directory)
+def finished_rollouts(
+    directory: Path, ids: Sequence[str], shard_samples: int, plan: str
+) -> ShardReader[Rollout]:
+    """The shards of the samples `ids`, made in `directory` by `plan` and not yet committed.
+
+    DataError naming the first that is not whole, of another plan, or not of just those samples.
+    """
+    files = [directory / name for name in shard_names(ROLLOUTS, len(ids), shard_samples)]
+    reader = ShardReader(ROLLOUTS, files, plan=plan)
+    there = (reader.sample_ids[index] for index in range(len(reader)))
+    for index, (found, asked) in enumerate(zip_longest(there, ids, fillvalue="none")):
+        if found != asked:
+            raise DataError(
+                f"{reader.path(min(index, len(reader) - 1))}: sample {index} is {found}, and {asked} was "
+                f"asked for there: set engine.shard_samples as it was, or remove {directory} to make it again"
+            )
+    return reader
+
+
+def shard_names(kind: ShardKind[Any], samples: int, shard_samples: int) -> list[str]:
+    """The files that so many samples make."""
+    return [shard_name(kind, number) for number in range(math.ceil(samples / shard_samples))]
+
+
+def count_rollouts(reader: ShardReader[Rollout]) -> dict[str, int]:
+    """What rollouts hold: samples, tokens, and how many were cut at the horizon."""
     prompt, response = reader.lengths("prompt_tokens"), reader.lengths("response_tokens")
     return {
         "samples": len(reader),

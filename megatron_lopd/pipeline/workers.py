@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 
 from megatron_lopd.config import EngineConfig
 from megatron_lopd.data.records import Rollout, Score
+from megatron_lopd.data.shards import require_plan
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine
 from megatron_lopd.errors import EngineDied, LopdError, StopRequested
+from megatron_lopd.files.reading import require_regular
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, publish
 from megatron_lopd.runtime.claims import (
     ATTEMPTS,
@@ -67,13 +69,14 @@ class Derived:
 class Work:
     """Parts that one model makes, all in one directory, and what is derived of them.
 
-    `label` is what progress is shown under. Without an engine it has no Part.
+    `label` is what progress is shown under; `plan`, what its shards carry. Without an engine it has no Part.
     """
 
     label: str
     engine: EngineConfig | None
     model_dir: Path
     parts: Sequence[Part | Derived]
+    plan: str = ""
 
     @property
     def directory(self) -> Path:
@@ -106,6 +109,9 @@ class _Share:
         self.work = work
         there = {place: _names_in(place) for place in {part.path.parent for part in work.parts}}
         self.left = [part for part in work.parts if part.path.name not in there[part.path.parent]]
+        for part in work.parts:
+            if isinstance(part, Part) and part.path.name in there[part.path.parent]:
+                require_plan(part.path, work.plan)
         self.total = sum(map(_samples, work.parts))
         self.done = self.total - sum(map(_samples, self.left))
         self.claims: Claims
@@ -119,8 +125,8 @@ class _Share:
         self.left = self.left[begin:] + self.left[:begin]
 
     def is_there(self, part: Part | Derived) -> bool:
-        """Whether somebody has published it, which counts it."""
-        if not part.path.is_file():
+        """Whether somebody has published it, which counts it. DataError for what is there and no file."""
+        if not _is_published(part.path):
             return False
         self.done += _samples(part)
         return True
@@ -186,7 +192,7 @@ class _Worker:
         self._open = None
 
     def _make(self, share: _Share, part: Part | Derived, claim: Claim) -> None:
-        if part.path.is_file():  # published between the look and the claim
+        if _is_published(part.path):  # between the look and the claim
             return
         private = part.path.with_name(f"{TEMPORARY_PREFIX}{claim.token}")
         progress = self._shown(share)
@@ -278,3 +284,13 @@ def _names_in(directory: Path) -> set[str]:
         return set(os.listdir(directory))
     except FileNotFoundError:
         return set()
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a part has been made. DataError for a link, a directory or the like in its place."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    require_regular(path, mode)
+    return True

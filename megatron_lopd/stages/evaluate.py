@@ -10,7 +10,7 @@ from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
-from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
+from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
 
 if TYPE_CHECKING:
     from megatron_lopd.graders import Grader
@@ -56,33 +56,37 @@ class EvaluateStage(SharedStage):
         for model, where in models_of(run).items():
             for name, each in run.evaluation_sets.items():
                 place, label = directory / model / name, f"{model} on {name}"
-                works += answering(where.directory, each.prompts, settings, seed, place, label)
+                works += answering(
+                    where.directory, each.prompts, settings, seed, place, label, identity_of(plan)
+                )
         make_parts(works)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.evaluation.grading import grade_answers
+        from megatron_lopd.evaluation.grading import answers_in, grade_answers
         from megatron_lopd.graders import open_grader
         from megatron_lopd.pipeline.shard_jobs import count_rollouts
 
         settings, directory = run.recipe.evaluate, run.directory_of(self.name)
         accuracy: dict[str, dict[str, Any]] = {}
         counts: Counter[str] = Counter()
+        files: list[str] = []
         with open_grader(settings.grader) as grader:
             for name, each in run.evaluation_sets.items():
                 counts["prompts"] += len(each.prompts)
                 accuracy[name] = {}
                 for model, where in models_of(run).items():
                     place = directory / model / name
-                    grades = grade_answers(place, where.directory, each.prompts, settings, grader)
+                    answers = answers_in(place, each.prompts, settings, identity_of(plan))
+                    grades = grade_answers(answers, where.directory, each.prompts, settings, grader)
                     print(f"lopd: {model} on {name}: {grades}", flush=True)
                     accuracy[name][model] = asdict(grades)
                     counts["ungraded"] += grades.ungraded
-                    for mode in ("sampled", "greedy"):
-                        counts["tokens"] += count_rollouts(place / mode)["tokens"]
-            answers = _teacher_answers(run, grader)
-        results = {"accuracy": accuracy, "grader": settings.grader, "teacher_answers": answers}
+                    for reader in answers.values():
+                        counts["tokens"] += count_rollouts(reader)["tokens"]
+                        files += [str(path.relative_to(directory)) for path in reader.paths]
+            taught = _teacher_answers(run, grader)
+        results = {"accuracy": accuracy, "grader": settings.grader, "teacher_answers": taught}
         atomic_write_json(directory / RESULTS, results)
-        files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.arrow"))
         return Output([*files, RESULTS], dict(counts), kind_of(settings.engine).versions(settings.engine))
 
 
@@ -115,5 +119,5 @@ def _teacher_answers(run: ResolvedRun, grader: Grader) -> dict[str, Any] | None:
     prompts, directory = run.sft_prompts.prompts, run.directory_of("generate")
     if any(prompt.answer is None for prompt in prompts):
         return None
-    share = share_right(directory, directory / "tokenizer", prompts, run.recipe.evaluate, grader)
+    share = share_right(directory, prompts, run.recipe.evaluate, grader)
     return {"sampled": share, "n": len(open_shards(ROLLOUTS, directory))}

@@ -38,17 +38,14 @@ class GenerateStage(SharedStage):
         from megatron_lopd.pipeline.shard_jobs import answering_job, rollout_work
         from megatron_lopd.pipeline.workers import make_parts
 
-        make_parts([rollout_work(answering_job(run.generate), run.generate.directory)])
+        make_parts([rollout_work(answering_job(run.generate, plan), run.generate.directory)])
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
-        from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
+        from megatron_lopd.pipeline.shard_jobs import answering_job, rollout_output
 
-        directory = run.generate.directory
+        directory, engine = run.generate.directory, run.generate.config.engine
+        made = rollout_output(answering_job(run.generate, plan), directory)
         voice = copy_files(run.teacher.directory, directory / "tokenizer", VOICE)
-        files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
-        return Output(
-            files,
-            count_rollouts(directory),
-            kind_of(run.generate.config.engine).versions(run.generate.config.engine),
-        )
+        files = [*made.files, *(f"tokenizer/{name}" for name in voice)]
+        return Output(files, made.counts, kind_of(engine).versions(engine))

@@ -14,7 +14,7 @@ from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
-from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 from megatron_lopd.registry import ENGINES
 from megatron_lopd.stages.score import check_top_k
 
@@ -91,7 +91,7 @@ class OnlineStage(Stage):
         lineage = lineage_of("online", plan.lineage, plan.parents["teacher"], {"sft": run.manifest("sft")})
         model = directory / "model"
         files = write_student(checkpoint, run.reference.directory, model, run.recipe.export, lineage)
-        return Output([*(f"model/{name}" for name in files), *_graded(run, model, directory)], counts)
+        return Output([*(f"model/{name}" for name in files), *_graded(run, plan, model, directory)], counts)
 
     def follow(self, run: ResolvedRun, plan: Plan) -> None:
         _train(run, plan)
@@ -147,7 +147,7 @@ def _train(run: ResolvedRun, plan: Plan) -> tuple[Path, dict[str, int]]:
     return train_to_checkpoint(opd_job(run, plan, run.reference.directory, _live_data(run), directory))
 
 
-def _graded(run: ResolvedRun, model: Path, directory: Path) -> list[str]:
+def _graded(run: ResolvedRun, plan: Plan, model: Path, directory: Path) -> list[str]:
     """Grade the student as `evaluate` grades the others, where the recipe has prompts for it: the files."""
     from megatron_lopd.evaluation.grading import grade_model
     from megatron_lopd.graders import open_grader
@@ -155,16 +155,18 @@ def _graded(run: ResolvedRun, model: Path, directory: Path) -> list[str]:
     settings, seed = run.recipe.evaluate, run.recipe.seed
     if run.recipe.prompts.eval is None:
         return []
-    accuracy = {}
+    accuracy, files = {}, [RESULTS]
     with open_grader(settings.grader) as grader:
         for name, each in run.evaluation_sets.items():
             place, label = directory / "graded" / name, f"online on {name}"
-            grades = grade_model(model, each.prompts, settings, seed, place, label, grader)
+            grades, shards = grade_model(
+                model, each.prompts, settings, seed, place, label, grader, identity_of(plan)
+            )
+            files += [str(path.relative_to(directory)) for path in shards]
             accuracy[name] = {"online_opd": asdict(grades)}
             print(f"lopd: {label}: {grades}", flush=True)
     atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
-    shards = (directory / "graded").rglob("*.arrow")
-    return [RESULTS, *sorted(str(path.relative_to(directory)) for path in shards)]
+    return files
 
 
 def _live_data(run: ResolvedRun) -> LiveData:

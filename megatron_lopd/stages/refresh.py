@@ -21,7 +21,7 @@ from megatron_lopd.pipeline.rounds import (
     rounds_of,
     train_identity,
 )
-from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 from megatron_lopd.stages.rollout import RolloutStage
 from megatron_lopd.stages.score import ScoreStage
 
@@ -102,7 +102,7 @@ class RefreshRolloutStage(RolloutStage):
             lineage=made.lineage,
         )
 
-    def job(self, run: ResolvedRun) -> SamplingJob:
+    def job(self, run: ResolvedRun, plan: Plan) -> SamplingJob:
         """The responses that this round's steps visit, and no others."""
         from megatron_lopd.pipeline.shard_jobs import SamplingJob, sample_name
 
@@ -126,6 +126,7 @@ class RefreshRolloutStage(RolloutStage):
             seed=run.recipe.seed,
             stream=f"rollout {self.round.number}",
             label=self.name,
+            plan=identity_of(plan),
             only=frozenset(sample_name(prompts[prompt], index) for prompt, index in wanted),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import artifact_parent
@@ -58,17 +59,17 @@ class RolloutStage(SharedStage):
         from megatron_lopd.pipeline.shard_jobs import rollout_work
         from megatron_lopd.pipeline.workers import make_parts
 
-        make_parts([rollout_work(self.job(run), run.directory_of(self.name))])
+        make_parts([rollout_work(self.job(run, plan), run.directory_of(self.name))])
 
-    def job(self, run: ResolvedRun) -> SamplingJob:
+    def job(self, run: ResolvedRun, plan: Plan) -> SamplingJob:
         """What is sampled."""
         from megatron_lopd.pipeline.shard_jobs import answering_job
 
-        return answering_job(run.rollout)
+        return answering_job(run.rollout, plan)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
+        from megatron_lopd.pipeline.shard_jobs import rollout_output
 
-        directory = run.directory_of(self.name)
         versions = kind_of(run.rollout.config.engine).versions(run.rollout.config.engine)
-        return Output(shards_in(directory), count_rollouts(directory), versions)
+        made = rollout_output(self.job(run, plan), run.directory_of(self.name))
+        return replace(made, versions=versions)

@@ -84,8 +84,7 @@ class ScoreStage(SharedStage):
         gate = self.gate(run)
         if gate is not None:
             check_agreement(scoring, gate, teacher, rollouts, directory, identity_of(plan))
-        files = list(run.manifest(self.rollouts).files)
-        make_parts([score_work(teacher, scoring, rollouts, files, directory)])
+        make_parts([score_work(teacher, scoring, rollouts, directory, identity_of(plan))])
 
     def gate(self, run: ResolvedRun) -> AgreementConfig | None:
         """A second engine that must agree first, if there is to be one."""
@@ -96,7 +95,7 @@ class ScoreStage(SharedStage):
         from megatron_lopd.pipeline.shard_jobs import score_output
 
         rollouts, directory = run.directory_of(self.rollouts), run.directory_of(self.name)
-        output = score_output(run.manifest(self.rollouts), rollouts, directory)
+        output = score_output(run.scoring.top_k, rollouts, directory, identity_of(plan))
         gate = [AGREEMENT_FILE] if self.gate(run) is not None else []
         versions = kind_of(run.scoring.engine).versions(run.scoring.engine)
         return replace(output, files=[*output.files, *gate], versions=versions)

@@ -14,7 +14,7 @@ from megatron_lopd.artifacts.manifest import Parent
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.files.digests import sha256_file
 from megatron_lopd.pipeline.resolved import Model, ResolvedRun
-from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 
 if TYPE_CHECKING:
     from megatron_lopd.data.chat import Chat
@@ -55,7 +55,7 @@ class TokenizeStage(Stage):
         from megatron_lopd.data.chat import Chat
         from megatron_lopd.data.dataset import shard_name
         from megatron_lopd.data.schemas import ROLLOUTS
-        from megatron_lopd.data.shards import write_shard
+        from megatron_lopd.data.shards import ShardReader, write_shard
         from megatron_lopd.pipeline.shard_jobs import count_rollouts
 
         directory, student = run.directory_of(self.name), run.student.directory
@@ -65,9 +65,12 @@ class TokenizeStage(Stage):
             "the student's max_position_embeddings": run.student.architecture.max_positions,
         }
         records = _tokenized(_data(run), Chat(str(student)), limits)
-        write_shard(directory / name, ROLLOUTS, records)
+        write_shard(directory / name, ROLLOUTS, records, identity_of(plan))
         voice = copy_files(student, directory / "tokenizer", VOICE)
-        return Output([name, *(f"tokenizer/{file}" for file in voice)], count_rollouts(directory))
+        return Output(
+            [name, *(f"tokenizer/{file}" for file in voice)],
+            count_rollouts(ShardReader(ROLLOUTS, [directory / name])),
+        )
 
 
 def _tokenized(data: Path, chat: Chat, limits: Mapping[str, int]) -> Iterator[Rollout]:

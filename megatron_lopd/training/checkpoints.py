@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_lopd.artifacts.committed import FileEntry
 from megatron_lopd.artifacts.manifest import (
-    FileEntry,
     LineageStatus,
     Manifest,
     clear_temporaries,

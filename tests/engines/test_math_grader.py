@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron_lopd.config import EngineConfig, EvaluateConfig, Sampling
 from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.data.shards import ShardReader
 from megatron_lopd.evaluation.grading import grade_model, graded
 from megatron_lopd.graders import open_grader
 from megatron_lopd.prompts.arithmetic import problems
@@ -28,11 +28,13 @@ def test_two_graders_agree_on_a_trained_models_answers(tmp_path: Path) -> None:
     settings = EvaluateConfig("math", sampling=sampling, engine=EngineConfig(batch_size=256))
     with open_grader("math") as mathematical, open_grader("arithmetic") as exact:
         mathematical.require(prompts)
-        grades = grade_model(TEACHER, prompts, settings, 1, tmp_path, "teacher", mathematical)
-        found = graded(tmp_path / "sampled", TEACHER, prompts, mathematical, False)
-        truth = graded(tmp_path / "sampled", TEACHER, prompts, exact, False)
+        job = TEACHER, prompts, settings, 1, tmp_path, "teacher", mathematical, "a plan"
+        grades, _ = grade_model(*job)
+        shards = sorted((tmp_path / "sampled").glob("*.arrow"))
+        found = graded(shards, tmp_path, TEACHER, prompts, mathematical, False)
+        truth = graded(shards, tmp_path, TEACHER, prompts, exact, False)
     chat, right = Chat(str(TEACHER)), {True: 0, False: 0}
-    texts = {r.sample_id: chat.decode(r.response_tokens) for r in open_shards(ROLLOUTS, tmp_path / "sampled")}
+    texts = {r.sample_id: chat.decode(r.response_tokens) for r in ShardReader(ROLLOUTS, shards)}
     for prompt_id, verdicts in truth.items():
         for index, (one, other) in enumerate(zip(verdicts, found[prompt_id], strict=True)):
             right[one.right] += 1

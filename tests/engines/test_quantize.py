@@ -17,9 +17,9 @@ from megatron_lopd.convert import quantize
 from megatron_lopd.data.dataset import shard_name
 from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.data.shards import write_shard
 from tests.model_zoo import make_model_dir
 from tests.pipeline import write_recipe
+from tests.shard_zoo import write_committed
 
 E4M3_MAX = 448.0
 # Rounding to 3 bits of mantissa errs by at most 2^-4 of the value, and by 2^-10 among subnormals.
@@ -55,7 +55,7 @@ def write_rollouts(directory: Path) -> Path:
     generator = np.random.default_rng(0)
     draw = lambda: generator.integers(5, 60, 12, dtype=np.int32)  # noqa: E731
     records = [Rollout(f"{number:032x}", draw(), draw(), "length", None) for number in range(9)]
-    write_shard(directory / shard_name(ROLLOUTS, 0), ROLLOUTS, records)
+    write_committed(directory, shard_name(ROLLOUTS, 0), ROLLOUTS, records)
     return directory
 
 

@@ -23,12 +23,12 @@ from megatron_lopd.convert.offline import hf_to_megatron, megatron_to_hf
 from megatron_lopd.data.dataset import shard_name
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.data.shards import write_shard
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.megatron import MegatronOptions
 from megatron_lopd.errors import NumericsError
 from megatron_lopd.pipeline import engine_gate as agreement
 from megatron_lopd.pipeline.engine_gate import AGREEMENT_FILE, check_agreement
+from tests.shard_zoo import write_committed
 from tests.smollm2 import TOP_K, assert_agree
 
 LAYOUTS = {
@@ -102,7 +102,7 @@ def split_in_ranks(
 def rollouts(smollm2_asked: list[Rollout], tmp_path: Path) -> Path:
     (tmp_path / "rollout").mkdir()
     (tmp_path / "score").mkdir()
-    write_shard(tmp_path / "rollout" / shard_name(ROLLOUTS, 0), ROLLOUTS, smollm2_asked)
+    write_committed(tmp_path / "rollout", shard_name(ROLLOUTS, 0), ROLLOUTS, smollm2_asked)
     return tmp_path / "rollout"
 
 

@@ -12,6 +12,7 @@ from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS, SCORES
 from megatron_lopd.data.shards import write_shard
 from megatron_lopd.errors import DataError
+from tests.shard_zoo import PLAN, commit_shards
 
 LENGTHS = {"a": 3, "b": 1, "c": 2, "d": 5}
 
@@ -28,7 +29,8 @@ def write_rollouts(directory: Path, shards: Sequence[str]) -> None:
             )
             for sample_id in ids
         ]
-        write_shard(directory / shard_name(ROLLOUTS, number), ROLLOUTS, records)
+        write_shard(directory / shard_name(ROLLOUTS, number), ROLLOUTS, records, PLAN)
+    commit_shards(directory)
 
 
 def write_scores(directory: Path, ids: str, longer_by: int = 0) -> None:
@@ -36,7 +38,8 @@ def write_scores(directory: Path, ids: str, longer_by: int = 0) -> None:
         Score(sample_id, np.full(LENGTHS[sample_id] + longer_by, -ord(sample_id), dtype=np.float32))
         for sample_id in ids
     ]
-    write_shard(directory / shard_name(SCORES, 0), SCORES, records)
+    write_shard(directory / shard_name(SCORES, 0), SCORES, records, PLAN)
+    commit_shards(directory)
 
 
 def test_scores_are_joined_by_id_and_not_by_position(tmp_path: Path) -> None:
@@ -93,9 +96,15 @@ def test_rollouts_under_the_name_of_scores_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_shards(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a committed artifact"):
+        TrainingData(tmp_path)
+    commit_shards(tmp_path)
     with pytest.raises(DataError, match="no rollouts shards"):
         TrainingData(tmp_path)
     write_rollouts(tmp_path, ["a", "b", "c"])
     (tmp_path / shard_name(ROLLOUTS, 1)).unlink()
+    with pytest.raises(DataError, match=r"rollouts-00001\.arrow: missing: the manifest lists it"):
+        TrainingData(tmp_path)
+    commit_shards(tmp_path)
     with pytest.raises(DataError, match=r"rollouts-00001\.arrow is missing"):
         TrainingData(tmp_path)

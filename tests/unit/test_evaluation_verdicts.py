@@ -83,9 +83,10 @@ def test_each_response_is_graded_once_though_the_work_is_stopped(
         work("p4")
     work("")
     assert sorted(Counting.asked) == [prompt.id for prompt in PROMPTS]
-    kept = marker.by_prompt(tmp_path, Refusing(), tmp_path)
+    shards = sorted(tmp_path.glob("*.arrow"))
+    kept = marker.by_prompt(shards, Refusing(), tmp_path)
     assert [verdict.right for (verdict,) in kept.values()] == [True, False] * SHARDS
-    assert kept == marker.by_prompt(tmp_path, Counting(), tmp_path / "elsewhere"), "as graded anew"
+    assert kept == marker.by_prompt(shards, Counting(), tmp_path / "elsewhere"), "as graded anew"
 
 
 class Refusing(Counting):
@@ -98,4 +99,4 @@ def test_a_flipped_verdict_is_refused(work: Callable[[str], None], tmp_path: Pat
     path = tmp_path / CLAIMS / "verdicts-rollouts-00001"
     path.write_text(path.read_text().replace("false", "true", 1))
     with pytest.raises(DataError, match=r"verdicts-rollouts-00001: damaged: remove it"):
-        marker.by_prompt(tmp_path, Refusing(), tmp_path)
+        marker.by_prompt(sorted(tmp_path.glob("*.arrow")), Refusing(), tmp_path)

@@ -17,9 +17,9 @@ from megatron_lopd.data.batch_plan import BatchPlan
 from megatron_lopd.data.dataset import TrainingData
 from megatron_lopd.data.records import Rollout, Score, TopK
 from megatron_lopd.data.schemas import ROLLOUTS, scores_kind
-from megatron_lopd.data.shards import write_shard
 from megatron_lopd.objectives import TokenLogProbs
 from megatron_lopd.training.preflight import Agreement, Preflight
+from tests.shard_zoo import write_committed
 from tests.training_zoo import VOCABULARY, hf_log_probs, make_root, train
 
 pytestmark = pytest.mark.release
@@ -105,7 +105,7 @@ def test_preflight_passes_its_own_rollouts_and_refuses_shifted_ones(tmp_path: Pa
     def rewrite(change: Callable[[Rollout], Rollout]) -> None:
         data = TrainingData(root / "data")
         changed = [change(data.sample(number).rollout) for number in range(len(data))]
-        write_shard(root / "data" / "rollouts-00000.arrow", ROLLOUTS, changed)
+        write_committed(root / "data", "rollouts-00000.arrow", ROLLOUTS, changed)
 
     run_ranks(1, _train, root, options)
     rewrite(lambda each: replace(each, untruncated_log_probs=np.roll(each.untruncated_log_probs, 1)))
@@ -149,7 +149,7 @@ def test_bad_jobs_are_refused_before_a_step(tmp_path: Path) -> None:
         likeliest = np.full((len(score.log_probs), 1), VOCABULARY, dtype=np.int32)
         top_k = TopK(likeliest, score.log_probs[:, None], score.log_probs)
         beyond.append(Score(score.sample_id, score.log_probs, top_k))
-    write_shard(root / "data" / "scores-00000.arrow", scores_kind(1), beyond)
+    write_committed(root / "data", "scores-00000.arrow", scores_kind(1), beyond)
     with pytest.raises(RankError, match=r"scores-00000\.arrow: sample sample-0 has token 67, .* of 67"):
         run_ranks(1, _train, root, {})
 

@@ -29,6 +29,7 @@ import pandas as pd
 import psutil
 from numpy.typing import NDArray
 
+from megatron_lopd.artifacts.manifest import commit, plan_digest
 from megatron_lopd.data.batch_plan import BatchPlan
 from megatron_lopd.data.collate import MicroBatch, collate
 from megatron_lopd.data.dataset import TrainingData, shard_name
@@ -46,6 +47,7 @@ TOP_K = 64
 SHARD_SAMPLES = 4096
 MILLION = 1_000_000
 REPEATS = 5
+PLAN = plan_digest({}, {})  # of what no stage made
 
 
 class Layout(Protocol):
@@ -165,9 +167,19 @@ def write_ours(directory: Path, samples: Iterator[Sample], top_k: int) -> None:
     everything = list(samples)
     for number, start in enumerate(range(0, len(everything), SHARD_SAMPLES)):
         part = everything[start : start + SHARD_SAMPLES]
-        write_shard(directory / shard_name(ROLLOUTS, number), ROLLOUTS, (each.rollout for each in part))
+        rollouts = (each.rollout for each in part)
+        write_shard(directory / shard_name(ROLLOUTS, number), ROLLOUTS, rollouts, PLAN)
         scores = (each.score for each in part if each.score is not None)
-        write_shard(directory / shard_name(SCORES, number), scores_kind(top_k), scores)
+        write_shard(directory / shard_name(SCORES, number), scores_kind(top_k), scores, PLAN)
+    commit_shards(directory)
+
+
+def commit_shards(directory: Path) -> None:
+    """Have a manifest list them, without which none is read."""
+    names = [path.name for path in directory.glob("*.arrow")]
+    commit(
+        directory, "rollouts", files=names, config={}, counts={}, versions={}, parents={}, lineage="proved"
+    )
 
 
 def write_published(directory: Path, samples: Iterator[Sample], top_k: int) -> None:
@@ -285,9 +297,10 @@ def measure_million(directory: Path, count: int) -> dict[str, float]:
     for number, start in enumerate(range(0, count, 16 * SHARD_SAMPLES)):
         names = [f"problem-{index}/0" for index in range(start, min(count, start + 16 * SHARD_SAMPLES))]
         rollouts = (Rollout(name, tokens[:4], tokens, "stop", log_probs) for name in names)
-        write_shard(directory / shard_name(ROLLOUTS, number), ROLLOUTS, rollouts)
+        write_shard(directory / shard_name(ROLLOUTS, number), ROLLOUTS, rollouts, PLAN)
         scores = (Score(name, log_probs) for name in names)
-        write_shard(directory / shard_name(SCORES, number), SCORES, scores)
+        write_shard(directory / shard_name(SCORES, number), SCORES, scores, PLAN)
+    commit_shards(directory)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(plan_million, (directory,))
 

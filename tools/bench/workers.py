@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_lopd.artifacts.manifest import commit
+from megatron_lopd.artifacts.manifest import commit, plan_digest
 from megatron_lopd.data.dataset import open_shards, shard_name
 from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
@@ -43,6 +43,7 @@ from megatron_lopd.pipeline.workers import Count, Part, Work, make_parts
 from megatron_lopd.runtime.claims import Claims, announce
 
 TOKENS = np.arange(8, dtype=np.int32)
+PLAN = plan_digest({}, {})  # of what no stage made
 LOG_PROBS = -np.ones(8, dtype=np.float32)
 
 
@@ -98,7 +99,7 @@ def measure(root: Path, shards: int, count: int) -> dict[str, Any]:
 
 def write(engine: Any, path: Path, number: int, count: Count[Rollout]) -> None:
     """Make one shard."""
-    with shard_writer(path, ROLLOUTS) as shard:
+    with shard_writer(path, ROLLOUTS, PLAN) as shard:
         for record in count(engine.rollouts(number)):
             shard.add(record)
 
@@ -110,7 +111,7 @@ def work_of(directory: Path, shards: int) -> Work:
         path = directory / shard_name(ROLLOUTS, number)
         return Part(path, 1, lambda engine, private, count: write(engine, private, number, count))
 
-    return Work("rollout", None, directory, [part(number) for number in range(shards)])
+    return Work("rollout", None, directory, [part(number) for number in range(shards)], PLAN)
 
 
 def shared(directory: Path, shards: int, count: int) -> tuple[float, float]:
