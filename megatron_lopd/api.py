@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from megatron_lopd.artifacts.committed import CommittedFile
     from megatron_lopd.commands.run import Command
     from megatron_lopd.data.records import Rollout, Score
     from megatron_lopd.data.shard_kind import ShardKind
@@ -250,12 +251,22 @@ def read_scores(path: str | Path) -> ScoreArrays:
 
 
 def read_metrics(directory: str | Path) -> dict[str, NDArray[np.float64]]:
-    """What a stage that trains measured at each step: float64 [steps] by name, NaN where there is none."""
+    """What a stage that trains measured at each step: float64 [steps] by name, NaN where there is none.
+
+    Of a committed stage the metrics are those it committed; how long a step took is in no manifest.
+    """
     import numpy as np
 
-    from megatron_lopd.loggers import METRICS_FILE, read_steps
+    from megatron_lopd.artifacts.manifest import committed_file, is_committed, load_manifest
+    from megatron_lopd.loggers import METRICS_FILE, TIMES_FILE, read_steps
 
-    rows = read_steps(Path(directory) / METRICS_FILE)
+    stage = Path(directory)
+    metrics: Path | CommittedFile = stage / METRICS_FILE
+    if is_committed(stage):
+        metrics = committed_file(stage, load_manifest(stage), METRICS_FILE)
+    times = read_steps(stage / TIMES_FILE) if (stage / TIMES_FILE).exists() else []
+    took = {row["step"]: row for row in times}
+    rows = [took.get(row["step"], {}) | row for row in read_steps(metrics)]
     names = dict.fromkeys(name for row in rows for name in row)
     # None, which stands for what is not finite, becomes NaN.
     return {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in names}

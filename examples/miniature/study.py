@@ -333,8 +333,12 @@ def _ungraded(recipe: Any) -> Any:
 
 
 def _metrics(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Step by step, with how long each took."""
+    paths = [path for name in ("metrics.jsonl", "times.jsonl") if (path := directory / name).is_file()]
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+    return [
+        {name: value for part in step for name, value in part.items()} for step in zip(*rows, strict=True)
+    ]
 
 
 def _sum(directory: Path, key: str) -> float:

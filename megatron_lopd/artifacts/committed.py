@@ -16,11 +16,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import HASHING_THREADS
-from megatron_lopd.files.reading import reading, require_regular
+from megatron_lopd.files.reading import parse_json, reading, require_regular
 
 # Device, inode, bytes, time of its content and time of change (nanoseconds): any write, and any copy, changes
 # one of them, and nobody can set the last one.
@@ -71,6 +71,12 @@ class CommittedFile:
             self._check(stream)
             unless_checked.pop_all()
         return stream
+
+    def read_json(self) -> Any:
+        """The value of a JSON file. Raises as `open` and `parse_json` do."""
+        with self.open() as stream, reading(self.path):
+            data = stream.readall()
+        return parse_json(data.decode(errors="replace"), str(self.path))
 
     def check(self) -> None:
         """Raise as `open` does."""

@@ -211,6 +211,41 @@ def committed_files(artifact: Path, manifest: Manifest) -> list[CommittedFile]:
     return [CommittedFile(artifact, name, entry) for name, entry in manifest.files.items()]
 
 
+def committed_file(artifact: Path, manifest: Manifest, name: str) -> CommittedFile:
+    """One of them. DataError when the manifest does not list it."""
+    if name not in manifest.files:
+        raise DataError(f"{artifact / name}: not part of {artifact}: its {MANIFEST} does not list it")
+    return CommittedFile(artifact, name, manifest.files[name])
+
+
+def copy_committed(artifact: Path, manifest: Manifest, folder: str, target: Path) -> list[str]:
+    """Copy what a manifest lists in a folder to `target`, and nothing else there; returns the names."""
+    files = [file for file in committed_files(artifact, manifest) if file.name.startswith(f"{folder}/")]
+    names = [file.name.removeprefix(f"{folder}/") for file in files]
+    for file, name in zip(files, names, strict=True):
+        with file.open() as stream, atomic_file(target / name) as copy:
+            copy.write(stream.readall())
+    return names
+
+
+def require_listed(folder: Path) -> None:
+    """Raise DataError for a file in a folder of an artifact that is no part of it, yet could be loaded.
+
+    A `folder` in no artifact is nobody's; in one, hidden files and notes (.md) are.
+    """
+    artifact = next((each for each in folder.parents if is_committed(each)), None)
+    if artifact is None:
+        return
+    within = f"{folder.relative_to(artifact)}/"
+    for name in unlisted_files(artifact, load_manifest(artifact)):
+        ignored = os.path.basename(name).startswith(".") or name.endswith(".md")
+        if name.startswith(within) and not ignored:
+            raise DataError(
+                f"{artifact / name}: not part of {artifact}, whose {MANIFEST} does not list it, yet what "
+                f"loads {folder} may read it: remove it"
+            )
+
+
 def verify_files(directory: Path, manifest: Manifest) -> None:
     """Hash every file that this process has not. DataError naming the first that is not as committed."""
     verify(committed_files(directory, manifest))

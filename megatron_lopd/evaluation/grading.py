@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lopd.artifacts.manifest import require_listed
 from megatron_lopd.config import EvaluateConfig, Sampling
 from megatron_lopd.data.arrow_file import ShardFile
 from megatron_lopd.data.dataset import listed_shards
@@ -165,6 +166,7 @@ def share_right(
 ) -> float:
     """The share of the responses in an artifact of rollouts with its tokenizer that are right, in [0, 1]."""
     shards, _ = listed_shards(ROLLOUTS, directory)
+    require_listed(directory / "tokenizer")
     trust = settings.engine.trust_remote_code
     verdicts = graded(shards, directory, directory / "tokenizer", prompts, grader, trust)
     return float(np.mean([verdict.right for of_prompt in verdicts.values() for verdict in of_prompt]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import platform
 import time
@@ -22,8 +21,9 @@ from megatron_lopd.artifacts.manifest import (
     is_committed,
     load_manifest,
 )
+from megatron_lopd.artifacts.unchanged import remember
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
-from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import atomic_write_json, open_to_append
 from megatron_lopd.pipeline.plan_file import begin, begun_plan, refuse_change
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -34,6 +34,7 @@ from megatron_lopd.runtime.signals import stopping_at_once
 
 TIMING_FILE = "timing.json"
 LOCK_FILE = ".lock"
+LONGEST_SECONDS = 1e10  # three centuries: a number beyond is no time that a stage took
 
 
 def execute(stage: Stage, run: ResolvedRun) -> bool:
@@ -81,7 +82,7 @@ def _make(stage: Stage, run: ResolvedRun, plan: Plan, started: float) -> None:
         raise
     _record_seconds(directory, time.monotonic() - started)
     plan = stage.complete(run, plan)
-    commit(
+    manifest = commit(
         directory,
         stage.kind,
         files=output.files,
@@ -91,6 +92,7 @@ def _make(stage: Stage, run: ResolvedRun, plan: Plan, started: float) -> None:
         parents=plan.parents,
         lineage=plan.lineage,
     )
+    remember(directory, manifest)
 
 
 def _execute_shared(stage: SharedStage, run: ResolvedRun, plan: Plan) -> None:
@@ -198,12 +200,13 @@ def base_versions() -> dict[str, str]:
 
 def seconds_of(directory: Path) -> float:
     """Seconds a stage has taken over all its attempts, as far as they ended; 0 when unknown."""
-    path = directory / TIMING_FILE
     try:
-        seconds = float(read_json(path)["seconds"])
-    except (DataError, TypeError, KeyError, ValueError):
+        seconds = read_object(directory / TIMING_FILE, follow_links=False).get("seconds")
+    except DataError:
         return 0.0  # a duration is not worth stopping a run for
-    return seconds if math.isfinite(seconds) else 0.0
+    if isinstance(seconds, int | float) and 0 <= seconds < LONGEST_SECONDS:
+        return float(seconds)
+    return 0.0
 
 
 def _record_seconds(directory: Path, seconds: float) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_lopd.artifacts.fingerprint import fingerprint_model, is_fingerprinted
 from megatron_lopd.artifacts.lineage import model_parent, read_model_lineage
-from megatron_lopd.artifacts.manifest import Manifest, Parent, is_committed, load_manifest
+from megatron_lopd.artifacts.manifest import Manifest, Parent, is_committed, load_manifest, require_listed
 from megatron_lopd.artifacts.unchanged import verify_unchanged
 from megatron_lopd.config import (
     EngineConfig,
@@ -59,6 +59,7 @@ class Model:
     def parent(self) -> Parent:
         """It as a parent, fingerprinted now. LineageError when its own lineage file speaks of others."""
         self.require()
+        require_listed(self.directory)
         read_model_lineage(self.directory)
         return model_parent(self.directory, fingerprint_model(self.directory))
 

@@ -14,8 +14,9 @@ from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
 from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig
 from megatron_lopd.convert.offline import megatron_to_hf
-from megatron_lopd.errors import ConfigError
+from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import check_layout
+from megatron_lopd.loggers import METRICS_FILE, require_every_step
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
 from megatron_lopd.mcore.precision import check_precision, packed_padding
@@ -108,6 +109,16 @@ def train_to_checkpoint(job: TrainingJob) -> tuple[Path, dict[str, int]]:
         "skipped_steps": progress.skipped_steps,
     }
     return job.work_dir / "checkpoints" / checkpoint_name(progress.step), counts
+
+
+def listed_metrics(directory: Path, steps: int) -> list[str]:
+    """The file of a job's metrics, to be committed with it; none where a step is missing, which is said."""
+    try:
+        require_every_step(directory, steps)
+    except DataError as error:
+        print(f"lopd: {error}: it is no part of the artifact, and the report is drawn without it", flush=True)
+        return []
+    return [METRICS_FILE]
 
 
 def write_student(

@@ -171,7 +171,12 @@ def _cost(seconds: Mapping[str, float], tokens: Mapping[str, float]) -> dict[str
     figures = []
     if seconds:
         texts = {stage: duration(value) for stage, value in seconds.items()}
-        figures.append(Figure("Time", bars_figure("seconds", seconds, texts, "wall-clock seconds")))
+        figures.append(
+            Figure(
+                "Time",
+                bars_figure("seconds", seconds, texts, "wall-clock seconds, which no digest stands for"),
+            )
+        )
     if tokens:
         texts = {stage: count(value) for stage, value in tokens.items()}
         figures.append(Figure("Tokens", bars_figure("tokens", tokens, texts, "tokens processed")))

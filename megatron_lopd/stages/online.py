@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import artifact_parent
+from megatron_lopd.artifacts.manifest import committed_file
 from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -83,7 +83,7 @@ class OnlineStage(Stage):
         )
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.pipeline.students import lineage_of, write_student
+        from megatron_lopd.pipeline.students import lineage_of, listed_metrics, write_student
 
         checkpoint, counts = _train(run, plan)
         counts["teacher_tokens"] = counts["tokens"]  # it reads every sample whole, once
@@ -91,7 +91,8 @@ class OnlineStage(Stage):
         lineage = lineage_of("online", plan.lineage, plan.parents["teacher"], {"sft": run.manifest("sft")})
         model = directory / "model"
         files = write_student(checkpoint, run.reference.directory, model, run.recipe.export, lineage)
-        return Output([*(f"model/{name}" for name in files), *_graded(run, plan, model, directory)], counts)
+        made = [*(f"model/{name}" for name in files), *_graded(run, plan, model, directory)]
+        return Output([*made, *listed_metrics(directory, counts["steps"])], counts)
 
     def follow(self, run: ResolvedRun, plan: Plan) -> None:
         _train(run, plan)
@@ -100,9 +101,10 @@ class OnlineStage(Stage):
 def headline(run: ResolvedRun) -> str:
     """What a finished online run comes to, in a line."""
     directory = run.directory_of("online")
-    if not (directory / RESULTS).is_file():
+    manifest = run.manifest("online")
+    if RESULTS not in manifest.files:
         return f"online: {directory / 'model'} (no prompts.eval to grade it on)"
-    accuracy = read_json(directory / RESULTS)["accuracy"]
+    accuracy = committed_file(directory, manifest, RESULTS).read_json()["accuracy"]
     rows = {name: models["online_opd"] for name, models in accuracy.items()}
     shares = [
         f"{name} {100 * row['sampled']:.1f} % sampled, {100 * row['greedy']:.1f} % greedy"

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.artifacts.lineage import Proof, artifact_parent, worst
-from megatron_lopd.artifacts.manifest import Manifest
-from megatron_lopd.errors import DataError
-from megatron_lopd.files.reading import read_json
+from megatron_lopd.artifacts.manifest import Manifest, committed_file, verify_files
 from megatron_lopd.files.writing import atomic_file, atomic_write_json
 from megatron_lopd.loggers import METRICS_FILE, read_steps
 from megatron_lopd.pipeline import proofs as proved
@@ -49,10 +47,14 @@ class ReportStage(Stage):
         from megatron_lopd.report.page import render_page
 
         manifests, directory = _manifests(run), run.directory_of(self.name)
+        for stage, manifest in manifests.items():  # what the page calls proved rests on hashed files
+            verify_files(run.directory_of(stage), manifest)
         proofs = _proofs(run, manifests)
         summary = _summary(run, manifests, proofs)
         histories: dict[str, list[dict[str, Any]]] = {
-            stage: _history(run.directory_of(stage)) for stage in ("sft", "train") if stage in manifests
+            stage: _history(run.directory_of(stage), manifests[stage])
+            for stage in ("sft", "train")
+            if stage in manifests
         }
         page = render_page(summary, histories, _graph(run, manifests, proofs))
         atomic_write_json(directory / SUMMARY, summary)
@@ -64,7 +66,7 @@ class ReportStage(Stage):
 def headline(run: ResolvedRun) -> str:
     """What a finished run comes to, in a line."""
     directory = run.directory_of("report")
-    summary = read_json(directory / SUMMARY)
+    summary = committed_file(directory, run.manifest("report"), SUMMARY).read_json()
     sets = _in_order(run, summary["accuracy"])
     shares = [
         f"{model}{f' on {name}' if len(sets) > 1 else ''} {100 * rows[model]['sampled']:.1f} % sampled, "
@@ -101,7 +103,8 @@ def _proofs(run: ResolvedRun, manifests: dict[str, Manifest]) -> list[Proof]:
 
 
 def _summary(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proof]) -> dict[str, Any]:
-    results = read_json(run.directory_of("evaluate") / "results.json")
+    evaluated = run.directory_of("evaluate")
+    results = committed_file(evaluated, manifests["evaluate"], "results.json").read_json()
     statuses = [proof.status for proof in proofs] + [manifest.lineage for manifest in manifests.values()]
     seconds: dict[str, float] = {}
     tokens: Counter[str] = Counter()
@@ -111,6 +114,7 @@ def _summary(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proo
             tokens[_work(stage)] += manifest.counts["tokens"]
     return {
         "accuracy": _in_order(run, results["accuracy"]),
+        "unproved": ["seconds"],  # no manifest lists what a clock gave
         "seconds": {work: round(spent, 2) for work, spent in seconds.items()},
         "tokens": dict(tokens),
         "refreshes": len(rounds_of(run)[1:]) if "train" in manifests else 0,
@@ -160,12 +164,11 @@ def _settings(
     return settings | {name: text for name, text in versions.items() if text != "absent"}
 
 
-def _history(directory: Path) -> list[dict[str, Any]]:
-    path = directory / METRICS_FILE
-    try:
-        return read_steps(path) if path.is_file() else []
-    except DataError as error:
-        raise DataError(f"{error}: remove it to draw the report without it") from None
+def _history(directory: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """What a stage committed of its steps: nothing where it committed none."""
+    if METRICS_FILE not in manifest.files:
+        return []
+    return read_steps(committed_file(directory, manifest, METRICS_FILE))
 
 
 def _graph(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proof]) -> LineageGraph:

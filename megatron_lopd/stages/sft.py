@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import WHOLE_MODEL, artifact_parent, prove_same, read_model_lineage
+from megatron_lopd.artifacts.manifest import copy_committed
 from megatron_lopd.config import SftConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.pipeline import proofs
@@ -70,19 +71,24 @@ class SftStage(Stage):
         config = run.sft
         if config.checkpoint is not None:
             return Output([], {"tokens": 0, "steps": 0})
-        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
-        from megatron_lopd.pipeline.students import lineage_of, train_to_checkpoint, write_student
+        from megatron_lopd.pipeline.students import (
+            lineage_of,
+            listed_metrics,
+            train_to_checkpoint,
+            write_student,
+        )
 
         checkpoint, counts = train_to_checkpoint(_job(run, plan))
         directory, stage = run.directory_of(self.name), _data_stage(config)
         # The student speaks the language it was taught in: its teacher's template and end token.
         hf_dir = directory / "hf"
-        voice = copy_files(run.directory_of(stage) / "tokenizer", hf_dir, VOICE)
+        voice = copy_committed(run.directory_of(stage), run.manifest(stage), "tokenizer", hf_dir)
         shutil.copyfile(run.student.directory / "config.json", hf_dir / "config.json")
         lineage = lineage_of("sft", plan.lineage, plan.parents.get("teacher"), {stage: run.manifest(stage)})
         files = write_student(checkpoint, hf_dir, directory / "model", run.recipe.export, lineage)
         assert set(voice) <= set(files)
-        return Output([f"model/{name}" for name in files], counts)
+        metrics = listed_metrics(directory, counts["steps"])
+        return Output([*(f"model/{name}" for name in files), *metrics], counts)
 
     def follow(self, run: ResolvedRun, plan: Plan) -> None:
         if run.sft.checkpoint is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import artifact_parent
-from megatron_lopd.artifacts.manifest import LineageStatus, verify_files
+from megatron_lopd.artifacts.manifest import MANIFEST, LineageStatus, load_manifest, verify_files
 from megatron_lopd.errors import RefreshDue
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -72,10 +72,13 @@ class TrainStage(Stage):
         return with_rounds(run, plan)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.pipeline.students import listed_metrics
+
         checkpoint, counts = _train(run, plan)
         directory = run.directory_of(self.name)
-        files = sorted(str(path.relative_to(directory)) for path in checkpoint.rglob("*") if path.is_file())
-        return Output(files, counts)
+        place = checkpoint.relative_to(directory)
+        files = [f"{place}/{name}" for name in (MANIFEST, *load_manifest(checkpoint).files)]
+        return Output([*files, *listed_metrics(directory, counts["steps"])], counts)
 
     def follow(self, run: ResolvedRun, plan: Plan) -> None:
         _train(run, plan)

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from megatron_lopd.artifacts import manifest as manifests
+from megatron_lopd.artifacts import committed
 from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.errors import DataError
-from megatron_lopd.files.digests import sha256_files
 from megatron_lopd.pipeline.verified import verified_for_workers, verify_unless_told
 from tests.unit.test_imports import COMMAND, NOT_FOR_ASKING, modules_after
 
@@ -65,17 +64,19 @@ def test_what_workers_read_is_hashed_once_on_their_machine(
 ) -> None:
     rollout, hashed = root / "run/rollout", []
 
-    def counting(paths: Any) -> Any:
-        listed = list(paths)
-        hashed.extend(path.name for path in listed)
-        return sha256_files(listed)
+    def counting(stream: Any, path: Path) -> str:
+        hashed.append(path.name)
+        return hash_file(stream, path)
 
-    monkeypatch.setattr(manifests, "sha256_files", counting)
+    hash_file = committed._hash
+    monkeypatch.setattr(committed, "_hash", counting)
+    monkeypatch.setattr(committed, "_hashed", {})
     artifacts = {rollout: load_manifest(rollout)}
     names = sorted(artifacts[rollout].files)
     with verified_for_workers(artifacts, root / "run/score"):
         assert sorted(hashed) == names
         hashed.clear()
+        committed._hashed.clear()  # as in a worker
         verify_unless_told(artifacts)
         assert hashed == [], "the process that started it has"
         content = bytearray((rollout / names[1]).read_bytes())
@@ -85,6 +86,7 @@ def test_what_workers_read_is_hashed_once_on_their_machine(
             verify_unless_told(artifacts)
         assert hashed == [names[1]], "that file is another now"
     hashed.clear()
+    committed._hashed.clear()
     with pytest.raises(DataError, match=names[1]):
         verify_unless_told(artifacts)
     assert sorted(hashed) == names, "one that was started elsewhere hashes all"

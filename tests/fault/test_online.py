@@ -45,7 +45,12 @@ def undisturbed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def steps_of(online: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (online / "metrics.jsonl").read_text().splitlines()]
+    """Metrics and times, step by step."""
+    metrics, times = (
+        [json.loads(line) for line in (online / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "times.jsonl")
+    )
+    return [{**one, **other} for one, other in zip(metrics, times, strict=True)]
 
 
 def losses(online: Path) -> list[tuple[float, float]]:
