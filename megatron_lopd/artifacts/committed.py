@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import HASHING_THREADS
@@ -61,7 +61,7 @@ class CommittedFile:
         """Where it is."""
         return self.artifact / self.name
 
-    def open(self) -> FileIO:
+    def open(self) -> BinaryIO:
         """The file, once it is known to be as it was committed.
 
         DataError when it is missing, no regular file, reached by a link, or not what the manifest says.
@@ -70,12 +70,12 @@ class CommittedFile:
             stream = unless_checked.enter_context(_open_below(self.artifact, self.name))
             self._check(stream)
             unless_checked.pop_all()
-        return stream
+        return BufferedReader(stream)
 
     def read_json(self) -> Any:
         """The value of a JSON file. Raises as `open` and `parse_json` do."""
         with self.open() as stream, reading(self.path):
-            data = stream.readall()
+            data = stream.read()
         return parse_json(data.decode(errors="replace"), str(self.path))
 
     def check(self) -> None:
@@ -217,11 +217,11 @@ def _stamp_of(stream: FileIO) -> Stamp:
 
 
 def _hash(stream: FileIO, path: Path) -> str:
-    """Hex SHA-256 of the whole open file, remembered unless it could be written without a new stamp."""
+    """Hex SHA-256 of the whole open file, remembered unless its time is in the future, by this clock."""
     before = _stamp_of(stream)
     tick = TICK if before[4] % _SECOND else COARSE_TICK
     waiting = before[4] + tick - time.time_ns()
-    if 0 <= waiting <= TICK:  # then a write from now on has another time
+    if 0 <= waiting <= tick:  # then a write from now on has another time
         time.sleep(waiting / _SECOND)
         waiting = -1
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, before[2] + 1)))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_lopd.artifacts.committed import CommittedFile, FileEntry, seal, verify
-from megatron_lopd.errors import DataError
+from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes
 from megatron_lopd.files.reading import parse_json, read_bytes, read_text
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_file, fsync_directory, remove
@@ -148,7 +148,6 @@ def _problem(manifest: Manifest) -> str | None:
     """What is wrong with the types and names in a manifest, in a few words; None for nothing."""
     for part, each, known in (
         ("kind", manifest.kind, isinstance(manifest.kind, str)),
-        ("config", manifest.config, isinstance(manifest.config, dict)),
         ("counts", manifest.counts, _maps_to(manifest.counts, _is_count)),
         ("versions", manifest.versions, _maps_to(manifest.versions, _is_text)),
         ("lineage", manifest.lineage, manifest.lineage in get_args(LineageStatus)),
@@ -160,7 +159,14 @@ def _problem(manifest: Manifest) -> str | None:
             return f"the file name {shown(name)}"
         if not _is_count(entry.size) or not _is_digest(entry.sha256):
             return f"size or digest of {name}"
-    for role, parent in manifest.parents.items():
+    return problem_of(manifest.config, manifest.parents)
+
+
+def problem_of(config: Any, parents: Mapping[str, Parent]) -> str | None:
+    """What is wrong with the types and names in what something was made from, in a few words."""
+    if not isinstance(config, dict):
+        return f"config {shown(config)}"
+    for role, parent in parents.items():
         named_by_path = parent.kind in ("artifact", "checkpoint")
         if parent.kind not in get_args(ParentKind) or not _maps_to(parent.digests, _is_text):
             return f"the parent {shown(role)}"
@@ -224,7 +230,7 @@ def copy_committed(artifact: Path, manifest: Manifest, folder: str, target: Path
     names = [file.name.removeprefix(f"{folder}/") for file in files]
     for file, name in zip(files, names, strict=True):
         with file.open() as stream, atomic_file(target / name) as copy:
-            copy.write(stream.readall())
+            copy.write(stream.read())
     return names
 
 
@@ -258,6 +264,23 @@ def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
         links = [name for name in folders if os.path.islink(Path(place, name))]
         found += [os.path.relpath(Path(place, name), directory) for name in (*files, *links)]
     return sorted(set(found) - manifest.files.keys() - {MANIFEST})
+
+
+def refuse_links(run_dir: Path, directory: Path) -> None:
+    """Raise ConfigError where writing to an artifact's directory would lead out of it: a link is a folder's.
+
+    Checkpoints may be elsewhere: those are read by their digests, and a link to one goes by its own name.
+    """
+    parts = directory.relative_to(run_dir).parts
+    folders = [run_dir.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+    for place, names, _ in os.walk(directory):
+        folders += [Path(place, name) for name in names if os.path.basename(place) != "checkpoints"]
+    for folder in folders:
+        if folder.is_symlink():
+            raise ConfigError(
+                f"run_dir: {folder} is a link to {os.readlink(folder)}: a run writes below its own directory "
+                "alone: put a directory there, or set run_dir to where there is room"
+            )
 
 
 def clear_temporaries(directory: Path) -> None:

@@ -22,10 +22,11 @@ from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_lopd.artifacts.committed import FileEntry
+from megatron_lopd.checkpoint.layer_states import require_plain
 from megatron_lopd.checkpoint.staging import HostBuffer
 from megatron_lopd.checkpoint.tensor_shards import Box, ShardedModel
 from megatron_lopd.checkpoint.torch_dist import INDEX, Entry, TorchDistReader, index_of, pickled, write_value
-from megatron_lopd.errors import CheckpointError
+from megatron_lopd.errors import CheckpointError, DataError
 from megatron_lopd.files.digests import HashedFile
 from megatron_lopd.mcore.optimizer import Optimization, common_state, finish_gathering, load_common_state
 from megatron_lopd.mcore.private import (
@@ -161,20 +162,35 @@ def load_state(directory: Path, optimization: Optimization, ranks: Ranks, same_l
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(lambda box: _read_box(reader, box), boxes):
             pass
-    for chunk, objects in zip(optimization.chunks, model.objects(), strict=True):
-        kept = {
-            name: reader.read_object(each.unique_key)[0]
-            for name, each in objects.items()
-            if each.unique_key in reader.objects
-        }
-        # Layers that keep nothing save None, which others cannot read. The tensors are there already.
-        known = {name: value for name, value in kept.items() if value is not None}
-        chunk.module.load_state_dict(known, strict=False)
-    common = torch.load(directory / COMMON_STATE_FNAME, weights_only=True)
-    load_common_state(optimization.optimizer, common["optimizer"])
-    optimization.scheduler.load_state_dict(common["scheduler"])
-    if same_layout:
-        _restore_random_state(reader.read_object(_random_shard(ranks, None).unique_key)[0])
+    with _strange_states(directory):
+        for chunk, objects in zip(optimization.chunks, model.objects(), strict=True):
+            kept = {
+                name: reader.read_object(each.unique_key)[0]
+                for name, each in objects.items()
+                if each.unique_key in reader.objects
+            }
+            # Layers that keep nothing save None, which others cannot read. The tensors are there already.
+            known = {name: value for name, value in kept.items() if value is not None}
+            require_plain(directory, known)
+            chunk.module.load_state_dict(known, strict=False)
+        common = reader.read_file(COMMON_STATE_FNAME)
+        load_common_state(optimization.optimizer, common["optimizer"])
+        optimization.scheduler.load_state_dict(common["scheduler"])
+        if same_layout:
+            _restore_random_state(reader.read_object(_random_shard(ranks, None).unique_key)[0])
+
+
+@contextmanager
+def _strange_states(directory: Path) -> Iterator[None]:
+    """Raise as a DataError what comes of giving a state of another shape to who kept it."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(
+            f"{directory}: its state is none that this model, optimizer or schedule kept ({reason}): "
+            "remove it to go on from the checkpoint before"
+        ) from error
 
 
 def _require_tensors(reader: TorchDistReader, boxes: Iterable[Box]) -> None:

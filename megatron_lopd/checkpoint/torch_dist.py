@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import os
 import pickle
+import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -28,8 +31,17 @@ from torch.distributed.checkpoint import (
     TensorStorageMetadata,
 )
 
+from megatron_lopd.artifacts.manifest import (
+    committed_file,
+    is_committed,
+    is_plain_path,
+    load_manifest,
+    shown,
+    verify_files,
+)
 from megatron_lopd.errors import CheckpointError, DataError
 from megatron_lopd.files.digests import HashedFile
+from megatron_lopd.files.reading import open_file, reading
 from megatron_lopd.mcore.private import (
     INDEX_MODULES,
     MetadataIndex,
@@ -117,21 +129,31 @@ class TorchDistReader:
     """Reads boxes of tensors from a distributed checkpoint. Raises DataError when it is malformed.
 
     Nothing in it can run code: `.metadata` is unpickled by a reader that knows only the format's own
-    records, tensors and objects by torch's `weights_only` reader, and `common.pt` is not opened.
+    records, all else by torch's `weights_only` reader. Nothing outside its directory is opened, and of one
+    that this project committed only what its manifest lists, as it was committed. No tensor is larger than
+    the file that holds it.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._boxes: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._manifest = load_manifest(self.directory) if is_committed(self.directory) else None
+        if self._manifest is not None:
+            verify_files(self.directory, self._manifest)
         path = self.directory / INDEX
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise DataError(f"{self.directory}: not a torch_dist checkpoint (no {INDEX}): give its directory")
-        try:
-            with path.open("rb") as stream:
-                self._metadata: Metadata = _RecordUnpickler(stream).load()
-            _require_sound(self._metadata)
-        except Exception as error:  # noqa: BLE001 - in a damaged one a record may be built of anything
-            raise DataError(f"{path}: damaged, or not a checkpoint's metadata: {_words(error)}") from None
+        with self._open(INDEX) as stream:
+            try:
+                self._metadata: Metadata = _RecordUnpickler(io.BytesIO(stream.read())).load()
+                sizes = _require_sound(self._metadata)
+            except Exception as error:  # noqa: BLE001 - in a damaged one a record may be built of anything
+                raise DataError(f"{path}: damaged, or not a checkpoint's metadata: {_words(error)}") from None
+        for name, size in sizes.items():
+            with self._open(name) as stream:
+                held = os.fstat(stream.fileno()).st_size
+            if held < size:
+                raise DataError(f"{self.directory / name}: damaged: {held} bytes, {INDEX} speaks of {size}")
         self.tensors: dict[str, TensorStorageMetadata] = {}
         """Whole size, dtype and chunks by key."""
         self.objects: set[str] = set()
@@ -178,6 +200,11 @@ class TorchDistReader:
         """The object `key`, one of `objects`."""
         return self._read(MetadataIndex(key))
 
+    def read_file(self, name: str) -> Any:
+        """What a file by itself holds, such as `common.pt`."""
+        with self._open(name) as stream:
+            return self._loaded(self.directory / name, name, stream.read())
+
     def _chunks(self, key: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the tensor's chunks begin and end: [chunks, axes] each."""
         if key not in self._boxes:
@@ -199,38 +226,68 @@ class TorchDistReader:
     def _read(self, index: MetadataIndex) -> Any:
         info = self._metadata.storage_data[index]
         path = self.directory / info.relative_path
+        with self._open(str(info.relative_path)) as stream, reading(path):
+            stream.seek(info.offset)
+            data = stream.read(info.length)
+        return self._loaded(path, index.fqn, data)
+
+    def _loaded(self, path: Path, what: str, data: bytes) -> Any:
         try:
-            with path.open("rb") as stream:
-                stream.seek(info.offset)
-                data = io.BytesIO(stream.read(info.length))
-            return torch.load(data, map_location="cpu", weights_only=True)
+            _require_stored(data)
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # torch's words advise to run it
             raise DataError(
-                f"{path}: {index.fqn} cannot be read: it is damaged, or names code, which is not run"
+                f"{path}: {what} cannot be read: it is damaged, or names code, which is not run"
             ) from None
         except Exception as error:  # noqa: BLE001 - as above
-            raise DataError(f"{path}: {index.fqn} cannot be read: {_words(error)}") from None
+            raise DataError(f"{path}: {what} cannot be read: {_words(error)}") from None
+
+    def _open(self, name: str) -> BinaryIO:
+        if self._manifest is not None:
+            return committed_file(self.directory, self._manifest, name).open()
+        if not is_plain_path(name):
+            raise DataError(f"{self.directory / INDEX}: damaged: {shown(name)} is no file of a checkpoint")
+        return open_file(self.directory / name, follow_links=False)
 
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _require_sound(metadata: Metadata) -> None:
-    """Raise where a tensor or object lacks a part of its record, or its place in a file."""
+def _require_stored(data: bytes) -> None:
+    """Raise unless it is a zip file whose parts are as large in memory as there, as of `torch.save`."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed, as no checkpoint is")
+
+
+def _require_sound(metadata: Metadata) -> dict[str, int]:
+    """The bytes that each file must have, all places in it being apart.
+
+    Raises where a tensor or object lacks a part of its record, or its place in a file, or has less room there
+    than its elements take.
+    """
+    ends: dict[str, int] = {}
+    sums: Counter[str] = Counter()
     for key, item in metadata.state_dict_metadata.items():
-        indices = [MetadataIndex(key)]
+        indices, needed = [MetadataIndex(key)], [0]
         if isinstance(item, TensorStorageMetadata):
-            torch.empty(0, dtype=item.properties.dtype)
+            element = torch.empty(0, dtype=item.properties.dtype).element_size()
             for each in (item.size, *(size for box in item.chunks for size in (box.offsets, box.sizes))):
                 if not isinstance(each, torch.Size) or len(each) != len(item.size):
                     raise ValueError(f"{key}: {each} is no place in a tensor of size {item.size}")
+            if math.prod(item.size) != sum(math.prod(box.sizes) for box in item.chunks):
+                raise ValueError(f"{key}: its chunks do not make up its size {item.size}")
             indices = [MetadataIndex(key, box.offsets) for box in item.chunks]
-        for index in indices:
+            needed = [element * math.prod(box.sizes) for box in item.chunks]
+        for index, least in zip(indices, needed, strict=True):
             place = metadata.storage_data[index]
-            Path(place.relative_path)
-            if min(place.offset, place.length) < 0:
+            if place.offset < 0 or place.length < least:
                 raise ValueError(f"{key}: {place.length} bytes at {place.offset}")
+            name = str(place.relative_path)
+            ends[name] = max(ends.get(name, 0), place.offset + place.length)
+            sums[name] += place.length
+    return {name: max(end, sums[name]) for name, end in ends.items()}
 
 
 def _slices(low: NDArray[np.int64], high: NDArray[np.int64]) -> tuple[slice, ...]:

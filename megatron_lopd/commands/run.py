@@ -160,7 +160,7 @@ def run_one(name: str, command: Command, *, starting_ranks: bool = False) -> Non
         _say(f"{name}: done in {time.monotonic() - started:.1f} s: {run.directory_of(name)}")
     else:
         _say(f"{name}: nothing to do: {run.directory_of(name)} is committed and unchanged")
-    if stage is ONLINE:
+    if stage is ONLINE and is_main_rank():  # which has committed it: the others may be ahead of that
         _say(online.headline(run))
 
 

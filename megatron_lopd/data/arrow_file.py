@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
 from megatron_lopd.artifacts.committed import CommittedFile
+from megatron_lopd.errors import DataError
 from megatron_lopd.files.reading import open_file
 
 ShardFile = Path | CommittedFile
@@ -21,6 +23,10 @@ ShardFile = Path | CommittedFile
 _MAGIC = b"ARROW1\0\0"
 # Of the flatbuffers Message and RecordBatch, in Arrow's Message.fbs: which field is where.
 _HEADER, _COMPRESSION = 2, 3
+
+
+PLAN = b"lopd.plan"  # the key, in a schema, of the digest of the plan that made the shard
+_DAMAGE = (pa.ArrowException, struct.error, ValueError, OverflowError, OSError, LookupError, TypeError)
 
 
 def path_of(file: ShardFile) -> Path:
@@ -80,3 +86,36 @@ def _field(data: bytes, table: int, number: int) -> int:
     at = 4 + 2 * number
     offset = int(struct.unpack_from("<H", data, layout + at)[0]) if at + 2 <= size else 0
     return table + offset if offset else 0
+
+
+def plan_of(schema: pa.Schema) -> str | None:
+    """The digest of the plan that made a shard, "" for one of no run; None where its schema has none."""
+    plan = (schema.metadata or {}).get(PLAN)
+    return None if plan is None else str(plan.decode())
+
+
+def require_plan(path: Path, plan: str) -> None:
+    """Raise DataError unless a shard that was made earlier is by this plan. Its schema alone is read."""
+    with damage_of(path):
+        require_same_plan(path, plan_of(ArrowFile(path).schema), plan)
+
+
+def require_same_plan(path: Path, made_by: str | None, plan: str) -> None:
+    """Raise DataError unless the plan that made a shard, by `plan_of`, is this one."""
+    if made_by != plan:
+        raise DataError(
+            f"{path}: another plan made it ({(made_by or 'none')[:12]}; this stage's is {plan[:12]}): "
+            "remove it to have it made again"
+        )
+
+
+@contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """Raise as a DataError what reading a file that is no shard, or a damaged one, may raise."""
+    try:
+        yield
+    except _DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(
+            f"{path}: damaged or truncated ({reason}): delete the artifact and make it again"
+        ) from error

@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from megatron_lopd.data.arrow_file import PLAN
 from megatron_lopd.data.columns import Column
 
 # A batch is what a writer holds in memory and what is indexed at once: so many records or bytes of values.
@@ -21,15 +22,6 @@ VALUES, CHECKSUM = "values", "xxh3_64"
 ALIGNMENT = 8
 
 NO_TOKEN = -1
-
-
-_PLAN = b"lopd.plan"
-
-
-def plan_of(schema: pa.Schema) -> str | None:
-    """The digest of the plan that made a shard, "" for one of no run; None where its schema has none."""
-    plan = (schema.metadata or {}).get(_PLAN)
-    return None if plan is None else str(plan.decode())
 
 
 class Identified(Protocol):
@@ -75,7 +67,7 @@ class ShardKind(Generic[Record]):
 
     def schema_of(self, plan: str) -> pa.Schema:
         """The Arrow schema of a shard that `plan` made; its metadata names that, and what `schema` names."""
-        return self.schema.with_metadata({**self.schema.metadata, _PLAN: plan.encode()})
+        return self.schema.with_metadata({**self.schema.metadata, PLAN: plan.encode()})
 
     @cached_property
     def schema(self) -> pa.Schema:

@@ -12,7 +12,6 @@ opened, which reads no values. A shard also says, there and in its schema, which
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128
 
-from megatron_lopd.data.arrow_file import ArrowFile, ShardFile, path_of
+from megatron_lopd.data.arrow_file import ArrowFile, ShardFile, damage_of, path_of, plan_of, require_same_plan
 from megatron_lopd.data.columns import Bytes
 from megatron_lopd.data.sample_ids import SampleIds
 from megatron_lopd.data.shard_kind import (
@@ -36,12 +35,9 @@ from megatron_lopd.data.shard_kind import (
     Item,
     Record,
     ShardKind,
-    plan_of,
 )
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.writing import errors_of_file, temporary_file
-
-_DAMAGE = (pa.ArrowException, struct.error, ValueError, OverflowError, OSError, LookupError, TypeError)
 
 
 class ShardWriter(Generic[Record]):
@@ -334,36 +330,10 @@ def _flat(array: pa.Array, dtype: type[Item]) -> NDArray[Item]:
     return np.frombuffer(array.buffers()[1], dtype=dtype, count=len(array))
 
 
-def require_plan(path: Path, plan: str) -> None:
-    """Raise DataError unless a shard that was made earlier is by this plan. Its schema alone is read."""
-    with _damage_of(path):
-        _require_plan(path, plan_of(ArrowFile(path).schema), plan)
-
-
-def _require_plan(path: Path, made_by: str | None, plan: str) -> None:
-    if made_by != plan:
-        raise DataError(
-            f"{path}: another plan made it ({(made_by or 'none')[:12]}; this stage's is {plan[:12]}): "
-            "remove it to have it made again"
-        )
-
-
-@contextmanager
-def _damage_of(path: Path) -> Iterator[None]:
-    """Raise as a DataError what reading a file that is no shard, or a damaged one, may raise."""
-    try:
-        yield
-    except _DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(
-            f"{path}: damaged or truncated ({reason}): delete the artifact and make it again"
-        ) from error
-
-
 def _open_shard(file: ShardFile, kind: ShardKind[Any], plan: str | None) -> list[_Batch]:
     """Map a shard and verify what can be without reading its values."""
     path = path_of(file)
-    with _damage_of(path):
+    with damage_of(path):
         arrow_file = ArrowFile(file)
         schema = arrow_file.schema
         if set(kind.extra) & set(schema.names):
@@ -376,7 +346,7 @@ def _open_shard(file: ShardFile, kind: ShardKind[Any], plan: str | None) -> list
                 f"its schema says {str(schema.metadata)[:200]}, columns {', '.join(schema.names)[:200]}"
             )
         if plan is not None:
-            _require_plan(path, made_by, plan)
+            require_same_plan(path, made_by, plan)
         batches: list[_Batch] = []
         found = list(arrow_file.batches())
         if not found:

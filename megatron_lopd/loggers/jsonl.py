@@ -64,7 +64,7 @@ def read_steps(file: Path | CommittedFile) -> list[dict[str, Any]]:
     """
     if isinstance(file, CommittedFile):
         with file.open() as stream:
-            return list(_steps(file.path, stream.readall()))
+            return list(_steps(file.path, stream.read()))
     if not os.path.lexists(file):
         raise DataError(f"{file}: no such file: run the stage that trains")
     return list(_steps(file, read_bytes(file, limit=LIMIT, follow_links=False)))

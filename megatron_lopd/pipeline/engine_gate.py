@@ -20,7 +20,7 @@ from megatron_lopd.engines import open_engine
 from megatron_lopd.errors import NumericsError
 from megatron_lopd.families.architecture import check_layout, read_architecture
 from megatron_lopd.files.digests import canonical_json, sha256_bytes
-from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.mcore.precision import check_precision
 from megatron_lopd.runtime.claims import make_once
@@ -65,7 +65,7 @@ def check_agreement(
     path = directory / AGREEMENT_FILE
     engines = [deciding(engine) for engine in (scoring.engine, agreement.engine)]
     identity = sha256_bytes(canonical_json([made_from, engines, to_plain(agreement)]))
-    if path.is_file() and read_json(path).get("identity") != identity:
+    if path.is_file() and read_object(path, follow_links=False).get("identity") != identity:
         path.unlink(missing_ok=True)  # of other tolerances, before this run of the stage
     head = {"identity": identity, "engines": engines}
 

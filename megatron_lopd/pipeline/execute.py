@@ -20,6 +20,7 @@ from megatron_lopd.artifacts.manifest import (
     commit,
     is_committed,
     load_manifest,
+    refuse_links,
 )
 from megatron_lopd.artifacts.unchanged import remember
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
@@ -52,6 +53,8 @@ def execute(stage: Stage, run: ResolvedRun) -> bool:
         from megatron_lopd.training.consensus import meet
 
         meet()  # rank 0 has models to hash first, and proofs to make
+    if is_main_rank():
+        refuse_links(run.directory, directory)
     if not is_main_rank():
         _follow(stage, run)
     elif isinstance(stage, SharedStage):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_lopd.artifacts.lineage import short
-from megatron_lopd.artifacts.manifest import Parent
+from megatron_lopd.artifacts.manifest import Parent, problem_of
 from megatron_lopd.errors import DataError, LineageError
-from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json, publish
 from megatron_lopd.pipeline.stage import Plan
 
@@ -32,14 +33,17 @@ def begin(stage: str, directory: Path, plan: Plan) -> None:
 def begun_plan(directory: Path) -> Plan | None:
     """What a stage was begun with, but for its lineage; None when it was not. DataError when damaged."""
     path = directory / PLAN_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    begun = read_json(path)
+    begun = read_object(path, follow_links=False)
     try:
         parents = {role: Parent(**parent) for role, parent in begun["parents"].items()}
-        return Plan(begun["config"], parents, "proved")
-    except (TypeError, KeyError, AttributeError):
-        raise DataError(f"{path}: damaged: remove {directory} to make it again") from None
+        problem = problem_of(begun["config"], parents)
+    except (TypeError, KeyError, AttributeError) as error:
+        problem = str(error)
+    if problem:
+        raise DataError(f"{path}: damaged: {problem}: remove {directory} to make it again")
+    return Plan(begun["config"], parents, "proved")
 
 
 def refuse_change(

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lopd.config import EngineConfig
+from megatron_lopd.data.arrow_file import require_plan
 from megatron_lopd.data.records import Rollout, Score
-from megatron_lopd.data.shards import require_plan
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine
 from megatron_lopd.errors import EngineDied, LopdError, StopRequested

@@ -8,7 +8,6 @@ temporary one that is swept away. Rank 0 alone changes anything here; saving.py 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from megatron_lopd.artifacts.committed import FileEntry
 from megatron_lopd.artifacts.manifest import (
+    MANIFEST,
     LineageStatus,
     Manifest,
     clear_temporaries,
@@ -24,10 +24,10 @@ from megatron_lopd.artifacts.manifest import (
 )
 from megatron_lopd.errors import CheckpointError, DataError
 from megatron_lopd.families.architecture import Architecture
+from megatron_lopd.files.reading import reading
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, fsync_directory, remove
 
 KIND = "checkpoint"
-NAME = re.compile(r"step_\d{8,}")  # as `checkpoint_name` gives them
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,6 @@ class Checkpoints:
 
     def present(self) -> list[Present]:
         """Those that are there, newest first, after sweeping away what a killed save left."""
-        if not self.directory.exists():
-            return []
         clear_temporaries(self.directory)
         return [Present(path, _manifest_of(path)) for path in self._newest_first()]
 
@@ -94,6 +92,7 @@ class Checkpoints:
             try:
                 if isinstance(each.manifest, DataError):
                     raise each.manifest
+                _progress_of(each.path, each.manifest)
                 verify(each.path, each.manifest)
             except DataError as error:
                 note(f"checkpoint passed over: {error}")
@@ -104,7 +103,7 @@ class Checkpoints:
     def own(self, path: Path, manifest: Manifest) -> Checkpoint:
         """A whole checkpoint of this job. Raises CheckpointError when it is another model's or job's."""
         self._require_own(path, manifest.config)
-        return Checkpoint(path, Progress(**manifest.config["progress"]), manifest.config["layout"])
+        return Checkpoint(path, _progress_of(path, manifest), manifest.config["layout"])
 
     def steps(self) -> list[int]:
         """The steps of those that are there, whole or not, oldest first."""
@@ -142,9 +141,12 @@ class Checkpoints:
             _remove(old)
 
     def _newest_first(self) -> list[Path]:
-        """What others have put beside them, under other names, is theirs."""
-        named = (path for path in self.directory.glob("step_*") if NAME.fullmatch(path.name))
-        return sorted(named, key=_step_of, reverse=True)
+        """What others have put beside them, under other names or as files, is theirs."""
+        if not self.directory.exists():
+            return []
+        with reading(self.directory):
+            named = [self.directory / name for name in os.listdir(self.directory) if _is_name(name)]
+        return sorted((path for path in named if not path.is_file()), key=_step_of, reverse=True)
 
     def _require_own(self, path: Path, config: dict[str, Any]) -> None:
         saved, ours = config["architecture"], asdict(self.architecture)
@@ -172,6 +174,37 @@ def _manifest_of(path: Path) -> Manifest | DataError:
         return load_manifest(path, KIND)
     except DataError as error:
         return error
+
+
+def _progress_of(path: Path, manifest: Manifest) -> Progress:
+    """What a checkpoint records. DataError where that is none of a checkpoint, or not of its name's step."""
+    config = manifest.config
+    try:
+        progress = Progress(**config["progress"])
+        done = progress.step, progress.samples, progress.tokens, progress.response_tokens
+        counts = [*done, progress.skipped_steps, *config["layout"].values()]
+        whole = (
+            all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
+            and isinstance(progress.loss, float | int | None)
+            and all(isinstance(each, dict) for each in progress.recent_drift)
+            and isinstance(config["identity"], str)
+            and isinstance(config["architecture"], dict)
+        )
+    except (TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{path / MANIFEST}: damaged: it records no progress of a job: remove {path}")
+    if checkpoint_name(progress.step) != path.name:
+        raise DataError(
+            f"{path}: it is the checkpoint of step {progress.step}, under another's name: remove or rename it"
+        )
+    return progress
+
+
+def _is_name(name: str) -> bool:
+    """Whether `checkpoint_name` gives it."""
+    digits = name.removeprefix("step_")
+    return digits.isascii() and digits.isdigit() and len(digits) < 20 and checkpoint_name(int(digits)) == name
 
 
 def _step_of(path: Path) -> int:

@@ -87,8 +87,9 @@ def test_what_workers_read_is_hashed_once_on_their_machine(
         assert hashed == [names[1]], "that file is another now"
     hashed.clear()
     committed._hashed.clear()
-    with pytest.raises(DataError, match=names[1]):
-        verify_unless_told(artifacts)
+    content[-30] ^= 1
+    (rollout / names[1]).write_bytes(content)
+    verify_unless_told(artifacts)
     assert sorted(hashed) == names, "one that was started elsewhere hashes all"
 
 

@@ -50,13 +50,19 @@ def test_a_line_being_written_is_not_read(tmp_path: Path) -> None:
 
 
 DAMAGED = ["", "{", "[1]", "{}", '{"step": "2"}', '{"step": NaN}', "[" * 100_000, "\xff"]
+DAMAGED += [
+    '{"step": 2, "loss": NaN}',
+    '{"step": 2, "loss": "0"}',
+    '{"step": 2, "loss": 1e999}',
+    '{"step": true}',
+]
 
 
 @pytest.mark.parametrize("line", DAMAGED)
 def test_a_damaged_line_is_told_by_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / METRICS_FILE
     path.write_bytes(f'{{"step": 1}}\n{line}\n'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: (damaged|not UTF-8 text)"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: damaged"):
         read_steps(path)
 
 
