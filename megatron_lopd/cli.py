@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     status.set_defaults(handler=_status)
     verify = commands.add_parser("verify", help="re-hash an artifact, and its lineage")
-    verify.add_argument("path", type=Path, help="artifact directory, or run directory")
+    verify.add_argument("path", type=Path, help="directory of an artifact, a checkpoint, a model or a run")
     verify.set_defaults(handler=_verify)
     inspect = commands.add_parser("inspect", help="show an artifact or a shard to a person")
     inspect.add_argument("path", type=Path, help="artifact directory, or .arrow shard")

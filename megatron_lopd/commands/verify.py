@@ -1,52 +1,110 @@
-"""`lopd verify`: re-hash an artifact, or every artifact of a run, and the links between them."""
+"""`lopd verify`: hash an artifact, a model in one, or all of a run, and say why its lineage is what it is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lopd.artifacts.lineage import LINEAGE_FILE, prove_parent, read_model_lineage, short
-from megatron_lopd.artifacts.manifest import is_committed, load_manifest, verify_files
+from megatron_lopd.artifacts.committed import CommittedFile, verify
+from megatron_lopd.artifacts.lineage import LINEAGE_FILE, read_model_lineage, short
+from megatron_lopd.artifacts.manifest import (
+    Manifest,
+    committed_files,
+    is_committed,
+    load_manifest,
+    require_listed,
+    unlisted_files,
+)
 from megatron_lopd.errors import DataError
+from megatron_lopd.pipeline.chain import CHECKPOINTS, chain, links, require_as_good
 from megatron_lopd.pipeline.rounds import committed_parts, run_directory
+
+# What a stage keeps in its directory beside the artifact, and nothing after it reads.
+OWN_FILES = frozenset({"plan.json", "timing.json", "times.jsonl", "refreshes.json", ".lock"})
+OWN_FOLDERS = frozenset({CHECKPOINTS, "tensorboard", "hf", ".claims"})
+SHOWN = 5  # names in a line
 
 
 def verify_path(path: Path) -> Iterator[str]:
     """Yield a line for each thing that holds. DataError or LineageError at the first that does not."""
-    artifacts = (
-        [path] if is_committed(path) else sorted(child for child in _children(path) if is_committed(child))
-    )
-    if not is_committed(path):
-        artifacts += committed_parts(path)
-    if not artifacts:
-        raise DataError(f"{path}: neither an artifact nor a run directory: nothing here is committed")
-    for directory in artifacts:
-        yield from _verify_artifact(directory)
-
-
-def _children(path: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{path}: no such directory")
-    return [child for child in path.iterdir() if child.is_dir()]
+    if is_committed(path):
+        yield from _verify_artifact(path, whole_chain=True)
+        return
+    artifacts = sorted(child for child in path.iterdir() if child.is_dir() and is_committed(child))
+    artifacts += committed_parts(path)
+    for directory in artifacts:
+        yield from _verify_artifact(directory, whole_chain=False)
+    if not artifacts:
+        yield from _verify_model(path)
 
 
-def _verify_artifact(directory: Path) -> Iterator[str]:
+def _verify_artifact(directory: Path, *, whole_chain: bool) -> Iterator[str]:
     manifest = load_manifest(directory)
-    verify_files(directory, manifest)
-    size = sum(entry.size for entry in manifest.files.values())
+    files = committed_files(directory, manifest)
+    yield _intact(directory, manifest, files)
+    for file in files:
+        if file.path.name == "config.json":
+            require_listed(file.path.parent)
+    if others := _others(directory, manifest):
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        yield f"{directory}: no part of it, and not read: {', '.join(others[:SHOWN])}{more}"
+    yield from _why(directory, manifest, whole_chain)
+    for carrier in sorted(file.path for file in files if file.path.name == LINEAGE_FILE):
+        yield _carried(carrier.parent)
+
+
+def _verify_model(path: Path) -> Iterator[str]:
+    """A model's directory: part of an artifact, or by itself, with what it says of itself."""
+    here = path.absolute()
+    artifact = next((each for each in here.parents if is_committed(each)), None)
+    if artifact is None:
+        if not (path / LINEAGE_FILE).exists():
+            raise DataError(
+                f"{path}: neither an artifact, a run directory nor a model: nothing here is committed"
+            )
+        yield _carried(path)
+        yield f"{path}: declared: {LINEAGE_FILE} says so, and the artifact that it is from is not around it"
+        return
+    manifest, within = load_manifest(artifact), f"{here.relative_to(artifact)}/"
+    files = [file for file in committed_files(artifact, manifest) if file.name.startswith(within)]
+    if not files:
+        raise DataError(f"{path}: no part of {artifact}: its manifest lists nothing there")
+    yield _intact(path, manifest, files)
+    require_listed(here)
+    yield from _why(artifact, manifest, whole_chain=True)
+    if (path / LINEAGE_FILE).exists():
+        yield _carried(path)
+
+
+def _intact(path: Path, manifest: Manifest, files: list[CommittedFile]) -> str:
+    verify(files)
+    size = sum(file.entry.size for file in files)
     title = f"{manifest.kind} {short(manifest.id)}, {manifest.lineage}"
-    yield f"{directory}: {title}: {len(manifest.files)} files, {size:,} bytes, intact"
-    for role, parent in manifest.parents.items():
-        if parent.kind == "artifact":
-            origin = run_directory(directory) / parent.path
-            proof = prove_parent(directory.name, role, parent, load_manifest(origin), origin)
-            yield f"{directory}: {proof.statement}: {proof.detail}"
-        elif parent.kind == "checkpoint" and is_committed(origin := run_directory(directory) / parent.path):
-            proof = prove_parent(directory.name, role, parent, load_manifest(origin), origin)
-            yield f"{directory}: {proof.statement}: {proof.detail}"
-    for carrier in sorted(directory.glob(f"*/{LINEAGE_FILE}")):
-        model = carrier.parent
-        lineage = read_model_lineage(model)
-        assert lineage is not None
-        weights = short(lineage.model["weights"])
-        yield f"{model}: weights {weights}, made by {lineage.made_by}, {lineage.status}"
+    return f"{path}: {title}: {len(files)} files, {size:,} bytes, intact"
+
+
+def _others(directory: Path, manifest: Manifest) -> list[str]:
+    names = unlisted_files(directory, manifest)
+    return [name for name in names if name not in OWN_FILES and name.split("/")[0] not in OWN_FOLDERS]
+
+
+def _why(directory: Path, manifest: Manifest, whole_chain: bool) -> Iterator[str]:
+    """Each link that its lineage rests on, and in the end what made it less than proved."""
+    run_dir = run_directory(directory)
+    stage = str(directory.absolute().relative_to(run_dir))
+    found = chain(run_dir, stage, manifest) if whole_chain else {stage: list(links(run_dir, stage, manifest))}
+    for name, proofs in found.items():
+        for proof in proofs:
+            yield f"  {name}: {proof.status}: {proof.statement}: {proof.detail}"
+        require_as_good(run_dir / name, load_manifest(run_dir / name), proofs)
+    weak = [proof.statement for each in found.values() for proof in each if proof.status == manifest.lineage]
+    because = "of all that it rests on" if manifest.lineage == "proved" else "; ".join(dict.fromkeys(weak))
+    yield f"{directory}: {manifest.lineage}, because {because or 'it was made so'}"
+
+
+def _carried(model: Path) -> str:
+    lineage = read_model_lineage(model)
+    assert lineage is not None  # it has the file
+    return f"{model}: weights {short(lineage.model['weights'])}, made by {lineage.made_by}, {lineage.status}"

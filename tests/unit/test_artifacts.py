@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megatron_lopd.artifacts import fingerprint
+from megatron_lopd.artifacts.committed import FileEntry
 from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import (
@@ -25,7 +26,6 @@ from megatron_lopd.artifacts.lineage import (
     write_model_lineage,
 )
 from megatron_lopd.artifacts.manifest import (
-    FileEntry,
     Manifest,
     Parent,
     commit,

@@ -170,9 +170,10 @@ def _on_a_known_gpu(root: Path) -> list[tuple[float, float]]:
     loop.peak_flops = lambda gpu: 1e9
     train(root, "known", steps=2)
     arch, data = read_architecture(root / "model"), TrainingData(root / "data", root / "data")
-    lines = (root / "known" / "metrics.jsonl").read_text().splitlines()
+    metrics, times = ((root / "known" / name).read_text() for name in ("metrics.jsonl", "times.jsonl"))
     found = []
-    for number, step in enumerate(map(json.loads, lines)):
+    for number, lines in enumerate(zip(metrics.splitlines(), times.splitlines(), strict=True)):
+        step = json.loads(lines[0]) | json.loads(lines[1])
         lengths = data.lengths[BatchPlan(40, 16, 0).samples(number)].tolist()
         flops = step_flops(arch, lengths, step["response_tokens"])
         found.append((step["mfu"], flops / step["seconds"] / 1e9))

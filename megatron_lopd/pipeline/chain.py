@@ -1,0 +1,174 @@
+"""Why an artifact's lineage is what its manifest says: each link of its chain, from the manifests alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_lopd.artifacts.lineage import (
+    LINEAGE_FILE,
+    OVERRIDE,
+    WHOLE_MODEL,
+    Evidence,
+    Proof,
+    prove_parent,
+    prove_same,
+    short,
+    worst,
+)
+from megatron_lopd.artifacts.manifest import Manifest, Parent, committed_file, is_committed, load_manifest
+from megatron_lopd.errors import DataError, LineageError
+from megatron_lopd.pipeline.plan_file import begun_plan
+from megatron_lopd.pipeline.proofs import SAME_STUDENT, SAME_TEACHER, SAME_TOKENS, evidence
+from megatron_lopd.pipeline.stage import identity_of
+
+EVALUATED = {"sft": "sft", "lightning_opd": "export"}  # by role, who made the model
+CHECKPOINTS = "checkpoints"  # the folder, in the directory of the stage that trains
+
+
+def links(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
+    """What the artifact of `stage` rests on, its parents' own links left out.
+
+    Raises LineageError for a parent that is another now, DataError for one that is missing or damaged.
+    """
+    for role, parent in manifest.parents.items():
+        directory = run_dir / parent.path
+        if parent.kind == "artifact" or (parent.kind == "checkpoint" and is_committed(directory)):
+            found = load_manifest(directory)
+            proof = prove_parent(stage, role, parent, found, directory)
+            yield Proof(proof.statement, worst([proof.status, found.lineage]), proof.detail)
+    if manifest.kind == "checkpoint" and "identity" in manifest.config:
+        yield from _job(run_dir / stage, manifest)
+    yield from _teacher(run_dir, stage, manifest)
+    yield from _student(run_dir, stage, manifest)
+
+
+def chain(run_dir: Path, stage: str, manifest: Manifest) -> dict[str, list[Proof]]:
+    """The `links` of a stage's artifact and of all that it comes from, by stage, the first made first."""
+    found: dict[str, list[Proof]] = {}
+
+    def walk(name: str, made: Manifest) -> None:
+        for parent in made.parents.values():
+            if parent.kind == "artifact" and parent.path not in found:
+                walk(parent.path, load_manifest(run_dir / parent.path))
+        found[name] = list(links(run_dir, name, made))
+
+    walk(stage, manifest)
+    return found
+
+
+def require_as_good(directory: Path, manifest: Manifest, found: list[Proof]) -> None:
+    """Raise LineageError when an artifact calls itself better than what it rests on."""
+    status = worst(proof.status for proof in found)
+    if worst([status, manifest.lineage]) != manifest.lineage:
+        weakest = next(proof for proof in found if proof.status == status)
+        raise LineageError(
+            f"refused: {directory} calls itself {manifest.lineage}, yet it is {status} that "
+            f"{weakest.statement} ({weakest.detail}): its manifest is not what made it: "
+            f"remove {directory} to make it again"
+        )
+
+
+def _teacher(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
+    """Who the teacher is, as it was when this was made, and where that is known from."""
+    teacher, data = manifest.parents.get("teacher"), manifest.parents.get("data")
+    if data is not None and data.kind == "file":
+        yield _declared_answers(teacher, data)
+    elif stage == "sft" and data is None:
+        yield _declared_checkpoint(manifest, teacher)
+    elif teacher is None or manifest.kind == "evaluation":
+        return
+    elif data is not None:
+        answered = _parent(run_dir, data.path, "teacher")
+        yield _same(
+            "the SFT data's teacher is the one that answered",
+            evidence(teacher, "sft's teacher"),
+            evidence(answered, f"{data.path}'s teacher"),
+        )
+    elif stage == "generate":
+        weights = short(teacher.digests.get("weights", "none"))
+        yield Proof("this teacher answered", "proved", f"weights {weights} of {teacher.path}, when it did")
+    elif "teacher" in load_manifest(run_dir / "sft").parents:
+        answered = _parent(run_dir, "sft", "teacher")
+        yield _same(
+            SAME_TEACHER, evidence(teacher, "who scores"), evidence(answered, "the SFT data's teacher")
+        )
+
+
+def _declared_answers(teacher: Parent | None, data: Parent) -> Proof:
+    if teacher is None:
+        return Proof(f"nothing says which teacher wrote {data.path}", "declared", "sft.teacher is not set")
+    return Proof(f"{teacher.path} wrote {data.path}", "declared", "sft.teacher says so, and nothing else")
+
+
+def _declared_checkpoint(manifest: Manifest, teacher: Parent | None) -> Proof:
+    checkpoint = manifest.config.get("checkpoint")
+    if teacher is None:
+        return Proof(f"nothing says who taught {checkpoint}", "declared", "sft.teacher is not set")
+    said = (
+        f"{LINEAGE_FILE} in it, and the artifact that it names"
+        if manifest.lineage == "proved"
+        else f"sft.teacher or {LINEAGE_FILE} says so, and no artifact that is here"
+    )
+    return Proof(f"{teacher.path} taught {checkpoint}", manifest.lineage, said)
+
+
+def _student(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
+    """That the students and their tokens are those of what this was made from."""
+    parents = manifest.parents
+    student, sampled, scored = (parents.get(role) for role in ("student", "rollout", "rollouts"))
+    if manifest.kind == "rollouts" and student is not None:
+        made_by = parents.get("model") or parents.get("sft")
+        if made_by is not None:
+            yield from _made(run_dir, made_by.path, student, "the student that sampled")
+    if manifest.kind == "evaluation":
+        for role, maker in EVALUATED.items():
+            if role in parents:
+                yield from _made(run_dir, maker, parents[role], f"the model graded as {role}")
+    if manifest.kind == "scores" and scored is not None:
+        yield _same(
+            SAME_TOKENS,
+            evidence(parents["teacher"], "the teacher"),
+            evidence(_parent(run_dir, scored.path, "student"), "the student"),
+            ("tokenizer", "chat_template"),
+        )
+    if student is not None and sampled is not None:
+        first = _parent(run_dir, sampled.path, "student")
+        yield _same(SAME_STUDENT, evidence(first, "who sampled"), evidence(student, "who was trained"))
+
+
+def _made(run_dir: Path, maker: str, model: Parent, who: str) -> Iterator[Proof]:
+    """That a model is the one that a stage of this run made; nothing where it made none."""
+    made = load_manifest(run_dir / maker)
+    if f"model/{LINEAGE_FILE}" in made.files:
+        said = committed_file(run_dir / maker, made, f"model/{LINEAGE_FILE}").read_json()["model"]
+        theirs = Evidence(said, f"what {maker} made")
+        yield _same(f"{who} is what {maker} made", evidence(model, "it"), theirs)
+
+
+def _job(directory: Path, manifest: Manifest) -> Iterator[Proof]:
+    """That a checkpoint is of the job that its stage was begun for."""
+    begun = begun_plan(directory.parent.parent) if directory.parent.name == CHECKPOINTS else None
+    if begun is None:
+        return
+    identity, ours = manifest.config["identity"], identity_of(begun)
+    if identity != ours:
+        raise LineageError(
+            f"refused: {directory} is of another job ({short(str(identity))}) than "
+            f"{directory.parent.parent} was begun for ({short(ours)}): remove it"
+        )
+    yield Proof("it is of the job that was begun here", "proved", f"plan {short(ours)}")
+
+
+def _parent(run_dir: Path, stage: str, role: str) -> Parent:
+    found = load_manifest(run_dir / stage).parents.get(role)
+    if found is None:
+        raise DataError(f"{run_dir / stage}: its manifest names no {role}: remove it to make it again")
+    return found
+
+
+def _same(statement: str, left: Evidence, right: Evidence, parts: Sequence[str] = WHOLE_MODEL) -> Proof:
+    proof = prove_same(statement, left, right, parts=parts, allow=True)
+    if proof.status == "overridden":
+        return Proof(statement, proof.status, f"{proof.detail}; {OVERRIDE} let it pass")
+    return proof
