@@ -22,9 +22,6 @@ MUTATIONS: dict[str, Any] = {
         *({name: ENTRY} for name in ("../a.bin", "/etc/passwd", "a/../b", "./a", "a//b", "a/", "", ".")),
         *({name: ENTRY} for name in ("a\0b", "a\\b", "a\nb", "x" * 300, "manifest.json")),
         {"/".join(["x" * 100] * 11): ENTRY},
-            for name in ("../a.bin", "/etc/passwd", "a/../b", "./a", "a//b", "a/", "", ".", "a\0b")
-        ),
-        *({name: ENTRY} for name in ("a\\b", "a\nb", "x" * 300, "/".join(["x" * 100] * 11), "manifest.json")),
         *({"a.bin": ENTRY | {"size": size}} for size in (-1, 1.0, True, "1", None, 1 << 70, [])),
         *({"a.bin": ENTRY | {"sha256": digest}} for digest in ("", "0" * 63, "G" * 64, 0, None, "0" * 65)),
         *({"a.bin": entry} for entry in ({}, ENTRY | {"more": 1}, [], None, 1)),
@@ -106,13 +103,21 @@ def test_a_manifest_is_a_file(tmp_path: Path, odd: str) -> None:
         load_manifest(path.parent)
 
 
-def test_a_write_within_the_clocks_tick_is_seen(tmp_path: Path) -> None:
-    """Of the same size, with its old time of content put back: a file's time of change may not have moved."""
+def test_a_write_within_the_clocks_tick_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same size, with its old time of content put back, on a kernel whose clock moves every 10 ms."""
     directory = make_artifact(tmp_path / "artifact")
     (file, _) = committed_files(directory, load_manifest(directory))
-    content, times = file.path.read_bytes(), file.path.stat()
-    for _ in range(30):
+    content, times, tick = file.path.read_bytes(), file.path.stat(), 10_000_000
+    exact = committed._stamp_of
+
+    def coarse(stream: Any) -> committed.Stamp:
+        *rest, changed = exact(stream)
+        return (*rest, changed - changed % tick + 1)
+
+    monkeypatch.setattr(committed, "_stamp_of", coarse)
+    for _ in range(10):
         file.path.write_bytes(content)
+        os.utime(file.path, ns=(times.st_atime_ns, times.st_mtime_ns))
         file.check()  # hashes it, as it has just been written
         file.path.write_bytes(content[::-1])
         os.utime(file.path, ns=(times.st_atime_ns, times.st_mtime_ns))
