@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import time
 from contextlib import redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gloo import RankError, run_ranks
 
+from megatron_lopd.artifacts.committed import seal
+from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
 from megatron_lopd.config import GuardConfig, ParallelConfig
 from megatron_lopd.errors import CheckpointError
 from tests.training_zoo import make_root, read_steps, train
@@ -92,6 +98,30 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, undisturbed: Any, damag
     assert (steps, weights) == undisturbed[1:]
     assert "checkpoint passed over" in said
     assert "resumed after step 11 of 12" in said
+
+
+@pytest.mark.parametrize("name", ["common.pt", ".metadata"])
+def test_a_bomb_in_anothers_checkpoint_does_not_go_off(root: Path, undisturbed: Any, name: str) -> None:
+    """Whoever planted it wrote the manifest anew: every digest is right."""
+    work, exploded = root / f"planted-{name}", root / "exploded"
+    shutil.copytree(root / "undisturbed", work)
+    for checkpoint in (work / "checkpoints").iterdir():
+        torch.save({"optimizer": Bomb(exploded)}, checkpoint / "common.pt")
+        if name == ".metadata":
+            (checkpoint / name).write_bytes(pickle.dumps(Bomb(exploded)))
+        manifest = load_manifest(checkpoint)
+        write_manifest(checkpoint, replace(manifest, files=seal(checkpoint, sorted(manifest.files))))
+    with pytest.raises(RankError, match=rf"DataError: .*{re.escape(name)}: "):
+        run_ranks(1, _train, root, {"work": work.name, **OPTIONS})
+    assert not exploded.exists()
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
 
 
 def test_another_jobs_checkpoint_is_refused(root: Path, undisturbed: Any) -> None:

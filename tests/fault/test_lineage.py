@@ -222,6 +222,13 @@ def test_sft_text_from_a_file_has_a_declared_teacher(root: Path, capsys: pytest.
     assert load_manifest(root / "run2/tokenize").counts["samples"] == 20
     for stage in ("tokenize", "sft", "rollout", "score", "train", "export", "report"):
         assert load_manifest(root / "run2" / stage).lineage == "declared"
+    capsys.readouterr()
+    assert main(["verify", "run2/export"]) == 0
+    why = "teacher wrote sft.jsonl"
+    assert f"  tokenize: declared: {why}: sft.teacher says so, and nothing else\n" in (
+        out := capsys.readouterr().out
+    )
+    assert f"run2/export: declared, because {why}; " in out
     make_model_dir(root / "other", seed=9, **SMALL)
     shutil.rmtree(root / "run2/score")
     refused(
@@ -238,6 +245,55 @@ def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[st
     counts = manifest.counts | {"samples": 41}
     write_manifest(root / "run/rollout", replace(manifest, counts=counts))  # whole, but not the one scored
     refused(capsys, ["verify", "run"], 3, "rollout")
+
+
+def test_verify_says_of_anything_why_it_is_what_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "run/export/model"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("run/export/model: model ")
+    assert out[0].endswith(", intact")
+    assert "  generate: proved: this teacher answered: weights " in out[1]
+    for stage, said in (
+        ("sft", "the SFT data's teacher is the one that answered"),
+        ("rollout", "the student that sampled is what sft made"),
+        ("score", "the teacher that scores is the teacher that answered"),
+        ("score", "teacher and student share one tokenizer and one chat template"),
+        ("train", "the student that sampled is the student being trained"),
+        ("export", "export was made from this train"),
+    ):
+        assert any(line.startswith(f"  {stage}: proved: {said}: ") for line in out), said
+    assert out[-2].endswith("run/export: proved, because of all that it rests on")
+    (checkpoint,) = (root / "run/train/checkpoints").glob("*5")
+    assert main(["verify", str(checkpoint.relative_to(root))]) == 0
+    assert "proved: it is of the job that was begun here: plan " in capsys.readouterr().out
+    shutil.copytree(root / "run/export/model", root / "released")
+    assert main(["verify", "released"]) == 0
+    assert "released: declared: lopd_lineage.json says so, and the artifact" in capsys.readouterr().out
+    refused(capsys, ["verify", "teacher"], 1, "teacher: neither an artifact, a run directory nor a model")
+    refused(
+        capsys, ["verify", "run/train/tensorboard"], 1, "no part of run/train: its manifest lists nothing"
+    )
+
+
+def test_no_artifact_calls_itself_better_than_what_it_rests_on(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever changed them knew how to write manifests, and wrote both of them anew."""
+    for stage, lineage in (("rollout", "declared"), ("score", "proved")):
+        directory = root / "run" / stage
+        made = replace(load_manifest(directory), lineage=lineage)
+        if stage == "score":
+            parent = artifact_parent("rollout", load_manifest(root / "run/rollout"))
+            made = replace(made, parents=made.parents | {"rollouts": parent})
+        write_manifest(directory, made)
+    assert main(["verify", "run/rollout"]) == 0
+    refused(capsys, ["verify", "run/score"], 3, "run/score calls itself proved, yet it is declared that")
+    made = load_manifest(root / "run/rollout")
+    other = model_parent("student", fingerprint_model("student"))
+    write_manifest(root / "run/rollout", replace(made, parents=made.parents | {"student": other}))
+    refused(
+        capsys, ["verify", "run/rollout"], 3, "run/rollout calls itself declared, yet it is overridden that"
+    )
 
 
 def test_inspect_shows_what_was_sampled(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,6 +265,40 @@ def test_repeated_and_absent_samples(tmp_path: Path) -> None:
         ShardReader(ROLLOUTS, paths[:1]).position("prompt-7/0")
 
 
+def test_a_compressed_shard_is_refused_before_it_is_opened_out(tmp_path: Path) -> None:
+    """A thousandth of what it would take, of a schema of ours."""
+    kind, rows = ROLLOUTS, 2
+    columns = {name: pa.array([0] * rows, kind.schema.field(name).type) for name in kind.columns}
+    columns |= {name: pa.array(["a", "b"], pa.large_string()) for name in kind.text}
+    columns |= {"xxh3_64": pa.array([0] * rows, pa.uint64())}
+    columns |= {"values": pa.array([bytes(4 << 20)] * rows, pa.large_binary())}
+    batch = pa.RecordBatch.from_arrays(
+        [columns[name] for name in kind.schema.names], schema=kind.schema_of("")
+    )
+    path = tmp_path / "r.arrow"
+    for codec in ("zstd", "lz4"):
+        options = pa.ipc.IpcWriteOptions(compression=codec)
+        with pa.ipc.new_file(path, batch.schema, options=options) as file:
+            file.write_batch(batch)
+        before = pa.total_allocated_bytes()
+        with pytest.raises(DataError, match=r"r\.arrow: damaged .* compressed, as no shard is"):
+            ShardReader(ROLLOUTS, [path])
+        assert pa.total_allocated_bytes() == before
+
+
+def test_shards_carry_the_plan_that_made_them(tmp_path: Path) -> None:
+    paths = [tmp_path / "0.arrow", tmp_path / "1.arrow"]
+    for number, path in enumerate(paths):
+        write_shard(path, ROLLOUTS, [rollout(number)], "a" * 64)
+    assert len(ShardReader(ROLLOUTS, paths, plan="a" * 64)) == 2
+    write_shard(paths[1], ROLLOUTS, [rollout(1)], "b" * 64)
+    with pytest.raises(DataError, match=r"1\.arrow: another plan made it \(b{12}; this stage's is a{12}\)"):
+        ShardReader(ROLLOUTS, paths, plan="a" * 64)
+    paths[1].write_bytes(paths[1].read_bytes().replace(b"b" * 64, b"a" * 64))
+    with pytest.raises(DataError, match=r"1\.arrow: damaged: the index checksum"):
+        ShardReader(ROLLOUTS, paths, plan="a" * 64)
+
+
 def test_another_kind_or_version_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.arrow", SCORES, [Score("a", np.zeros(1, dtype=np.float32))])
     with pytest.raises(DataError, match=r"s\.arrow: not a rollouts shard of version 3"):

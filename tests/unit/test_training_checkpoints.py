@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from megatron_lopd.artifacts.committed import FileEntry
-from megatron_lopd.artifacts.manifest import load_manifest, verify_files
+from megatron_lopd.artifacts.manifest import load_manifest, verify_files, write_manifest
 from megatron_lopd.checkpoint.sharded import canonical_pickle
 from megatron_lopd.errors import DataError
 from megatron_lopd.families.architecture import Architecture, read_architecture
@@ -99,6 +101,73 @@ def test_one_moved_elsewhere_and_linked_is_as_good_and_stays_there(
     assert found_step(checkpoints) == 2
     assert [path.name for path in checkpoints.directory.iterdir()] == ["step_00000002"]
     assert is_whole(moved)
+
+
+def test_names_are_strict_and_held_to_their_progress(tmp_path: Path, architecture: Architecture) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a job", architecture, "proved", keep=9)
+    save(checkpoints, 1)
+    names = [
+        "step_300",
+        "step_000000300",
+        "step_00000300.bak",
+        "step_0000030\u0663",
+        "step_",
+        "step_+0000300",
+    ]
+    for name in (*names, "step_" + "9" * 30, "STEP_00000300", "step_00000300\n"):
+        shutil.copytree(checkpoints.directory / "step_00000001", checkpoints.directory / name)
+    (checkpoints.directory / "step_00000400").write_text("a file")
+    assert checkpoints.steps() == [1]
+    shutil.copytree(save(checkpoints, 2), checkpoints.directory / "step_00000009")
+    notes: list[str] = []
+    found = newest_checkpoint(checkpoints, notes.append)
+    assert found is not None
+    assert found.progress.step == 2
+    (note,) = notes
+    assert "step_00000009: it is the checkpoint of step 2, under another's name" in note
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": {"step": 2, "samples": -1}},
+        {"progress": {"step": 2, "tokens": "9"}},
+        {"progress": {"step": 2, "more": 1}},
+        {"progress": {"step": 2, "recent_drift": [1]}},
+        {"progress": [], "layout": {}},
+        {"layout": {"world_size": "1"}},
+        {"layout": None},
+        {"identity": 7},
+        {"architecture": []},
+    ],
+)
+def test_one_that_records_no_progress_is_passed_over(
+    tmp_path: Path, architecture: Architecture, change: dict[str, Any]
+) -> None:
+    """Whoever changed it knew how to write a manifest."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a job", architecture, "proved", keep=9)
+    save(checkpoints, 1)
+    newest = save(checkpoints, 2)
+    manifest = load_manifest(newest)
+    write_manifest(newest, replace(manifest, config=manifest.config | change))
+    notes: list[str] = []
+    found = newest_checkpoint(checkpoints, notes.append)
+    assert found is not None
+    assert found.progress.step == 1
+    (note,) = notes
+    assert "records no progress of a job" in note
+
+
+@pytest.mark.parametrize("odd", ["fifo", "directory", "link"])
+def test_a_manifest_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, architecture: Architecture, odd: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a job", architecture, "proved", keep=9)
+    save(checkpoints, 1)
+    path = save(checkpoints, 2) / "manifest.json"
+    path.unlink()
+    {"fifo": os.mkfifo, "directory": os.mkdir, "link": lambda at: os.symlink("nowhere", at)}[odd](path)
+    assert found_step(checkpoints) == 1
 
 
 def test_what_others_put_beside_them_is_no_checkpoint_and_stays(
