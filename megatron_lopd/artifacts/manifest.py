@@ -239,17 +239,19 @@ def require_listed(folder: Path) -> None:
 
     A `folder` in no artifact is nobody's; in one, hidden files and notes (.md) are.
     """
-    artifact = next((each for each in folder.parents if is_committed(each)), None)
-    if artifact is None:
-        return
-    within = f"{folder.relative_to(artifact)}/"
-    for name in unlisted_files(artifact, load_manifest(artifact)):
-        ignored = os.path.basename(name).startswith(".") or name.endswith(".md")
-        if name.startswith(within) and not ignored:
-            raise DataError(
-                f"{artifact / name}: not part of {artifact}, whose {MANIFEST} does not list it, yet what "
-                f"loads {folder} may read it: remove it"
-            )
+    for artifact in folder.parents:
+        try:
+            manifest = load_manifest(artifact)
+        except DataError:  # none, or another project's
+            continue
+        within = f"{folder.relative_to(artifact)}/"
+        for name in unlisted_files(artifact, manifest):
+            ignored = os.path.basename(name).startswith(".") or name.endswith(".md")
+            if name.startswith(within) and not ignored:
+                raise DataError(
+                    f"{artifact / name}: not part of {artifact}, whose {MANIFEST} does not list it, yet what "
+                    f"loads {folder} may read it: remove it"
+                )
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:

@@ -57,8 +57,8 @@ def _verify_artifact(directory: Path, *, whole_chain: bool) -> Iterator[str]:
 
 def _verify_model(path: Path) -> Iterator[str]:
     """A model's directory: part of an artifact, or by itself, with what it says of itself."""
-    here = path.absolute()
-    artifact = next((each for each in here.parents if is_committed(each)), None)
+    around = (*path.parents, *path.absolute().parents)
+    artifact = next((each for each in around if is_committed(each)), None)
     if artifact is None:
         if not (path / LINEAGE_FILE).exists():
             raise DataError(
@@ -67,12 +67,13 @@ def _verify_model(path: Path) -> Iterator[str]:
         yield _carried(path)
         yield f"{path}: declared: {LINEAGE_FILE} says so, and the artifact that it is from is not around it"
         return
-    manifest, within = load_manifest(artifact), f"{here.relative_to(artifact)}/"
+    manifest = load_manifest(artifact)
+    within = f"{path.absolute().relative_to(artifact.absolute())}/"
     files = [file for file in committed_files(artifact, manifest) if file.name.startswith(within)]
     if not files:
         raise DataError(f"{path}: no part of {artifact}: its manifest lists nothing there")
     yield _intact(path, manifest, files)
-    require_listed(here)
+    require_listed(path)
     yield from _why(artifact, manifest, whole_chain=True)
     if (path / LINEAGE_FILE).exists():
         yield _carried(path)

@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_lopd.artifacts.digest_cache import CACHE_NAME
-from megatron_lopd.artifacts.lineage import read_model_lineage
+from megatron_lopd.artifacts.fingerprint import fingerprint_model
+from megatron_lopd.artifacts.lineage import OVERRIDE, artifact_parent, model_parent, read_model_lineage
 from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.data.chat import Chat
@@ -82,7 +83,9 @@ def test_another_teacher_may_not_score(root: Path, capsys: pytest.CaptureFixture
     assert not (root / "run/score").exists()
 
 
-def test_the_override_is_written_into_everything_after_it(root: Path) -> None:
+def test_the_override_is_written_into_everything_after_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     undo(root, *AFTER_ROLLOUT)
     make_model_dir(root / "other", seed=9, **SMALL)
     arguments = ["run", "recipe.yaml", "teacher.model=other", "allow_teacher_mismatch=true"]
@@ -94,6 +97,10 @@ def test_the_override_is_written_into_everything_after_it(root: Path) -> None:
     assert exported is not None
     assert exported.status == "overridden"
     assert json.loads((root / "run/report/summary.json").read_text())["lineage"] == "overridden"
+    capsys.readouterr()
+    assert main(["verify", "run/export"]) == 0
+    assert f"; {OVERRIDE} let it pass\n" in (out := capsys.readouterr().out)
+    assert "run/export: overridden, because the teacher that scores is the teacher that answered; " in out
 
 
 @pytest.mark.parametrize("stage", ["rollout", "score"])
@@ -291,9 +298,7 @@ def test_no_artifact_calls_itself_better_than_what_it_rests_on(
     made = load_manifest(root / "run/rollout")
     other = model_parent("student", fingerprint_model("student"))
     write_manifest(root / "run/rollout", replace(made, parents=made.parents | {"student": other}))
-    refused(
-        capsys, ["verify", "run/rollout"], 3, "run/rollout calls itself declared, yet it is overridden that"
-    )
+    refused(capsys, ["verify", "run/rollout"], 3, "calls itself declared, yet it is overridden that")
 
 
 def test_inspect_shows_what_was_sampled(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
