@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.artifacts.lineage import short
-from megatron_lopd.artifacts.manifest import is_committed, load_manifest
+from megatron_lopd.artifacts.manifest import committed_files, is_committed, load_manifest
 from megatron_lopd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from megatron_lopd.data.arrow_file import ShardFile
     from megatron_lopd.data.records import Rollout, Score, TopK
     from megatron_lopd.data.shards import ShardReader
 
@@ -37,13 +38,13 @@ def describe_path(path: Path, samples: int) -> Iterator[str]:
         yield f"  made from {role}: {parent.path} ({digests})"
     for name, entry in manifest.files.items():
         yield f"  {name}: {entry.size:,} bytes, sha256 {short(entry.sha256)}"
-    for name in sorted(manifest.files):
-        if name.endswith(".arrow"):
-            yield from describe_shard(path / name, samples)
+    for file in committed_files(path, manifest):
+        if file.name.endswith(".arrow"):
+            yield from describe_shard(file, samples)
 
 
 def describe_shard(
-    path: Path,
+    shard: ShardFile,
     samples: int,
     sample_ids: Sequence[str] = (),
     position: int = 0,
@@ -58,10 +59,11 @@ def describe_shard(
     from megatron_lopd.data.shard_kind import NO_TOKEN
     from megatron_lopd.data.shards import ShardReader
 
+    path = shard if isinstance(shard, Path) else shard.path
     if not path.is_file():
         raise DataError(f"{path}: no such shard")
-    kind = kind_of(path)
-    reader: ShardReader[Any] = ShardReader(kind, [path])
+    kind = kind_of(shard)
+    reader: ShardReader[Any] = ShardReader(kind, [shard])
     parameters = "".join(f", {name} {value}" for name, value in kind.parameters.items())
     yield f"{path}: {len(reader):,} {kind.name}, version {kind.version}{parameters}"
     responses = reader.lengths("response_tokens" if kind is ROLLOUTS else "log_probs")

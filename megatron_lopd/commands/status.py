@@ -20,6 +20,7 @@ from megatron_lopd.runtime.claims import ClaimState, announced, claim_path, clai
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.runtime.owner import Owner
 from megatron_lopd.stages.table import STAGES
+from megatron_lopd.training.checkpoints import checkpoints_in
 
 INDENT = " " * 11
 
@@ -100,5 +101,5 @@ def _worker(place: Path, state: ClaimState, here: Owner) -> str:
 def _training(directory: Path, steps: int | None) -> str:
     rows = read_steps(directory / METRICS_FILE)
     last = rows[-1]["step"] if rows else 0
-    saved = max((path.name for path in (directory / "checkpoints").glob("step_*")), default="none yet")
+    saved = next((path.name for path in checkpoints_in(directory / "checkpoints")), "none yet")
     return f"step {last:,}" + (f" of {steps:,}" if steps else "") + f"; newest checkpoint: {saved}"

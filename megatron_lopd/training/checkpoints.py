@@ -141,12 +141,7 @@ class Checkpoints:
             _remove(old)
 
     def _newest_first(self) -> list[Path]:
-        """What others have put beside them, under other names or as files, is theirs."""
-        if not self.directory.exists():
-            return []
-        with reading(self.directory):
-            named = [self.directory / name for name in os.listdir(self.directory) if _is_name(name)]
-        return sorted((path for path in named if not path.is_file()), key=_step_of, reverse=True)
+        return checkpoints_in(self.directory)
 
     def _require_own(self, path: Path, config: dict[str, Any]) -> None:
         saved, ours = config["architecture"], asdict(self.architecture)
@@ -167,6 +162,15 @@ class Checkpoints:
                 "started from, the data or the recipe have changed: undo that, or remove "
                 f"{self.directory} to start over"
             )
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """Those in a directory, whole or not, newest first; what has another name, or is a file, is none."""
+    if not directory.exists():
+        return []
+    with reading(directory):
+        named = [directory / name for name in os.listdir(directory) if _is_name(name)]
+    return sorted((path for path in named if not path.is_file()), key=_step_of, reverse=True)
 
 
 def _manifest_of(path: Path) -> Manifest | DataError:
