@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
@@ -128,7 +127,7 @@ def seal_model(out_dir: Path, lineage: ModelLineage) -> list[str]:
     """Write the lineage of the model in `out_dir`, with its fingerprint; returns its files, relative."""
     model = fingerprint_model(out_dir).parts()
     write_model_lineage(out_dir, ModelLineage(**(vars(lineage) | {"model": model})))
-    files = (path for path in out_dir.rglob("*") if path.is_file() and path.name != CACHE_NAME)
+    files = (path for path in out_dir.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(out_dir)) for path in files)
 
 

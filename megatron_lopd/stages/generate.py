@@ -41,11 +41,11 @@ class GenerateStage(SharedStage):
         make_parts([rollout_work(answering_job(run.generate), run.generate.directory)])
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
+        from megatron_lopd.convert.hf_checkpoint import copy_voice
         from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
 
         directory = run.generate.directory
-        voice = copy_files(run.teacher.directory, directory / "tokenizer", VOICE)
+        voice = copy_voice(run.teacher.directory, directory / "tokenizer")
         files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
         return Output(
             files,

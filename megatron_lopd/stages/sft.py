@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lopd.artifacts.lineage import WHOLE_MODEL, artifact_parent, prove_same, read_model_lineage
+from megatron_lopd.artifacts.lineage import artifact_parent, read_model_lineage
 from megatron_lopd.config import SftConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.pipeline import proofs
-from megatron_lopd.pipeline.resolved import Model, ResolvedRun
+from megatron_lopd.pipeline.foreseen import foresee, plan_elsewhere
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ class SftStage(Stage):
         config = run.sft
         if config.checkpoint is not None:
             _check_elsewhere(run, config)
+            foresee(run, self.name)
             return [f"take {config.checkpoint} as the student after SFT"]
         student = run.student
         student.require()
@@ -48,6 +48,7 @@ class SftStage(Stage):
             )
         if config.data is None:
             proofs.prove_tokenizer(run, run.teacher_parent("generate"), run.student_parent)
+        foresee(run, self.name)
         source = config.data or "the teacher's answers"
         work = f"{length_of(config)} of {config.global_batch_size} samples"
         return [f"fine-tune {student.directory} ({run.student_config.init}) on {source}: {work}"]
@@ -55,7 +56,7 @@ class SftStage(Stage):
     def plan(self, run: ResolvedRun) -> Plan:
         config = run.sft
         if config.checkpoint is not None:
-            return _plan_elsewhere(run, config)
+            return plan_elsewhere(run, config)
         student = run.student_parent
         data = run.manifest(_data_stage(config))
         parents = {"data": artifact_parent(_data_stage(config), data), "student": student}
@@ -70,15 +71,15 @@ class SftStage(Stage):
         config = run.sft
         if config.checkpoint is not None:
             return Output([], {"tokens": 0, "steps": 0})
-        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
+        from megatron_lopd.convert.hf_checkpoint import copy_config, copy_voice
         from megatron_lopd.pipeline.students import lineage_of, train_to_checkpoint, write_student
 
         checkpoint, counts = train_to_checkpoint(_job(run, plan))
         directory, stage = run.directory_of(self.name), _data_stage(config)
         # The student speaks the language it was taught in: its teacher's template and end token.
         hf_dir = directory / "hf"
-        voice = copy_files(run.directory_of(stage) / "tokenizer", hf_dir, VOICE)
-        shutil.copyfile(run.student.directory / "config.json", hf_dir / "config.json")
+        voice = copy_voice(run.directory_of(stage) / "tokenizer", hf_dir)
+        copy_config(run.student.directory, hf_dir)
         lineage = lineage_of("sft", plan.lineage, plan.parents.get("teacher"), {stage: run.manifest(stage)})
         files = write_student(checkpoint, hf_dir, directory / "model", run.recipe.export, lineage)
         assert set(voice) <= set(files)
@@ -123,28 +124,3 @@ def _check_elsewhere(run: ResolvedRun, config: SftConfig) -> None:
             f"sft.checkpoint: {config.checkpoint} does not say which teacher it was fine-tuned on: "
             "declare it with sft.teacher=PATH"
         )
-
-
-def _plan_elsewhere(run: ResolvedRun, config: SftConfig) -> Plan:
-    """A checkpoint of this project proves its teacher by its lineage file; another is declared."""
-    settings = run.training_settings(config)
-    parents = {"student": run.reference.parent}
-    declared = None if config.teacher is None else Model(Path(config.teacher), "sft.teacher").parent
-    carried = read_model_lineage(run.reference.directory)
-    if carried is None or carried.teacher is None:
-        if declared is not None:
-            parents["teacher"] = declared
-        return Plan(settings, parents, "declared")
-    parents["teacher"] = carried.teacher
-    found = []
-    if declared is not None:
-        found.append(
-            prove_same(
-                "the declared teacher is the one the checkpoint was fine-tuned on",
-                proofs.evidence(declared, "sft.teacher"),
-                proofs.evidence(carried.teacher, f"the lineage of {config.checkpoint}"),
-                parts=WHOLE_MODEL,
-                allow=run.recipe.allow_teacher_mismatch,
-            )
-        )
-    return Plan(settings, parents, proofs.status_of(found, carried.status))

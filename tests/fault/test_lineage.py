@@ -13,7 +13,6 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.lineage import read_model_lineage
 from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
 from megatron_lopd.cli import main
@@ -52,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int,
 def test_a_second_run_does_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def files() -> dict[Path, int]:
         found = (root / "run").rglob("*.*")
-        return {path: path.stat().st_mtime_ns for path in found if path.name != CACHE_NAME}
+        return {path: path.stat().st_mtime_ns for path in found}
 
     before = files()
     assert main(["run", "recipe.yaml"]) == 0
