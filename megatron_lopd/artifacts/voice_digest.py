@@ -9,7 +9,6 @@ truncation are not among them: nothing here pads or cuts by the tokenizer.
 from __future__ import annotations
 
 import json
-import re
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_fil
 from megatron_lopd.files.reading import read_bytes, read_object
 
 _RUNTIME_STATE = ("truncation", "padding", "version")
+_TAGS = ("block_begin", "block_end", "variable_begin", "variable_end")
 _CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
@@ -46,7 +46,8 @@ def end_tokens_digest(files: ModelFiles) -> str:
 def chat_template_digest(files: ModelFiles) -> str:
     """Digest of the chat templates, wherever transformers finds them; "none" without one.
 
-    Of the text as Jinja2 reads it, which makes all line ends alike and drops a last one.
+    Of the tokens that Jinja2 reads them as, on which all that it does depends: without comments, the space
+    within tags, and the line break at the end.
     """
     named = _templates(files)
     if not named:
@@ -83,9 +84,17 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def _as_read(template: str) -> str:
-    lines = re.split("\r\n|\r|\n", template)
-    return "\n".join(lines[:-1] if lines[-1] == "" else lines)
+def _as_read(template: str) -> list[list[str]] | str:
+    """What Jinja2 reads it as, set as transformers has it; the text, where it can read nothing."""
+    import jinja2
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    try:
+        tokens = environment.lexer.tokenize(template)
+        # How a tag begins and ends, with the space there, has done its work by then.
+        return [[each.type, "" if each.type in _TAGS else repr(each.value)] for each in tokens]
+    except jinja2.TemplateError:
+        return template
 
 
 def _has(files: ModelFiles, name: str) -> bool:

@@ -42,7 +42,7 @@ def _known(run: ResolvedRun) -> tuple[Manifest | Plan, Parent] | None:
     """What sft made or would make, and the student after it; None where both follow from the teacher."""
     config = run.sft
     if run.is_committed("sft"):
-        return run.manifest("sft"), run.reference.parent
+        return run.unchanged_manifest("sft"), run.reference.parent
     if config.checkpoint is not None:
         plan = plan_elsewhere(run, config)
         return plan, plan.parents["student"]
