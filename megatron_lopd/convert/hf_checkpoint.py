@@ -26,7 +26,7 @@ from megatron_lopd.artifacts.tensor_files import TensorLocation
 from megatron_lopd.artifacts.weights_digest import other_output
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import Architecture
-from megatron_lopd.families.weight_rules import TensorMap, spare_tensors
+from megatron_lopd.families.weight_rules import TensorMap, spare_tensors, tensor_maps
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import (
     TEMPORARY_PREFIX,
@@ -156,6 +156,12 @@ class HFWeights:
         except SafetensorError as error:
             raise DataError(f"{path}: damaged: {error}") from None
         return tensor
+
+
+def check_weights(directory: Path, arch: Architecture) -> None:
+    """Raise DataError, as `HFWeights` and its `check`, unless training could read a checkpoint's weights."""
+    with HFWeights(directory) as weights:
+        weights.check(tensor_maps(arch), arch)
 
 
 class HFWriter:

@@ -39,7 +39,7 @@ class SftStage(Stage):
         student = run.student
         student.require()
         Chat(str(student.directory))
-        check_trainable(student, run.recipe)
+        check_trainable(student, run.recipe, run.student_config.init)
         check_budget(run.recipe, config)
         if config.data is not None and config.teacher is None and run.recipe.train is not None:
             raise ConfigError(

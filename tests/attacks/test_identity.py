@@ -23,10 +23,14 @@ from tests.attacks.model_differences import AMBIGUITIES, DIFFERENCES
 from tests.attacks.model_rewritings import REWRITINGS, Way, make_base
 
 LONG = 220  # of each, by night
+# A second rewriting comes after, but not after those that leave the files elsewhere, nor can it be one that
+# takes what others rewrite away.
+LAST, FIRST = ("sharded", "links as in a hub cache"), ("no generation config",)
 TEXTS = (
     "the 12 and 34+1+1 = 1+1",
     "<|user|>  abc<|assistant|> THE end<|end|>",
     "in the herd, abcd 1234 12.",
+    "a b c h 1 2",
 )
 
 
@@ -92,9 +96,9 @@ def test_what_computes_the_same_is_the_same(
 ) -> None:
     random = Random(seed)
     REWRITINGS[name](random, model)
-    if seed >= len(REWRITINGS) and name not in ("sharded", "links as in a hub cache"):
-        other = random.choice([each for each in REWRITINGS if each not in (name, "no generation config")])
-        REWRITINGS[other](random, model)
+    if seed >= len(REWRITINGS) and name not in LAST:
+        others = [each for each in REWRITINGS if "template" not in each and each not in (name, *FIRST)]
+        REWRITINGS[random.choice(others)](random, model)
     assert fingerprint_model(model).parts() == known
     assert observe(model) == seen, "the rewriting is none"
 
