@@ -29,9 +29,6 @@ _NOT_COMPUTED = (
     "use_cache",
     "_attn_implementation",
     "attn_implementation",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
 )
 
 

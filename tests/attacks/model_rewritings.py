@@ -254,7 +254,6 @@ def write_defaults(random: Random, config: dict[str, Any]) -> None:
         "use_sliding_window": False,
         "sliding_window": None,
         "rms_norm_eps": 1e-06,
-        "output_attentions": False,
         "max_window_layers": 28,
     }
 

@@ -45,8 +45,8 @@ def test_refusals_name_the_tensor_the_file_and_the_way_out(tmp_path: Path) -> No
         "(80, 32): config.json is of another model",
         f"DataError: {surplus}/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias is not part of "
         "the model that config.json describes",
-        f"DataError: {other}/model.safetensors: lm_head.weight is not the embedding, and config.json ties the "
-        "two: training would drop it: set tie_word_embeddings to false, or remove the tensor",
+        f"DataError: {other}/model.safetensors: lm_head.weight is not the embedding, and config.json ties "
+        "the two: training would drop it: set tie_word_embeddings to false, or remove the tensor",
     ]
 
 
