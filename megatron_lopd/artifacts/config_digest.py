@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_lopd.artifacts.digest_cache import digest_of
 from megatron_lopd.artifacts.model_files import ModelFiles
-from megatron_lopd.errors import DataError
+from megatron_lopd.errors import DataError, LopdError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
 from megatron_lopd.files.reading import read_object
 
@@ -65,6 +65,8 @@ def _as_loaded(files: ModelFiles, raw: dict[str, Any]) -> dict[str, Any]:
             for key, value in loaded.to_dict().items()
             if key == "model_type" or key not in default or value != default[key]
         }
+    except LopdError:  # a request to stop
+        raise
     except Exception as error:  # noqa: BLE001 - its validators raise errors of several libraries
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{files.config}: transformers does not load it: {reason}") from None

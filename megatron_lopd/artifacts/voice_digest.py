@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_lopd.artifacts.digest_cache import digest_of, is_kept
 from megatron_lopd.artifacts.model_files import GENERATION, MORE_TEMPLATES, TEMPLATE, ModelFiles
-from megatron_lopd.errors import DataError
+from megatron_lopd.errors import DataError, LopdError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
 from megatron_lopd.files.reading import read_bytes, read_object
 
@@ -38,9 +38,13 @@ def is_loaded(files: ModelFiles) -> bool:
 
 def end_tokens_digest(files: ModelFiles) -> str:
     """Digest of the ids that end a response, of generation_config.json and the tokenizer; or "none"."""
-    named = read_object(files.root / GENERATION).get("eos_token_id") if _has(files, GENERATION) else None
-    ids = {*(named if isinstance(named, list) else [named]), _loaded(files)["end"]} - {None}
-    return sha256_bytes(canonical_json(sorted(ids, key=repr))) if ids else "none"
+    path = files.root / GENERATION
+    named = read_object(path).get("eos_token_id") if _has(files, GENERATION) else None
+    ids = [each for each in (named if isinstance(named, list) else [named]) if each is not None]
+    if not all(type(each) is int for each in ids):
+        raise DataError(f"{path}: eos_token_id {named!r}: it must be a token's id, or a list of them")
+    found = {*ids, _loaded(files)["end"]} - {None}
+    return sha256_bytes(canonical_json(sorted(found))) if found else "none"
 
 
 def chat_template_digest(files: ModelFiles) -> str:
@@ -126,6 +130,8 @@ def _load(files: ModelFiles) -> str:
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.root, trust_remote_code=False, local_files_only=True)
+    except LopdError:  # a request to stop
+        raise
     except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower one
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{files.root}: its tokenizer does not load: {reason}") from None

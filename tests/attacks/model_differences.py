@@ -263,3 +263,30 @@ AMBIGUITIES: dict[str, Way] = {
     "a folder": instead(Path.mkdir),
     "a pipe": instead(os.mkfifo),
 }
+
+
+ODD = [None, True, -1, 0, 1e308, "", [], {}, "x" * 50, {"type": "Sequence"}, [None], 2**70]
+
+
+def _spoilt(random: Random, value: Any) -> Any:
+    """A JSON value with something else in one place, or one key less."""
+    if not value or not isinstance(value, dict | list) or random.random() < 0.15:
+        return random.choice(ODD)
+    copy = value.copy()
+    key = random.choice(list(value)) if isinstance(value, dict) else random.randrange(len(value))
+    if isinstance(copy, dict) and random.random() < 0.15:
+        del copy[key]
+    else:
+        copy[key] = _spoilt(random, value[key])
+    return copy
+
+
+def spoil(random: Random, model: Path) -> None:
+    """One JSON file, in one or two places."""
+    path = model / random.choice(
+        ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"]
+    )
+    value = read(path)
+    for _ in range(random.randint(1, 2)):
+        value = _spoilt(random, value)
+    path.write_text(json.dumps(value))

@@ -82,7 +82,7 @@ def rope(**values: Any) -> Way:
     """Keys of its rope_parameters."""
     return edit(
         "config.json",
-        lambda random, value: value["rope_parameters"].update(
+        lambda random, value: value.get("rope_parameters", value).update(
             {key: each(random) if callable(each) else each for key, each in values.items()}
         ),
     )
@@ -226,7 +226,7 @@ def added_tokens_in_config(random: Random, model: Path) -> None:
 
 
 def rope_spelt_as_before(random: Random, config: dict[str, Any]) -> None:
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config |= {"rope_theta": config.pop("rope_parameters", config)["rope_theta"]}
 
 
 def drop_defaults(random: Random, config: dict[str, Any]) -> None:

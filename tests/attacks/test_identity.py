@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import WHOLE_MODEL, Evidence, prove_same
 from megatron_lopd.errors import DataError, LineageError
-from tests.attacks.model_differences import AMBIGUITIES, DIFFERENCES
+from tests.attacks.model_differences import AMBIGUITIES, DIFFERENCES, spoil
 from tests.attacks.model_rewritings import REWRITINGS, Way, make_base
 
 LONG = 220  # of each, by night
@@ -121,3 +121,17 @@ def test_what_loaders_read_differently_is_refused_in_a_line(model: Path, name: s
         fingerprint_model(model)
     assert str(model) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "seed"), ways({"spoilt": spoil}, 30))
+def test_what_is_spoilt_is_refused_in_a_line_or_is_what_it_says(
+    model: Path, known: dict[str, str], seen: dict[str, Any], name: str, seed: int
+) -> None:
+    spoil(Random(seed), model)
+    try:
+        found = fingerprint_model(model).parts()
+    except DataError as error:
+        assert "\n" not in str(error)
+        return
+    if found == known:
+        assert observe(model) == seen

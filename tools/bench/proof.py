@@ -128,7 +128,7 @@ def make_model(directory: Path, size: float) -> Path:
         if 2 * sum(map(elements, [*shards[-1].values(), shape])) > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = shape
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = f"model-{number}.safetensors"
         places |= dict.fromkeys(shard, file)
