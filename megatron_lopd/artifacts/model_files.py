@@ -62,10 +62,14 @@ class ModelFiles:
     code: tuple[Path, ...]
 
     @property
+    def of_weights(self) -> list[Path]:
+        """The weights, and their index where there is one."""
+        return [*self.weights, *(path for path in (self.root / INDEX,) if self.weights and path.exists())]
+
+    @property
     def all(self) -> list[Path]:
-        """Every one, and the index of the weights."""
-        index = [path for path in (self.root / INDEX,) if path.exists()]
-        return [self.config, *self.weights, *index, *self.voice, *self.code]
+        """Every one."""
+        return [self.config, *self.of_weights, *self.voice, *self.code]
 
     def tensors(self) -> list[TensorLocation]:
         """Every tensor, in the order of the files.

@@ -50,12 +50,12 @@ def weights_digest(files: ModelFiles) -> str:
         tensors = files.tensors()
         return _of_rows(tensors, _digests(tensors, (xxhash.xxh3_128,))[0])
 
-    return checked_digest_of(_PART, files.weights, make, check)
+    return checked_digest_of(_PART, files.of_weights, make, check)
 
 
 def is_hashed(files: ModelFiles) -> bool:
     """Whether `weights_digest` would take nothing anew within `relying_on_hints`."""
-    return is_kept(_PART, files.weights)
+    return is_kept(_PART, files.of_weights)
 
 
 def other_output(tensors: Sequence[TensorLocation]) -> TensorLocation | None:

@@ -61,7 +61,7 @@ class HFWeights:
         self.directory = Path(directory)
         self._locations: dict[str, TensorLocation] = {}
         files = model_files(self.directory)
-        self._files = [files.config, *files.weights]
+        self._files = [files.config, *files.of_weights]
         self._stamps = stamps_of(self._files)
         for location in files.tensors():
             self._locations[location.name] = location

@@ -229,6 +229,22 @@ def test_no_stamp_of_before_covers_a_change(
         assert fingerprint_model(model).weights != before.weights
 
 
+def test_an_index_that_changes_alone_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
+) -> None:
+    model = make_model(tmp_path / "model", shards=2)
+    settle(monkeypatch)
+    fingerprint_model(model)
+    index = model / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    first, second = sorted(set(places.values()))
+    swapped = {name: second if place == first else first for name, place in places.items()}
+    index.write_text(json.dumps({"weight_map": swapped}))
+    another_command(monkeypatch)
+    with relying_on_hints(), pytest.raises(DataError, match=r"index\.json: tensor"):
+        fingerprint_model(model)
+
+
 def test_bits_that_rot_under_an_old_stamp_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
 ) -> None:
