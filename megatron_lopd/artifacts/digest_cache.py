@@ -1,33 +1,59 @@
-"""Digests that need not be taken twice: of files that are, by all that their directory says, as they were.
+"""Digests that need not be taken twice: hints, in a directory of the user's, and never evidence.
 
-A digest is kept beside the files it is of, or where that directory cannot be written, in the user's cache
-(LOPD_CACHE, or lopd below XDG_CACHE_HOME), where the other processes of the same user find it. It counts only
-while every file has the inode, size and times that it had: any write, and any copy, changes one of them.
+A hint is of files that are, by device, inode, size and times, what they were when they were hashed. Where
+work begins, files are hashed whatever a hint says, once a session: by the command and the processes that it
+starts. Where nothing is begun (`relying_on_hints`: a committed stage looked at again, --dry-run, doctor,
+status), a hint spares that. Nothing beside the files themselves is read, for whoever made them made that too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_lopd.errors import DataError
-from megatron_lopd.files.reading import read_json
-from megatron_lopd.files.writing import atomic_write_json
+from megatron_lopd.files.reading import read_json, reading
+from megatron_lopd.files.writing import atomic_write_text
 
-CACHE_NAME = ".lopd_fingerprint.json"
 CACHE_VARIABLE = "LOPD_CACHE"
+SESSION_VARIABLE = "LOPD_SESSION"  # in the environment of a command's processes: who hashed what for it
+DIRECTORY = "digests"
+# A file that changed less than this before it was hashed could change again within the clock tick of its file
+# system, and bear the same stamp. File systems count in 2 s at the coarsest.
+RACY_SECONDS = 2.0
+_relying: ContextVar[bool] = ContextVar("relying", default=False)
+_kept_here: dict[tuple[str, str], _Entry] = {}  # by this process, wherever it may write
+_hashed: dict[str, list[int]] = {}  # stamps of the files that this process has taken digests of, or was told
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """`files`: [path, *stamp] of each. `check`: a faster digest of the same bytes, where there is one."""
+
+    files: list[list[Any]]
+    digest: str
+    check: str
+    session: str
 
 
 def stamp(path: Path) -> list[int]:
-    """What changes when a file is written or replaced: inode, bytes, time of its content, time of change.
+    """What changes when a file is written or replaced: device, inode, bytes, time of content, of change.
 
-    Times in nanoseconds since the epoch.
+    Times in nanoseconds since the epoch. Raises DataError where it cannot be looked at.
     """
-    found = path.stat()
-    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    with reading(path):
+        found = path.stat()
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def user_cache() -> Path:
@@ -37,64 +63,137 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lopd"
 
 
-def digest_of(
-    root: Path, part: str, files: Sequence[Path], about: Mapping[str, Any], make: Callable[[], str]
-) -> str:
-    """The digest `make()` takes of `files` below `root`, kept under the name `part`.
-
-    `about` is what else it depends on, as JSON values.
-    """
-    key = _key(root, files, about)
-    found = _lookup(root, part, key)
-    if found is None:
-        found = make()
-        _keep(root, part, {"key": key, "digest": found})
-    return found
-
-
-def is_kept(root: Path, part: str, files: Sequence[Path], about: Mapping[str, Any]) -> bool:
-    """Whether `digest_of` would take nothing anew."""
-    return _lookup(root, part, _key(root, files, about)) is not None
-
-
-def _key(root: Path, files: Sequence[Path], about: Mapping[str, Any]) -> dict[str, Any]:
-    # The path too: a directory that was copied with its cache is another.
-    return {
-        "path": str(root.resolve()),
-        "files": {str(path.relative_to(root)): stamp(path) for path in files},
-        **about,
-    }
-
-
-def _places(root: Path) -> tuple[Path, Path]:
-    """Beside the files, and in the user's cache."""
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()
-    return root / CACHE_NAME, user_cache() / "fingerprints" / f"{name}.json"
-
-
-def _lookup(root: Path, part: str, key: dict[str, Any]) -> str | None:
-    for place in _places(root):
-        entry = _read(place).get(part)
-        if isinstance(entry, dict) and entry.get("key") == key and isinstance(entry.get("digest"), str):
-            return str(entry["digest"])
-    return None
-
-
-def _keep(root: Path, part: str, entry: dict[str, Any]) -> None:
-    """In the first place that can be written; nowhere, where none can: it will be taken again."""
-    for place in _places(root):
-        try:
-            if place.parent != root or os.access(root, os.W_OK):
-                atomic_write_json(place, _read(place) | {part: entry})
-                return
-        except (OSError, DataError):  # a full disk; a file system that is read-only whatever the modes say
-            continue
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What was kept; nothing when there is none or it cannot be read, for it can be made again."""
+@contextmanager
+def relying_on_hints() -> Iterator[None]:
+    """Within it a file whose stamp is that of a hint is not hashed again: for looking, not for beginning."""
+    token = _relying.set(True)
     try:
-        kept = read_json(path)
+        yield
+    finally:
+        _relying.reset(token)
+
+
+def digest_of(part: str, files: Sequence[Path], make: Callable[[], str]) -> str:
+    """The digest `make()` takes of `files`, all of one directory. `part`: what of it, and how it is taken.
+
+    Raises DataError when a file is written meanwhile.
+    """
+    return checked_digest_of(part, files, lambda: (make(), ""), None)
+
+
+def checked_digest_of(
+    part: str,
+    files: Sequence[Path],
+    make: Callable[[], tuple[str, str]],
+    check: Callable[[], str] | None,
+) -> str:
+    """As `digest_of`, of what takes long. `make()` is the digest with a faster one of the same bytes.
+
+    What was hashed before and bears the same stamp since is hashed by `check()` alone, the faster one: that
+    tells bit rot, and a stamp that lies would have to go with a collision as well.
+    """
+    before = stamps_of(files)
+    _hashed.update({path: times for path, *times in before})
+    hint = _find(part, files, before)
+    if hint is not None and (_relying.get() or hint.session == _session()):
+        return hint.digest
+    started = time.time()
+    if hint is not None and check is not None and hint.check and check() == hint.check:
+        digest, faster = hint.digest, hint.check
+    else:
+        digest, faster = make()
+    require_unchanged(before, "hashed")
+    newest = max((max(times[4:]) for times in before), default=0)
+    if newest < (started - RACY_SECONDS) * 1e9:
+        _keep(part, files, _Entry(before, digest, faster, _session()))
+    return digest
+
+
+def is_kept(part: str, files: Sequence[Path]) -> bool:
+    """Whether `digest_of` would take nothing anew within `relying_on_hints`."""
+    return _find(part, files, stamps_of(files)) is not None
+
+
+def require_unchanged(stamps: Sequence[Sequence[Any]], done: str) -> None:
+    """DataError, naming the file, unless each of `stamps`, as `stamps_of`, is the file's stamp still."""
+    for path, *was in stamps:
+        if stamp(Path(path)) != was:
+            raise DataError(f"{path}: changed while it was {done}: leave it alone, and start again")
+
+
+def require_as_hashed(files: Sequence[Path]) -> None:
+    """DataError, naming the file, where one is not as it was when this process had its digest.
+
+    What was read in between is then what was hashed: nothing else holds the two together.
+    """
+    for path, *now in stamps_of(files):
+        if _hashed.get(path, now) != now:
+            raise DataError(f"{path}: changed since it was hashed: leave it alone, and start again")
+
+
+def stamps_of(files: Sequence[Path]) -> list[list[Any]]:
+    """[path, *stamp] of each."""
+    return [[str(path.absolute()), *stamp(path)] for path in files]
+
+
+def _session() -> str:
+    return os.environ.setdefault(SESSION_VARIABLE, uuid.uuid4().hex)
+
+
+def _place(files: Sequence[Path]) -> Path:
+    """Of the hints on all that is in a directory. Of another machine's files nothing is known here."""
+    name = f"{os.uname().nodename}:{files[0].parent.absolute()}"
+    return user_cache() / DIRECTORY / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+
+
+def _find(part: str, files: Sequence[Path], stamps: list[list[Any]]) -> _Entry | None:
+    if not files:
+        return None
+    entry = _kept_here.get((part, stamps[0][0]))
+    if entry is None or entry.files != stamps:
+        entry = _entry(_read(_place(files)).get(part))
+    return entry if entry is not None and entry.files == stamps else None
+
+
+def _entry(raw: Any) -> _Entry | None:
+    try:
+        entry = _Entry(**raw)
+    except TypeError:
+        return None
+    named = isinstance(entry.digest, str) and isinstance(entry.check, str)
+    return entry if named and isinstance(entry.files, list) else None
+
+
+def _keep(part: str, files: Sequence[Path], entry: _Entry) -> None:
+    """For this process; and for others where the user's directory can be written, which it need not be."""
+    if not files:
+        return
+    _kept_here[part, entry.files[0][0]] = entry
+    place = _place(files)
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_private(place.parent):
+            atomic_write_text(place, json.dumps(_read(place) | {part: vars(entry)}), permissions=0o600)
+    except (OSError, DataError):  # a full disk, one that is read-only: it will be taken again
+        return
+
+
+def _is_private(path: Path) -> bool:
+    """Whether nobody but this user can have written it."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    kinds = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
+    return kinds and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _read(place: Path) -> dict[str, Any]:
+    """What was kept; nothing when there is none, or others could have written it: it can be made again."""
+    if not (_is_private(place.parent) and _is_private(place)):
+        return {}
+    try:
+        kept = read_json(place, follow_links=False)
     except (DataError, OSError):
         return {}
     return kept if isinstance(kept, dict) else {}

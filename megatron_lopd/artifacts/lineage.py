@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.fingerprint import Fingerprint, weights_digest
+from megatron_lopd.artifacts.fingerprint import Fingerprint
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
+from megatron_lopd.artifacts.model_files import model_files
+from megatron_lopd.artifacts.weights_digest import weights_digest
 from megatron_lopd.errors import DataError, LineageError
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import atomic_write_json
 
 LINEAGE_FILE = "lopd_lineage.json"
 LINEAGE_FORMAT = "lopd-model-lineage"
+_VERSION = 2  # of the digests in it, too
 OVERRIDE = "allow_teacher_mismatch=true"
-WHOLE_MODEL = ("weights", "config", "tokenizer", "chat_template")
+WHOLE_MODEL = ("weights", "config", "tokenizer", "chat_template", "end_tokens")
 _WORST_LAST: tuple[LineageStatus, ...] = ("proved", "declared", "overridden")
 
 
@@ -110,7 +113,7 @@ def write_model_lineage(directory: Path, lineage: ModelLineage) -> None:
     teacher = lineage.teacher
     plain = {
         "format": LINEAGE_FORMAT,
-        "version": 1,
+        "version": _VERSION,
         "model": lineage.model,
         "made_by": lineage.made_by,
         "status": lineage.status,
@@ -135,12 +138,17 @@ def read_model_lineage(directory: str | Path) -> ModelLineage | None:
             raise DataError(
                 f"{path}: not a lineage file of this project: remove it to treat the model as foreign"
             )
+        if raw["version"] != _VERSION:
+            raise DataError(
+                f"{path}: of version {raw['version']}, this program reads {_VERSION}: another release wrote "
+                "it: remove it to treat the model as foreign"
+            )
         teacher = raw["teacher"] and Parent("model", raw["teacher"]["path"], raw["teacher"]["digests"])
         lineage = ModelLineage(raw["model"], raw["made_by"], raw["status"], teacher, raw["chain"])
         recorded = lineage.model["weights"]
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged: a part is missing ({error}): restore it") from None
-    actual = weights_digest(Path(directory))
+    actual = weights_digest(model_files(directory))
     if recorded != actual:
         raise LineageError(
             f"refused: {path} describes weights {short(recorded)}, but those beside it are {short(actual)}: "

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_lopd.artifacts.digest_cache import relying_on_hints
 from megatron_lopd.config import load_recipe
 from megatron_lopd.errors import (
     ConfigError,
@@ -51,6 +52,7 @@ class Command:
         return [name, self.recipe_path, *self.overrides]
 
 
+@relying_on_hints()
 def describe(run: ResolvedRun, names: Sequence[str]) -> list[str]:
     """Check the recipe for the named stages and say what each would do, a line each."""
     check_run_dir(run)

@@ -19,11 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_lopd.artifacts.fingerprint import TensorLocation, safetensors_files, tensor_locations
+from megatron_lopd.artifacts.digest_cache import require_as_hashed, require_unchanged, stamps_of
 from megatron_lopd.artifacts.lineage import LINEAGE_FILE
+from megatron_lopd.artifacts.model_files import CONFIG, INDEX, model_files, voice_files
+from megatron_lopd.artifacts.tensor_files import TensorLocation
+from megatron_lopd.artifacts.weights_digest import other_output
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import Architecture
-from megatron_lopd.families.weight_rules import TensorMap, spare_tensors
+from megatron_lopd.families.weight_rules import TensorMap, spare_tensors, tensor_maps
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import (
     TEMPORARY_PREFIX,
@@ -42,45 +45,26 @@ DTYPE_NAMES = {
     torch.float16: "float16",
     torch.float64: "float64",
 }
-INDEX = "model.safetensors.index.json"
-# What a model needs to speak: its tokenizer, chat template and end tokens.
-VOICE = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-# What makes a model directory whole beside its weights; anything else in it (caches, logs,
-# manifests) belongs to that directory alone.
-COMPANIONS = (*VOICE, "LICENSE*", "NOTICE*")
-_CARRIED = ("config.json", *COMPANIONS)
+# What comes along without being the model's.
+_NOTICES = ("LICENSE*", "NOTICE*")
 
 
 class HFWeights:
     """The weights of a checkpoint directory, read tensor by tensor and slice by slice.
 
-    One file is mapped at a time, so the memory in use stays below one shard. A context manager.
+    One file is mapped at a time, so the memory in use stays below one shard. A context manager, whose end
+    raises DataError where a file changed meanwhile, or is not as it was when this process hashed it.
     Raises DataError when a file is missing or malformed, or holds a dtype that is not a float.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._locations: dict[str, TensorLocation] = {}
-        for path in safetensors_files(self.directory):
-            for location in tensor_locations(path):
-                if location.name in self._locations:
-                    first = self._locations[location.name].path.name
-                    raise DataError(f"{path}: tensor {location.name} is in {first} too: remove one of them")
-                self._locations[location.name] = location
+        files = model_files(self.directory)
+        self._files = [files.config, *files.of_weights]
+        self._stamps = stamps_of(self._files)
+        for location in files.tensors():
+            self._locations[location.name] = location
         self._open_path: Path | None = None
         self._open_file: Any = None
 
@@ -91,11 +75,14 @@ class HFWeights:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open_path = self._open_file = None
+        if error is None:
+            require_unchanged(self._stamps, "read")
+            require_as_hashed(self._files)
 
     def check(self, maps: Sequence[TensorMap], arch: Architecture) -> None:
         """Raise DataError unless the checkpoint holds every tensor of `maps`, those of `arch`, and no other.
 
-        Rotary frequency buffers, and an output layer beside the embedding it is tied to, may be there.
+        Rotary frequency buffers, and an output layer equal to the embedding it is tied to, may be there.
         """
         spare = spare_tensors(arch)
         wanted = {part for item in maps for part in item.parts}
@@ -111,6 +98,15 @@ class HFWeights:
                     f"{self._locations[name].path}: tensor {name} is not part of the model that "
                     "config.json describes"
                 )
+        if arch.tied:
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        if (other := other_output(list(self._locations.values()))) is not None:
+            raise DataError(
+                f"{other.path}: {other.name} is not the embedding, and config.json ties the two: training "
+                "would drop it: set tie_word_embeddings to false, or remove the tensor"
+            )
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -160,6 +156,12 @@ class HFWeights:
         except SafetensorError as error:
             raise DataError(f"{path}: damaged: {error}") from None
         return tensor
+
+
+def check_weights(directory: Path, arch: Architecture) -> None:
+    """Raise DataError, as `HFWeights` and its `check`, unless training could read a checkpoint's weights."""
+    with HFWeights(directory) as weights:
+        weights.check(tensor_maps(arch), arch)
 
 
 class HFWriter:
@@ -235,25 +237,43 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> list[str]:
-    """Copy what matches `patterns`, byte for byte; returns the names, relative to `source`."""
-    names = [str(path.relative_to(source)) for pattern in patterns for path in sorted(source.glob(pattern))]
+def copy_voice(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, chat templates and end tokens, byte for byte; returns their names in `source`."""
+    return _copy(source, target, voice_files(source))
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """As `copy_voice`, with licences: what makes a directory of weights and a config whole."""
+    notices = [path for pattern in _NOTICES for path in sorted(source.glob(pattern)) if path.is_file()]
+    return _copy(source, target, [*voice_files(source), *notices])
+
+
+def copy_config(source: Path, target: Path) -> list[str]:
+    """As `copy_voice`, of config.json and the code that it names."""
+    files = model_files(source, weights=False)
+    return _copy(source, target, [files.config, *files.code])
+
+
+def _copy(source: Path, target: Path, files: Sequence[Path]) -> list[str]:
+    names = [str(path.relative_to(source)) for path in files]
     for name in names:
         copy_file(source / name, target / name)
     return names
 
 
 def carry_over(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """Copy config, tokenizer, generation config and chat template, byte for byte.
+    """Copy config, tokenizer, generation config, chat templates and licences, byte for byte.
 
     dtype None says that the weights are `source`'s own, unchanged: their lineage then goes along.
     Otherwise, where config.json declares another dtype, that key alone is rewritten.
     """
-    copy_files(source, target, _CARRIED if dtype is not None else (*_CARRIED, LINEAGE_FILE))
+    copy_config(source, target)
+    copy_companions(source, target)
     if dtype is None:
+        _copy(source, target, [path for path in (source / LINEAGE_FILE,) if path.exists()])
         return
-    config = read_json(target / "config.json")
+    config = read_json(target / CONFIG)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     if any(config.get(key) != DTYPE_NAMES[dtype] for key in keys):
         config.update(dict.fromkeys(keys, DTYPE_NAMES[dtype]))
-        atomic_write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
+        atomic_write_text(target / CONFIG, json.dumps(config, indent=2) + "\n")

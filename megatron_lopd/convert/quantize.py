@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_lopd.artifacts.fingerprint import safetensors_files, tensor_locations
-from megatron_lopd.convert.hf_checkpoint import COMPANIONS, copy_files
+from megatron_lopd.artifacts.model_files import model_files
+from megatron_lopd.convert.hf_checkpoint import copy_companions
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.errors import ConfigError, EngineError, NotInstalled
@@ -72,7 +72,7 @@ def _quantize(model_dir: Path, out_dir: Path, rollout_dir: Path, samples: int) -
         mtq.quantize(model, mtq.FP8_DEFAULT_CFG, calibrate)
         export_hf_checkpoint(model, dtype=model.dtype, export_dir=out_dir)
     _require_quantized(model_dir, out_dir)
-    copy_files(model_dir, out_dir, COMPANIONS)
+    copy_companions(model_dir, out_dir)
 
 
 def _calibration(rollout_dir: Path, samples: int) -> list[torch.Tensor]:
@@ -88,7 +88,7 @@ def _calibration(rollout_dir: Path, samples: int) -> list[torch.Tensor]:
 
 def _require_quantized(model_dir: Path, out_dir: Path) -> None:
     """Raise ConfigError unless every projection is FP8: modelopt passes over what it does not know."""
-    places = [place for path in safetensors_files(out_dir) for place in tensor_locations(path)]
+    places = model_files(out_dir).tensors()
     projections = [place for place in places if place.name.endswith("_proj.weight")]
     left = sorted(place.name for place in projections if place.dtype != "F8_E4M3")
     if left or not projections:

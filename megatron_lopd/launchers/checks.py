@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_lopd.artifacts.digest_cache import relying_on_hints
 from megatron_lopd.commands.run import check_run_dir
 from megatron_lopd.config import Cluster, Recipe
 from megatron_lopd.errors import ConfigError, EngineError, NotInstalled
@@ -56,6 +57,7 @@ def _same_path(mount: str) -> Path | None:
     return Path(source) if Path(source) == Path(target) else None
 
 
+@relying_on_hints()
 def check_recipe(jobs: Sequence[Job], recipe: Recipe) -> list[str]:
     """Each stage's own check, but for what a login node, outside any container, cannot have.
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_lopd.config import AgreementConfig, EngineConfig, ScoreConfig, deciding, to_plain
+from megatron_lopd.convert.hf_checkpoint import check_weights
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.data.schemas import ROLLOUTS
@@ -41,12 +42,16 @@ P99_SCALE, MAX_SCALE = 10.0, 100.0
 
 
 def check_engine(engine: EngineConfig, model_dir: Path) -> None:
-    """Raise ConfigError unless the model can be split and its numbers computed as `engine` says, here."""
+    """Raise ConfigError unless the model can be split and its numbers computed as `engine` says, here.
+
+    And DataError where an engine of ranks, which is the trainer's, could not read its weights.
+    """
     layout = engine.options.layout
     if layout is not None:
         arch = read_architecture(model_dir)
         check_layout(arch, layout)
         check_precision(arch, layout, engine.fp8)
+        check_weights(model_dir, arch)
 
 
 def check_agreement(

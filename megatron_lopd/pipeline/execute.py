@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 import megatron_lopd
+from megatron_lopd.artifacts.digest_cache import relying_on_hints, require_as_hashed
 from megatron_lopd.artifacts.manifest import (
     MANIFEST,
     Manifest,
@@ -22,6 +23,7 @@ from megatron_lopd.artifacts.manifest import (
     load_manifest,
     refuse_links,
 )
+from megatron_lopd.artifacts.model_files import model_files
 from megatron_lopd.artifacts.unchanged import remember
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
 from megatron_lopd.files.reading import read_object
@@ -84,6 +86,7 @@ def _make(stage: Stage, run: ResolvedRun, plan: Plan, started: float) -> None:
         _record_seconds(directory, time.monotonic() - started)
         raise
     _record_seconds(directory, time.monotonic() - started)
+    _require_models(plan)
     plan = stage.complete(run, plan)
     manifest = commit(
         directory,
@@ -96,6 +99,15 @@ def _make(stage: Stage, run: ResolvedRun, plan: Plan, started: float) -> None:
         lineage=plan.lineage,
     )
     remember(directory, manifest)
+
+
+def _require_models(plan: Plan) -> None:
+    """DataError where a model that was hashed for the plan is there and has changed since."""
+    for parent in plan.parents.values():
+        directory = Path(parent.path)
+        if parent.kind == "model" and directory.is_dir():
+            files = model_files(directory, weights=not parent.digests["weights"].startswith("random"))
+            require_as_hashed(files.all)
 
 
 def _execute_shared(stage: SharedStage, run: ResolvedRun, plan: Plan) -> None:
@@ -155,10 +167,12 @@ def _open_lock(directory: Path) -> IO[str]:
     return open_to_append(directory / LOCK_FILE, ConfigError)
 
 
+@relying_on_hints()
 def check_unchanged(stage: Stage, run: ResolvedRun) -> None:
     """A committed stage must be what the recipe would make now, and its files what it committed.
 
-    Raises LineageError or DataError.
+    Nothing is made of it, so that models which look as they did are not hashed. Raises LineageError or
+    DataError.
     """
     directory = run.directory_of(stage.name)
     manifest = run.unchanged_manifest(stage.name, stage.kind)

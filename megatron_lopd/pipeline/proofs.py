@@ -16,6 +16,7 @@ from megatron_lopd.artifacts.lineage import (
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
 from megatron_lopd.errors import DataError, LineageError
 from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import Plan
 
 SAME_TEACHER = "the teacher that scores is the teacher that answered"
 SAME_STUDENT = "the student that sampled is the student being trained"
@@ -71,8 +72,11 @@ def _made_by_sft(run: ResolvedRun) -> Parent:
     return Parent("model", str(directory), lineage.model)
 
 
-def prove_teacher(run: ResolvedRun, sft: Manifest, scoring: Parent) -> list[Proof]:
-    """Teacher consistency (arXiv 2604.13010): who scores is who answered. LineageError when not."""
+def prove_teacher(run: ResolvedRun, sft: Manifest | Plan, scoring: Parent) -> list[Proof]:
+    """Teacher consistency (arXiv 2604.13010): who scores is who answered. LineageError when not.
+
+    `sft`: what sft has made, or what it would make.
+    """
     answered = sft.parents.get("teacher")
     if answered is None:
         raise LineageError(

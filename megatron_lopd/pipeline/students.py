@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
 from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig
+from megatron_lopd.convert.hf_checkpoint import check_weights
 from megatron_lopd.convert.offline import megatron_to_hf
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import check_layout
@@ -30,8 +30,13 @@ from megatron_lopd.training.loop import run_training
 from megatron_lopd.training.preflight import TOLERANCES, Preflight
 
 
-def check_trainable(model: Model, recipe: Recipe) -> None:
-    """Raise ConfigError unless the model can be split and its numbers computed as the recipe says, here."""
+def check_trainable(
+    model: Model, recipe: Recipe, init: Literal["pretrained", "random"] = "pretrained"
+) -> None:
+    """Raise ConfigError unless the model can be split and its numbers computed as the recipe says, here.
+
+    And DataError where it begins with its weights, and they are not those of its config.json.
+    """
     require_usable()
     require_one_kind(recipe.parallel.processes)
     architecture = model.architecture
@@ -39,6 +44,8 @@ def check_trainable(model: Model, recipe: Recipe) -> None:
     check_precision(architecture, recipe.parallel, recipe.fp8)
     grouped = compat.takes_transformer_engine(recipe.precision)
     check_recompute(architecture, recipe.parallel, recipe.fp8, grouped=grouped)
+    if init == "pretrained":
+        check_weights(model.directory, architecture)
 
 
 def check_budget(recipe: Recipe, config: TrainingConfig) -> None:
@@ -139,7 +146,7 @@ def seal_model(out_dir: Path, lineage: ModelLineage) -> list[str]:
     """Write the lineage of the model in `out_dir`, with its fingerprint; returns its files, relative."""
     model = fingerprint_model(out_dir).parts()
     write_model_lineage(out_dir, ModelLineage(**(vars(lineage) | {"model": model})))
-    files = (path for path in out_dir.rglob("*") if path.is_file() and path.name != CACHE_NAME)
+    files = (path for path in out_dir.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(out_dir)) for path in files)
 
 

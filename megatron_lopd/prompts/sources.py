@@ -80,7 +80,7 @@ class PromptSet:
         code = [sha256_file(Path(inspect.getfile(each))) for each in (type(reader), read_prompts)]
         how = canonical_json([asdict(self._source) | {"path": None}, code])
         part = f"prompts {file.name} {sha256_bytes(how)}"
-        return digest_of(file.parent, part, [file], {}, lambda: _digest_of_prompts(self.prompts))
+        return digest_of(part, [file], lambda: _digest_of_prompts(self.prompts))
 
     def _reader(self) -> Reader | None:
         """What reads the prompts, where that and one file decide what they say: a user's may read others."""

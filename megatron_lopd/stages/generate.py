@@ -41,11 +41,11 @@ class GenerateStage(SharedStage):
         make_parts([rollout_work(answering_job(run.generate, plan), run.generate.directory)])
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
+        from megatron_lopd.convert.hf_checkpoint import copy_voice
         from megatron_lopd.pipeline.shard_jobs import answering_job, rollout_output
 
         directory, engine = run.generate.directory, run.generate.config.engine
         made = rollout_output(answering_job(run.generate, plan), directory)
-        voice = copy_files(run.teacher.directory, directory / "tokenizer", VOICE)
+        voice = copy_voice(run.teacher.directory, directory / "tokenizer")
         files = [*made.files, *(f"tokenizer/{name}" for name in voice)]
         return Output(files, made.counts, kind_of(engine).versions(engine))

@@ -47,7 +47,10 @@ class OnlineStage(Stage):
         run.teacher.check()
         check_top_k(run)
         # Where sft has not run: the student will be shaped like the base.
-        check_trainable(run.reference if run.reference.directory.exists() else run.student, recipe)
+        if run.reference.directory.exists():
+            check_trainable(run.reference, recipe)
+        else:
+            check_trainable(run.student, recipe, run.student_config.init)
         require_fp8(recipe.fp8, capabilities())
         check_budget(recipe, config)
         if recipe.prompts.eval is not None:

@@ -9,6 +9,7 @@ from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline import proofs
+from megatron_lopd.pipeline.foreseen import foresee
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
 
@@ -30,6 +31,7 @@ class RolloutStage(SharedStage):
     def check(self, run: ResolvedRun) -> list[str]:
         part = run.rollout
         part.check()
+        foresee(run, self.name)
         kind_of(part.config.engine).require(part.config.engine, "rollout")
         count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
         return [f"the student after SFT answers {count} prompts, {each} each, once"]

@@ -10,6 +10,7 @@ from megatron_lopd.config import AgreementConfig, EngineConfig, deciding
 from megatron_lopd.engines import EngineKind, kind_of
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.pipeline import proofs
+from megatron_lopd.pipeline.foreseen import foresee
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
 
@@ -34,6 +35,7 @@ class ScoreStage(SharedStage):
         from megatron_lopd.pipeline.engine_gate import check_engine
 
         teacher, top_k, gate = run.teacher.directory, run.scoring.top_k, run.scoring.agreement
+        foresee(run, self.name)
         if teacher.exists():  # once it has scored, it may be gone
             check_top_k(run)
             for engine in _engines(run):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lopd.artifacts.lineage import WHOLE_MODEL, artifact_parent, prove_same, read_model_lineage
+from megatron_lopd.artifacts.lineage import artifact_parent, read_model_lineage
 from megatron_lopd.artifacts.manifest import copy_committed
 from megatron_lopd.config import SftConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.pipeline import proofs
-from megatron_lopd.pipeline.resolved import Model, ResolvedRun
+from megatron_lopd.pipeline.foreseen import foresee, plan_elsewhere
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 
 if TYPE_CHECKING:
@@ -36,11 +35,12 @@ class SftStage(Stage):
         config = run.sft
         if config.checkpoint is not None:
             _check_elsewhere(run, config)
+            foresee(run, self.name)
             return [f"take {config.checkpoint} as the student after SFT"]
         student = run.student
         student.require()
         Chat(str(student.directory))
-        check_trainable(student, run.recipe)
+        check_trainable(student, run.recipe, run.student_config.init)
         check_budget(run.recipe, config)
         if config.data is not None and config.teacher is None and run.recipe.train is not None:
             raise ConfigError(
@@ -49,6 +49,7 @@ class SftStage(Stage):
             )
         if config.data is None:
             proofs.prove_tokenizer(run, run.teacher_parent("generate"), run.student_parent)
+        foresee(run, self.name)
         source = config.data or "the teacher's answers"
         work = f"{length_of(config)} of {config.global_batch_size} samples"
         return [f"fine-tune {student.directory} ({run.student_config.init}) on {source}: {work}"]
@@ -56,7 +57,7 @@ class SftStage(Stage):
     def plan(self, run: ResolvedRun) -> Plan:
         config = run.sft
         if config.checkpoint is not None:
-            return _plan_elsewhere(run, config)
+            return plan_elsewhere(run, config)
         student = run.student_parent
         data = run.manifest(_data_stage(config))
         parents = {"data": artifact_parent(_data_stage(config), data), "student": student}
@@ -71,6 +72,7 @@ class SftStage(Stage):
         config = run.sft
         if config.checkpoint is not None:
             return Output([], {"tokens": 0, "steps": 0})
+        from megatron_lopd.convert.hf_checkpoint import copy_config
         from megatron_lopd.pipeline.students import (
             lineage_of,
             listed_metrics,
@@ -83,7 +85,7 @@ class SftStage(Stage):
         # The student speaks the language it was taught in: its teacher's template and end token.
         hf_dir = directory / "hf"
         voice = copy_committed(run.directory_of(stage), run.manifest(stage), "tokenizer", hf_dir)
-        shutil.copyfile(run.student.directory / "config.json", hf_dir / "config.json")
+        copy_config(run.student.directory, hf_dir)
         lineage = lineage_of("sft", plan.lineage, plan.parents.get("teacher"), {stage: run.manifest(stage)})
         files = write_student(checkpoint, hf_dir, directory / "model", run.recipe.export, lineage)
         assert set(voice) <= set(files)
@@ -129,28 +131,3 @@ def _check_elsewhere(run: ResolvedRun, config: SftConfig) -> None:
             f"sft.checkpoint: {config.checkpoint} does not say which teacher it was fine-tuned on: "
             "declare it with sft.teacher=PATH"
         )
-
-
-def _plan_elsewhere(run: ResolvedRun, config: SftConfig) -> Plan:
-    """A checkpoint of this project proves its teacher by its lineage file; another is declared."""
-    settings = run.training_settings(config)
-    parents = {"student": run.reference.parent}
-    declared = None if config.teacher is None else Model(Path(config.teacher), "sft.teacher").parent
-    carried = read_model_lineage(run.reference.directory)
-    if carried is None or carried.teacher is None:
-        if declared is not None:
-            parents["teacher"] = declared
-        return Plan(settings, parents, "declared")
-    parents["teacher"] = carried.teacher
-    found = []
-    if declared is not None:
-        found.append(
-            prove_same(
-                "the declared teacher is the one the checkpoint was fine-tuned on",
-                proofs.evidence(declared, "sft.teacher"),
-                proofs.evidence(carried.teacher, f"the lineage of {config.checkpoint}"),
-                parts=WHOLE_MODEL,
-                allow=run.recipe.allow_teacher_mismatch,
-            )
-        )
-    return Plan(settings, parents, proofs.status_of(found, carried.status))

@@ -51,7 +51,7 @@ class TokenizeStage(Stage):
         return Plan({}, parents, "declared")
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
+        from megatron_lopd.convert.hf_checkpoint import copy_voice
         from megatron_lopd.data.chat import Chat
         from megatron_lopd.data.dataset import shard_name
         from megatron_lopd.data.schemas import ROLLOUTS
@@ -66,7 +66,7 @@ class TokenizeStage(Stage):
         }
         records = _tokenized(_data(run), Chat(str(student)), limits)
         write_shard(directory / name, ROLLOUTS, records, identity_of(plan))
-        voice = copy_files(student, directory / "tokenizer", VOICE)
+        voice = copy_voice(student, directory / "tokenizer")
         return Output(
             [name, *(f"tokenizer/{file}" for file in voice)],
             count_rollouts(ShardReader(ROLLOUTS, [directory / name])),

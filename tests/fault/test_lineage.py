@@ -13,7 +13,6 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import OVERRIDE, artifact_parent, model_parent, read_model_lineage
 from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
@@ -53,7 +52,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int,
 def test_a_second_run_does_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def files() -> dict[Path, int]:
         found = (root / "run").rglob("*.*")
-        return {path: path.stat().st_mtime_ns for path in found if path.name != CACHE_NAME}
+        return {path: path.stat().st_mtime_ns for path in found}
 
     before = files()
     assert main(["run", "recipe.yaml"]) == 0
@@ -201,15 +200,58 @@ def test_a_checkpoint_made_elsewhere_is_declared_or_proves_itself(
         assert load_manifest(root / "run2" / stage).lineage == "declared"
     assert main(["run", "elsewhere.yaml", "sft.checkpoint=run/sft/model", "run_dir=run3"]) == 0
     assert load_manifest(root / "run3/train").lineage == "proved"
+
+
+def test_a_lineage_is_worth_what_its_own_artifact_bears_out(root: Path) -> None:
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text())
+    recipe |= {"sft": {"checkpoint": "run/sft/model"}}
+    (root / "elsewhere.yaml").write_text(yaml.safe_dump(recipe))
+
+    def lineage(run_dir: str, *overrides: str) -> str:
+        assert main(["sft", "elsewhere.yaml", f"run_dir={run_dir}", *overrides]) == 0
+        return load_manifest(root / run_dir / "sft").lineage
+
+    assert lineage("whole") == "proved"
+    shutil.copytree(root / "run/sft/model", root / "copied")
+    assert lineage("of-a-copy", "sft.checkpoint=copied") == "declared"
+    make_model_dir(root / "forged", seed=3, **SMALL)
+    written = json.loads((root / "copied/lopd_lineage.json").read_text())
+    written["model"] = fingerprint_model(root / "forged").parts()
+    (root / "forged/lopd_lineage.json").write_text(json.dumps(written))
+    assert lineage("by-hand", "sft.checkpoint=forged") == "declared"
+    (root / "run/sft/model/added_tokens.json").write_text("{}")
+    assert lineage("with-a-file-more") == "declared"
+    (root / "run/sft/model/added_tokens.json").unlink()
+    shutil.rmtree(root / "run/generate")
+    assert lineage("without-its-data") == "declared"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sft.checkpoint=run/sft/model", "teacher.model=other"],
+        ["sft.checkpoint=run/sft/model", "train.checkpoint=other"],
+        ["sft.checkpoint=run/sft/model", "teacher.model=voiced"],
+        ["sft.checkpoint=student", "sft.teacher=other"],
+        ["sft.data=sft.jsonl", "sft.teacher=other"],
+    ],
+)
+def test_what_models_alone_tell_is_refused_before_anything_is_spent(
+    root: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]
+) -> None:
     make_model_dir(root / "other", seed=9, **SMALL)
-    arguments = [
-        "run",
-        "elsewhere.yaml",
-        "sft.checkpoint=run/sft/model",
-        "run_dir=run4",
-        "teacher.model=other",
-    ]
-    refused(capsys, arguments, 3, "teacher", "weights")
+    shutil.copytree(root / "teacher", root / "voiced")
+    with (root / "voiced/chat_template.jinja").open("a") as template:
+        template.write(" ")
+    (root / "sft.jsonl").write_text('{"messages": []}')
+    given = ["recipe.yaml", "run_dir=anew", *overrides]
+    said = set()
+    for command in (["run"], ["run", "--dry-run"], ["doctor"]):
+        refused(capsys, [*command, *given], 3, "refused: ")
+        assert main([*command, *given]) == 3
+        said.add(capsys.readouterr().err.strip().splitlines()[-1].partition("refused: ")[2])
+    assert len(said) == 1, "they do not say the same"
+    assert not (root / "anew").exists()
 
 
 def test_sft_text_from_a_file_has_a_declared_teacher(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

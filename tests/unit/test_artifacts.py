@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_lopd.artifacts import fingerprint
+from megatron_lopd.artifacts import digest_cache, weights_digest
 from megatron_lopd.artifacts.committed import FileEntry
-from megatron_lopd.artifacts.digest_cache import CACHE_NAME
+from megatron_lopd.artifacts.digest_cache import relying_on_hints
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import (
     Evidence,
@@ -36,6 +39,7 @@ from megatron_lopd.artifacts.manifest import (
 from megatron_lopd.errors import DataError, LineageError
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import atomic_file
+from tests.model_zoo import make_tokenizer
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(12, dtype=torch.float32).reshape(4, 3),
@@ -64,8 +68,7 @@ def make_model(directory: Path, shards: int = 1, tensors: dict[str, torch.Tensor
     if shards > 1:
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (directory / "config.json").write_text('{"hidden_size": 3, "tie_word_embeddings": true}')
-    (directory / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-    (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    make_tokenizer().save_pretrained(directory)
     return directory
 
 
@@ -153,20 +156,6 @@ def test_fingerprint_sees_every_change(tmp_path: Path, change: str) -> None:
     assert fingerprint_model(make_model(tmp_path / "after", tensors=tensors | changed)).weights != before
 
 
-def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model")
-    (model / "model.safetensors").unlink()
-    names, weight_map = sorted(TENSORS), {}
-    for name in names:
-        (model / name).mkdir()
-        save_file({name: TENSORS[name]}, model / name / "m.safetensors")
-        weight_map[name] = f"{name}/m.safetensors"
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    before = fingerprint_model(model)
-    save_file({names[0]: 2 * TENSORS[names[0]]}, model / names[0] / "m.safetensors")
-    assert fingerprint_model(model).weights != before.weights
-
-
 def test_weights_beside_an_index_that_does_not_list_them_are_refused(tmp_path: Path) -> None:
     """transformers would load these, and the index's be fingerprinted."""
     model = make_model(tmp_path / "model", shards=2)
@@ -177,48 +166,158 @@ def test_weights_beside_an_index_that_does_not_list_them_are_refused(tmp_path: P
         fingerprint_model(model)
 
 
-def test_fingerprint_cache_is_used_and_dropped_when_a_file_changes(tmp_path: Path) -> None:
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Which digest of weights is taken, each time one is: all of it, or the faster one."""
+    taken: list[str] = []
+    digests = weights_digest._digests
+
+    def noted(tensors: Any, hashers: Any) -> Any:
+        taken.append("all" if len(hashers) == 2 else "check")
+        return digests(tensors, hashers)
+
+    monkeypatch.setattr(weights_digest, "_digests", noted)
+    monkeypatch.setenv("LOPD_CACHE", str(tmp_path / "cache"))
+    return taken
+
+
+def settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait until the model has not changed for as long as hints need, which is less than elsewhere."""
+    monkeypatch.setattr(digest_cache, "RACY_SECONDS", 0.1)
+    time.sleep(0.15)
+
+
+def another_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process that another command starts: it knows what is in files."""
+    monkeypatch.setenv(digest_cache.SESSION_VARIABLE, uuid.uuid4().hex)
+    digest_cache._kept_here.clear()
+
+
+def test_hints_spare_hashing_where_nothing_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
+) -> None:
     model = make_model(tmp_path / "model")
+    fingerprint_model(model)
+    fingerprint_model(model)
+    assert hashed == ["all", "all"], "what was written just now could be written again, and look the same"
+    settle(monkeypatch)
     before = fingerprint_model(model)
-    cache = json.loads((model / CACHE_NAME).read_text())
-    cache["weights"]["digest"] = "0" * 64
-    (model / CACHE_NAME).write_text(json.dumps(cache))
-    assert fingerprint_model(model).weights == "0" * 64
-    changed = TENSORS | {"model.norm.weight": torch.zeros(3, dtype=torch.bfloat16)}
-    save_file(changed, model / "model.safetensors")
-    after = fingerprint_model(model)
-    assert after.weights not in (before.weights, "0" * 64)
-    assert after.config == before.config
+    assert fingerprint_model(model) == before
+    assert len(hashed) == 3, "it was hashed in this session"
+    another_command(monkeypatch)
+    with relying_on_hints():
+        assert fingerprint_model(model) == before
+    assert len(hashed) == 3
+    assert fingerprint_model(model) == before
+    assert hashed[3:] == ["check"], "what a proof rests on was not read"
+    assert not [path for path in model.iterdir() if path.name.startswith(".")]
 
 
-def test_a_store_that_cannot_be_written_is_hashed_once(
+def test_no_stamp_of_before_covers_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
+) -> None:
+    model = make_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    settle(monkeypatch)
+    before, times = fingerprint_model(model), weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` leaves it
+    another_command(monkeypatch)
+    with relying_on_hints():
+        assert fingerprint_model(model).weights != before.weights
+
+
+def test_an_index_that_changes_alone_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
+) -> None:
+    model = make_model(tmp_path / "model", shards=2)
+    settle(monkeypatch)
+    fingerprint_model(model)
+    index = model / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    first, second = sorted(set(places.values()))
+    swapped = {name: second if place == first else first for name, place in places.items()}
+    index.write_text(json.dumps({"weight_map": swapped}))
+    another_command(monkeypatch)
+    with relying_on_hints(), pytest.raises(DataError, match=r"index\.json: tensor"):
+        fingerprint_model(model)
+
+
+def test_bits_that_rot_under_an_old_stamp_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
+) -> None:
+    """A disk gives other bytes, and nothing that a file system says of them has changed."""
+    model = make_model(tmp_path / "model")
+    settle(monkeypatch)
+    before = fingerprint_model(model)
+    weights = model / "model.safetensors"
+    stamped = digest_cache.stamp(weights)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    stamp = digest_cache.stamp
+    monkeypatch.setattr(digest_cache, "stamp", lambda path: stamped if path == weights else stamp(path))
+    another_command(monkeypatch)
+    assert fingerprint_model(model).weights != before.weights
+    assert hashed[1:] == ["check", "all"]
+
+
+@pytest.mark.parametrize("spoilt", ["writable", "linked", "foreign text", "unwritable"])
+def test_hints_are_the_users_own_and_never_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str], spoilt: str
+) -> None:
+    model, cache = make_model(tmp_path / "model"), tmp_path / "cache"
+    settle(monkeypatch)
+    if spoilt == "unwritable":
+        cache.write_text("a file, as no modes keep root from writing into a folder")
+    before = fingerprint_model(model)
+    for hint in cache.rglob("*.json"):
+        assert hint.stat().st_mode & 0o777 == 0o600
+        assert hint.parent.stat().st_mode & 0o777 == 0o700
+        forged = json.loads(hint.read_text())
+        forged["weights"]["digest"] = "0" * 64
+        hint.write_text("[" if spoilt == "foreign text" else json.dumps(forged))
+        if spoilt == "writable":
+            hint.chmod(0o666)
+        if spoilt == "linked":
+            hint.rename(tmp_path / "forged")
+            hint.symlink_to(tmp_path / "forged")
+    another_command(monkeypatch)
+    with relying_on_hints():
+        assert fingerprint_model(model) == before
+
+
+def test_a_file_that_changes_while_it_is_hashed_or_after_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder in the cache's place stands for a read-only file system, which root would not notice."""
     model = make_model(tmp_path / "model")
-    (model / CACHE_NAME).mkdir()
-    monkeypatch.setenv("LOPD_CACHE", str(tmp_path / "cache"))
-    hashed = []
-    hash_weights = fingerprint._hash_weights
-    monkeypatch.setattr(
-        fingerprint, "_hash_weights", lambda *given: hashed.append(given) or hash_weights(*given)
-    )
-    before = fingerprint_model(model)
-    assert fingerprint_model(model) == before  # as another process would: all that is kept is in files
-    assert len(hashed) == 1
-    content = bytearray((model / "model.safetensors").read_bytes())
-    times = (model / "model.safetensors").stat()
-    content[-1] ^= 1
-    (model / "model.safetensors").write_bytes(content)
-    os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert fingerprint_model(model).weights != before.weights, "what is kept was taken for a proof"
+    weights = model / "model.safetensors"
+    fingerprint_model(model)
+    digest_cache.require_as_hashed([weights])
+    changed = TENSORS | {"model.norm.weight": torch.zeros(3, dtype=torch.bfloat16)}
+    save_file(changed, weights)
+    with pytest.raises(DataError, match=r"model\.safetensors: changed since it was hashed"):
+        digest_cache.require_as_hashed([weights])
+    digests = weights_digest._digests
+
+    def meanwhile(*given: Any) -> Any:
+        save_file(TENSORS, weights)
+        return digests(*given)
+
+    monkeypatch.setattr(weights_digest, "_digests", meanwhile)
+    with pytest.raises(DataError, match=r"model\.safetensors: changed while it was hashed"):
+        fingerprint_model(model)
 
 
 def test_fingerprint_parts_move_one_by_one(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     before = fingerprint_model(model).parts()
     (model / "chat_template.jinja").write_text("{{ other }}")
-    (model / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}, "padding": {"x": 1}}')
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["another"] = len(tokenizer["model"]["vocab"])
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     after = fingerprint_model(model).parts()
     assert {part for part in before if before[part] != after[part]} == {"chat_template", "tokenizer"}
 

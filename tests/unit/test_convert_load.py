@@ -29,7 +29,14 @@ def test_refusals_name_the_tensor_the_file_and_the_way_out(tmp_path: Path) -> No
         "model.layers.0.self_attn.q_proj.bias": torch.ones(64),
     }
     save_file({**tensors, **buffers}, surplus / "model.safetensors")
-    errors = run_ranks(1, collect_errors, [rows, width, surplus])[0]
+    tied = make_model_dir(tmp_path / "tied", tied=True)
+    tensors = load_file(tied / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, tied / "model.safetensors")
+    head[-1, -1] += 1
+    other = make_model_dir(tmp_path / "other", tied=True)
+    save_file({**tensors, "lm_head.weight": head}, other / "model.safetensors")
+    errors = run_ranks(1, collect_errors, [rows, width, surplus, tied, other])[0]
     assert errors == [
         f"DataError: {rows}/model.safetensors: tensor model.embed_tokens.weight has 131 rows, and "
         "config.json says vocab_size=130: make them agree",
@@ -38,6 +45,8 @@ def test_refusals_name_the_tensor_the_file_and_the_way_out(tmp_path: Path) -> No
         "(80, 32): config.json is of another model",
         f"DataError: {surplus}/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias is not part of "
         "the model that config.json describes",
+        f"DataError: {other}/model.safetensors: lm_head.weight is not the embedding, and config.json ties "
+        "the two: training would drop it: set tie_word_embeddings to false, or remove the tensor",
     ]
 
 
