@@ -31,7 +31,7 @@ def load_tokenizer(model_dir: str | Path, trust_remote_code: bool = False) -> An
         return AutoTokenizer.from_pretrained(
             model_dir, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # noqa: BLE001 - whatever a foreign file has the loader stumble over
+    except Exception as error:  # whatever a foreign file has the loader stumble over
         raise ConfigError(f"{model_dir}: its tokenizer does not load: {first_line(error)}") from error
 
 

@@ -256,8 +256,8 @@ class VllmEngine:
     def _tail(
         self, ids: NDArray[np.int32], log_probs: NDArray[np.float32], kept: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """float32 [T]: the log of what neither the top k, `kept` [T, k] of the likeliest, nor the token itself
-        have."""
+        """float32 [T]: the log of what neither the token itself has nor the top k, `kept` [T, k] of the
+        likeliest."""
         probs = np.exp(log_probs.astype(np.float64))
         is_kept = np.zeros(ids[:, 1:].shape, dtype=bool)
         np.put_along_axis(is_kept, kept, True, axis=1)

@@ -29,8 +29,8 @@ def vocab_parallel_top_k(
     its token, of these and of the rest), the same on every rank; constants.
 
     Arguments as of `vocab_parallel_log_probs`; `tokenless` int64 [n] are ids that are never among the
-    likeliest, and `k` is from 0 to how many others there are; `rows` whose logits are held at once (None: what
-    CHUNK_BYTES holds).
+    likeliest, and `k` is from 0 to how many others there are; `rows` whose logits are held at once (None:
+    what CHUNK_BYTES holds).
     """
     vocab = VocabularySlice.of(weight, vocab_size, group)
     likeliest = _Likeliest(tokens, k, vocab, _columns(tokenless, vocab))
