@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_lopd.artifacts.fingerprint import TensorLocation, safetensors_files, tensor_locations
 from megatron_lopd.artifacts.lineage import LINEAGE_FILE
+from megatron_lopd.data.end_tokens import GENERATION, write_end_tokens
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.families.weight_rules import TensorMap, spare_tensors
@@ -241,6 +242,13 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> list[str]
     for name in names:
         copy_file(source / name, target / name)
     return names
+
+
+def copy_voice(source: Path, target: Path, ids: Collection[int]) -> list[str]:
+    """Copy what a model needs to speak, with all of its end tokens, `ids`, named; returns the names."""
+    names = copy_files(source, target, VOICE)
+    write_end_tokens(target, ids)
+    return sorted({*names, GENERATION})
 
 
 def carry_over(source: Path, target: Path, dtype: torch.dtype | None) -> None:

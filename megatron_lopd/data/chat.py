@@ -6,7 +6,6 @@ What a message says must be printed, and printed as text: a template that leaves
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,17 +18,13 @@ from megatron_lopd.data.end_tokens import end_tokens
 from megatron_lopd.data.printed import first_unprinted, leaves, marked, reaches, shape
 from megatron_lopd.data.vocabulary import first_line, load_tokenizer
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.prompts.clock import without_clock
 from megatron_lopd.prompts.prompt import Message
 from megatron_lopd.runtime.bounded import Failed, bounded
 
 Tokens = NDArray[np.int32]
 # A sample's name, for messages, and what it says.
 Named = tuple[str, Sequence[Message]]
-
-# What a template that asks for today's date is told, so that a prompt is the same whenever it is rendered: in
-# the shards before and after midnight, in training and in evaluation. It is the date that Llama 3.2's own
-# template falls back on, the best known of those that ask.
-TODAY = datetime.datetime(2024, 7, 26)
 
 # Tokens that an answer may well spell out: they are part of what is said, not of who says it.
 CONTENT_MARKS = frozenset(
@@ -39,24 +34,6 @@ CONTENT_MARKS = frozenset(
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\b")
 # One that is not in the text splits a control token that is spelled out: no half of it is one.
 _SPLITS = tuple(map(chr, range(0xE000, 0xE010)))
-
-
-def asks_for_date(template: str) -> bool:
-    """Whether a chat template prints the date, which is TODAY whenever it is asked."""
-    return "strftime_now" in template
-
-
-def without_clock(template: str) -> str:
-    """A chat template whose `strftime_now`, which transformers lets read the clock, is of TODAY.
-
-    One that does not ask is left as it is. No function can be handed to a template, so this is a macro before
-    it; the template's first line is its first line still, for Jinja2 to trim.
-    """
-    if not asks_for_date(template):
-        return template
-    known = [f"%{pad}{letter}" for pad in ("", "-") for letter in "aAbBcdeDFHIjmMpSTuUwWxXyYZ"]
-    filters = "".join(f"|replace('{each}', '{TODAY.strftime(each)}')" for each in [*known, "%%"])
-    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 class Chat:
@@ -231,7 +208,7 @@ class Chat:
             return messages, _SPLITS[0]
         for message, key, text in found:
             if message["role"] == "assistant":
-                (token,) = self._control(message).search(text)[:1]  # type: ignore[index]
+                token = self._control(message).findall(text)[0]
                 raise DataError(
                     f"{name}: the assistant's {key} spells out the control token {token}: take it out: "
                     "the chat template puts in those that there are to be"

@@ -11,9 +11,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_lopd.artifacts.files import read_json
 from megatron_lopd.data.vocabulary import token_ids
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.writing import atomic_write_text
 
 GENERATION, CONFIG, TOKENIZER = "generation_config.json", "config.json", "tokenizer_config.json"
 
@@ -78,14 +79,9 @@ def write_end_tokens(directory: Path, ids: Collection[int]) -> None:
         named = content.get("eos_token_id")
         if set(named if isinstance(named, list) else [named]) != set(ids):
             content["eos_token_id"] = min(ids) if len(ids) == 1 else sorted(ids)
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            atomic_write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object's fields; none of a file that is not there."""
-    if not path.is_file():
-        return {}
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return content
+    return read_object(path, error=ConfigError) if path.is_file() else {}

@@ -52,8 +52,8 @@ def check_scoring(
     for rollout in rollouts:
         if not len(rollout.response_tokens):
             raise EngineError(f"sample {rollout.sample_id}: the response to score is empty")
-        tokens = np.concatenate([rollout.prompt_tokens, rollout.response_tokens])
-        check_tokens(rollout.sample_id, tokens, 0, vocabulary, positions, model_dir)
+        whole = np.concatenate([rollout.prompt_tokens, rollout.response_tokens])
+        check_tokens(rollout.sample_id, whole, 0, vocabulary, positions, model_dir)
 
 
 def check_tokens(

@@ -250,8 +250,12 @@ class VllmEngine:
             return Score(rollout.sample_id, own)
         is_token = ~np.isin(ids[:, 1:], self._tokenless)
         kept = np.argsort(~is_token, axis=1, kind="stable")[:, :top_k]
-        likeliest = (np.take_along_axis(each[:, 1:], kept, axis=1) for each in (ids, log_probs))
-        return Score(rollout.sample_id, own, TopK(*likeliest, self._tail(ids, log_probs, kept)))
+        likeliest = TopK(
+            np.take_along_axis(ids[:, 1:], kept, axis=1),
+            np.take_along_axis(log_probs[:, 1:], kept, axis=1),
+            self._tail(ids, log_probs, kept),
+        )
+        return Score(rollout.sample_id, own, likeliest)
 
     def _tail(
         self, ids: NDArray[np.int32], log_probs: NDArray[np.float32], kept: NDArray[np.int64]

@@ -6,6 +6,7 @@ from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
+from megatron_lopd.pipeline.text_checks import check_vocabularies
 
 
 class GenerateStage(SharedStage):
@@ -22,10 +23,11 @@ class GenerateStage(SharedStage):
 
     def check(self, run: ResolvedRun) -> list[str]:
         part = run.generate
-        part.check()
+        check_vocabularies(run)
+        notes = part.check()
         kind_of(part.config.engine).require(part.config.engine, "generate")
         count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
-        return [f"{part.model.directory} answers {count} prompts, {each} each"]
+        return [f"{part.model.directory} answers {count} prompts, {each} each", *notes]
 
     def plan(self, run: ResolvedRun) -> Plan:
         return Plan(
@@ -41,14 +43,13 @@ class GenerateStage(SharedStage):
         make_parts([rollout_work(answering_job(run.generate), run.generate.directory)])
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
-        from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
+        from megatron_lopd.convert.hf_checkpoint import copy_voice
+        from megatron_lopd.pipeline.shard_jobs import count_rollouts, say_cut, shards_in
 
         directory = run.generate.directory
-        voice = copy_files(run.teacher.directory, directory / "tokenizer", VOICE)
+        ends = run.generate.encoded.end_tokens
+        voice = copy_voice(run.teacher.directory, directory / "tokenizer", ends)
         files = [*shards_in(directory), *(f"tokenizer/{name}" for name in voice)]
-        return Output(
-            files,
-            count_rollouts(directory),
-            kind_of(run.generate.config.engine).versions(run.generate.config.engine),
-        )
+        counts, config = count_rollouts(directory), run.generate.config
+        say_cut(self.name, counts, "generate", config.sampling)
+        return Output(files, counts, kind_of(config.engine).versions(config.engine))

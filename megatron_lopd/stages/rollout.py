@@ -10,6 +10,7 @@ from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
+from megatron_lopd.pipeline.text_checks import check_vocabularies
 
 if TYPE_CHECKING:
     from megatron_lopd.pipeline.shard_jobs import SamplingJob
@@ -28,10 +29,11 @@ class RolloutStage(SharedStage):
 
     def check(self, run: ResolvedRun) -> list[str]:
         part = run.rollout
-        part.check()
+        check_vocabularies(run)
+        notes = part.check()
         kind_of(part.config.engine).require(part.config.engine, "rollout")
         count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
-        return [f"the student after SFT answers {count} prompts, {each} each, once"]
+        return [f"the student after SFT answers {count} prompts, {each} each, once", *notes]
 
     def plan(self, run: ResolvedRun) -> Plan:
         run.manifest("sft")  # or the error that says to run it
@@ -67,8 +69,9 @@ class RolloutStage(SharedStage):
         return answering_job(run.rollout)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.pipeline.shard_jobs import count_rollouts, shards_in
+        from megatron_lopd.pipeline.shard_jobs import count_rollouts, say_cut, shards_in
 
-        directory = run.directory_of(self.name)
-        versions = kind_of(run.rollout.config.engine).versions(run.rollout.config.engine)
-        return Output(shards_in(directory), count_rollouts(directory), versions)
+        directory, config = run.directory_of(self.name), run.rollout.config
+        counts = count_rollouts(directory)
+        say_cut(self.name, counts, "rollout", config.sampling)
+        return Output(shards_in(directory), counts, kind_of(config.engine).versions(config.engine))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import WHOLE_MODEL, artifact_parent, prove_same, read_model_lineage
 from megatron_lopd.config import SftConfig
-from megatron_lopd.errors import ConfigError
+from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
+from megatron_lopd.pipeline.text_checks import check_vocabularies
 
 if TYPE_CHECKING:
     from megatron_lopd.training.job import TrainingJob
@@ -39,6 +41,7 @@ class SftStage(Stage):
         student = run.student
         student.require()
         Chat(str(student.directory))
+        check_vocabularies(run)
         check_trainable(student, run.recipe)
         check_budget(run.recipe, config)
         if config.data is not None and config.teacher is None and run.recipe.train is not None:
@@ -58,6 +61,7 @@ class SftStage(Stage):
             return _plan_elsewhere(run, config)
         student = run.student_parent
         data = run.manifest(_data_stage(config))
+        _require_ends(run, data.counts)
         parents = {"data": artifact_parent(_data_stage(config), data), "student": student}
         found = []
         teacher = data.parents.get("teacher")
@@ -73,8 +77,10 @@ class SftStage(Stage):
         from megatron_lopd.convert.hf_checkpoint import VOICE, copy_files
         from megatron_lopd.pipeline.students import lineage_of, train_to_checkpoint, write_student
 
+        stage = _data_stage(config)
+        _say_cut(config, run.manifest(stage).counts)
         checkpoint, counts = train_to_checkpoint(_job(run, plan))
-        directory, stage = run.directory_of(self.name), _data_stage(config)
+        directory = run.directory_of(self.name)
         # The student speaks the language it was taught in: its teacher's template and end token.
         hf_dir = directory / "hf"
         voice = copy_files(run.directory_of(stage) / "tokenizer", hf_dir, VOICE)
@@ -104,8 +110,33 @@ def _job(run: ResolvedRun, plan: Plan) -> TrainingJob:
         model=model_setup(recipe, run.student.directory, run.student_config.init),
         config=run.sft,
         objective="sft",
-        segment=Segment(CachedData(run.directory_of(_data_stage(run.sft))), plan.lineage),
+        segment=Segment(
+            CachedData(run.directory_of(_data_stage(run.sft)), leave_out_cut=run.sft.leave_out_cut),
+            plan.lineage,
+        ),
     )
+
+
+def _require_ends(run: ResolvedRun, counts: Mapping[str, int]) -> None:
+    """Raise DataError where no answer has an end: who learns from them never stops."""
+    if counts["cut_at_horizon"] == counts["samples"]:
+        raise DataError(
+            f"sft: each of the {counts['samples']:,} answers was cut at the horizon of "
+            f"{run.recipe.generate.sampling.max_new_tokens} tokens, so none shows the student how to stop: "
+            f"raise generate.sampling.max_new_tokens and remove {run.directory_of('generate')}"
+        )
+
+
+def _say_cut(config: SftConfig, counts: Mapping[str, int]) -> None:
+    """Print that some of the answers have no end, and what is done with them."""
+    cut, samples = counts["cut_at_horizon"], counts["samples"]
+    if cut:
+        done = (
+            "left out"
+            if config.leave_out_cut
+            else "trained on, up to where they were cut (sft.leave_out_cut=true leaves them out)"
+        )
+        print(f"lopd: sft: {cut:,} of {samples:,} answers have no end: they are {done}", flush=True)
 
 
 def _data_stage(config: SftConfig) -> str:
@@ -117,6 +148,7 @@ def _check_elsewhere(run: ResolvedRun, config: SftConfig) -> None:
     from megatron_lopd.pipeline.students import check_trainable
 
     run.reference.check()
+    check_vocabularies(run)
     check_trainable(run.reference, run.recipe)
     if config.teacher is None and read_model_lineage(run.reference.directory) is None:
         raise ConfigError(
