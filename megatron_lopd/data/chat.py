@@ -30,6 +30,8 @@ Named = tuple[str, Sequence[Message]]
 CONTENT_MARKS = frozenset(
     {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
 )
+# Of the processor, that a rendering may take: it takes a tenth of a millisecond.
+TEMPLATE_SECONDS = 10.0
 # What a template would have another text from each time.
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\b")
 # One that is not in the text splits a control token that is spelled out: no half of it is one.
@@ -169,7 +171,6 @@ class Chat:
         for name, messages in asked:
             if (kind := (shape(messages), is_answered)) not in self._shapes:
                 new.setdefault(kind, (name, messages))
-        self._shapes.update(new)
         probes = [marked(messages) for _, messages in new.values()]
 
         def render(messages: Sequence[Message]) -> str | None:
@@ -179,12 +180,13 @@ class Chat:
                 return None
 
         for (name, messages), probe, rendered in zip(
-            new.values(), probes, bounded(render, probes), strict=False
+            new.values(), probes, bounded(render, probes, TEMPLATE_SECONDS), strict=False
         ):
             if isinstance(rendered, Failed):
                 raise _refused(name, rendered)
             if rendered is not None:
                 self._require(name, messages, first_unprinted(probe, rendered))
+        self._shapes.update(new)
 
     def _require(self, name: str, messages: Sequence[Message], unprinted: tuple[int, str] | None) -> None:
         """Raise DataError where something is `unprinted`: (number of the message, key)."""
@@ -278,7 +280,7 @@ class Chat:
         self, asked: Sequence[Named], requests: Sequence[tuple[Sequence[Message], bool]]
     ) -> Iterator[str]:
         """Each of `requests` (messages, open_turn) as text. DataError naming the sample that it is of."""
-        texts = bounded(lambda request: self._render(*request), requests)
+        texts = bounded(lambda request: self._render(*request), requests, TEMPLATE_SECONDS)
         for (name, _), rendered in zip(asked, texts, strict=False):
             if isinstance(rendered, Failed):
                 raise _refused(name, rendered)

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-CPU_SECONDS = 10.0  # for one: a chat template renders in a tenth of a millisecond
 MEMORY_BYTES = 1 << 30  # more than there is when the copy is made
-# Without a word from the copy. A busy machine stretches CPU_SECONDS, and a copy can wait for ever for a lock
-# that another thread had when it was made.
+# Without a word from the copy. A busy machine stretches processor time, and a copy can wait for ever for a
+# lock that another thread had when it was made.
 PATIENCE_SECONDS = 120.0
 # Answers sent at a time: a write each would take longer than most of them.
 BATCH_SECONDS = 0.05
@@ -41,7 +40,7 @@ class Failed:
 def bounded(
     function: Callable[[Any], Any],
     things: Iterable[Any],
-    cpu_seconds: float = CPU_SECONDS,
+    cpu_seconds: float,
     memory_bytes: int = MEMORY_BYTES,
 ) -> Iterator[Any]:
     """`function` of each thing, in order, and Failed where it raised or took too much.
