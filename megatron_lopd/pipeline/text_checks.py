@@ -50,7 +50,7 @@ def check_vocabularies(run: ResolvedRun) -> None:
     models = [model for model in _models(run) if model.directory.is_dir()]
     for model in models:
         rows = model.architecture.vocab_size
-        for speaker in models:
+        for speaker in sorted(models, key=lambda each: each != model):  # itself first
             largest = int(run.spoken(speaker)[-1])
             if largest >= rows:
                 whose = "its" if speaker == model else f"{speaker.directory}'s"

@@ -118,25 +118,25 @@ def _job(run: ResolvedRun, plan: Plan) -> TrainingJob:
 
 
 def _require_ends(run: ResolvedRun, counts: Mapping[str, int]) -> None:
-    """Raise DataError where no answer has an end: who learns from them never stops."""
-    if counts["cut_at_horizon"] == counts["samples"]:
+    """Raise DataError where leaving out what was cut leaves nothing."""
+    if run.sft.leave_out_cut and counts["cut_at_horizon"] == counts["samples"]:
         raise DataError(
-            f"sft: each of the {counts['samples']:,} answers was cut at the horizon of "
-            f"{run.recipe.generate.sampling.max_new_tokens} tokens, so none shows the student how to stop: "
-            f"raise generate.sampling.max_new_tokens and remove {run.directory_of('generate')}"
+            f"sft.leave_out_cut: each of the {counts['samples']:,} answers was cut at the horizon of "
+            f"{run.recipe.generate.sampling.max_new_tokens} tokens, and none is left: raise "
+            f"generate.sampling.max_new_tokens and remove {run.directory_of('generate')}"
         )
 
 
 def _say_cut(config: SftConfig, counts: Mapping[str, int]) -> None:
-    """Print that some of the answers have no end, and what is done with them."""
+    """Print that answers have no end, and what is done with them."""
     cut, samples = counts["cut_at_horizon"], counts["samples"]
-    if cut:
-        done = (
-            "left out"
-            if config.leave_out_cut
-            else "trained on, up to where they were cut (sft.leave_out_cut=true leaves them out)"
-        )
-        print(f"lopd: sft: {cut:,} of {samples:,} answers have no end: they are {done}", flush=True)
+    if not cut:
+        return
+    done = "they are left out"
+    if not config.leave_out_cut:
+        stopping = " and no other shows the student how to stop" if cut == samples else ""
+        done = f"they are trained on as they are{stopping} (sft.leave_out_cut=true leaves them out)"
+    print(f"lopd: sft: {cut:,} of {samples:,} answers were cut and have no end: {done}", flush=True)
 
 
 def _data_stage(config: SftConfig) -> str:
