@@ -276,6 +276,8 @@ def _doctor(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from megatron_lopd.estimate.gpu_kinds import parse_cluster
     from megatron_lopd.estimate.run_plan import as_json, make_plan, table
+    from megatron_lopd.pipeline.resolved import ResolvedRun
+    from megatron_lopd.pipeline.text_checks import check_text
 
     recipe = load_recipe(options.recipe, options.overrides)
     plan = make_plan(recipe, parse_cluster(options.gpus), options.fill)
@@ -283,6 +285,8 @@ def _plan(options: argparse.Namespace) -> None:
         print(line)
     if plan.problems:
         raise ConfigError("; ".join(plan.problems))
+    for line in check_text(ResolvedRun(recipe)):
+        print(line, file=sys.stderr if options.json else sys.stdout)
 
 
 if __name__ == "__main__":

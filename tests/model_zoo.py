@@ -37,9 +37,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character of CHARACTERS, with an end token, a pad token and a chat template."""
+def make_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
+    """One token a character of CHARACTERS, with an end token, a pad token and a chat template.
+
+    And as many more, which no text has in it, as make it `size` tokens.
+    """
     vocabulary = [PAD, END, USER, ASSISTANT, "<|unknown|>", *CHARACTERS]
+    vocabulary += [f"<|{number}|>" for number in range(len(vocabulary), size)]
     tokenizer = Tokenizer(
         models.WordLevel({token: number for number, token in enumerate(vocabulary)}, unk_token="<|unknown|>")
     )
@@ -91,11 +95,13 @@ def make_model_dir(
     std: float = 0.3,
     max_shard_size: str = "5GB",
     config: Any = None,
+    tokens: int | None = None,
     **sizes: Any,
 ) -> Path:
     """Write weights, config, generation config and tokenizer to `directory`; returns it.
 
     `config`: a transformers config of another family than these, in place of `family`, `tied` and `sizes`.
+    `tokens`: the tokenizer's; None is one for every row of the model.
     Every weight is random, biases and norms too: a missing or swapped one must show. `std` is large, so
     that attention and logits are far from uniform.
     """
@@ -109,7 +115,7 @@ def make_model_dir(
             weight.copy_(torch.empty(weight.shape).normal_(center, std, generator=generator))
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
-    make_tokenizer().save_pretrained(directory)
+    make_tokenizer(config.vocab_size if tokens is None else tokens).save_pretrained(directory)
     return directory
 
 

@@ -135,6 +135,10 @@ class SftConfig(TrainingConfig):
         None,
     )
 
+    leave_out_cut: bool = key(
+        "train on no answer that was cut at generate.sampling.max_new_tokens: it has no end to learn", False
+    )
+
     section = "sft"
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from megatron_lopd.artifacts.lineage import LINEAGE_FILE
 from megatron_lopd.artifacts.model_files import CONFIG, INDEX, model_files, voice_files
 from megatron_lopd.artifacts.tensor_files import TensorLocation
 from megatron_lopd.artifacts.weights_digest import other_output
+from megatron_lopd.data.end_tokens import GENERATION, write_end_tokens
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.families.weight_rules import TensorMap, spare_tensors, tensor_maps
@@ -237,19 +238,21 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_voice(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat templates and end tokens, byte for byte; returns their names in `source`."""
-    return _copy(source, target, voice_files(source))
+def copy_voice(source: Path, target: Path, ids: Collection[int]) -> list[str]:
+    """Copy tokenizer and chat templates, and name all end tokens, `ids`, beside them; returns the names."""
+    names = _copy(source, target, voice_files(source))
+    write_end_tokens(target, ids)
+    return sorted({*names, GENERATION})
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """As `copy_voice`, with licences: what makes a directory of weights and a config whole."""
+    """Copy what makes a directory of weights and a config whole: what speaks, and licences; returns names."""
     notices = [path for pattern in _NOTICES for path in sorted(source.glob(pattern)) if path.is_file()]
     return _copy(source, target, [*voice_files(source), *notices])
 
 
 def copy_config(source: Path, target: Path) -> list[str]:
-    """As `copy_voice`, of config.json and the code that it names."""
+    """Copy config.json and the code that it names, byte for byte; returns the names."""
     files = model_files(source, weights=False)
     return _copy(source, target, [files.config, *files.code])
 

@@ -1,122 +1,143 @@
-"""Chat messages to token ids, by the model's own tokenizer and chat template."""
+"""Chat messages to token ids, by the model's own tokenizer and chat template.
+
+What a message says must be printed, and printed as text: a template that leaves a part of it out is refused
+(`printed`), and a control token spelled out by whoever wrote a question stays the letters that it is.
+"""
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lopd.data.end_tokens import end_tokens
+from megatron_lopd.data.printed import first_unprinted, leaves, marked, reaches, shape
+from megatron_lopd.data.vocabulary import first_line, load_tokenizer
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.prompts.clock import without_clock
 from megatron_lopd.prompts.prompt import Message
+from megatron_lopd.runtime.bounded import Failed, bounded
 
 Tokens = NDArray[np.int32]
+# A sample's name, for messages, and what it says.
+Named = tuple[str, Sequence[Message]]
 
-# What a template that asks for today's date is told, so that a prompt is the same whenever it is rendered: in
-# the shards before and after midnight, in training and in evaluation. It is the date that Llama 3.2's own
-# template falls back on, the best known of those that ask.
-TODAY = datetime.datetime(2024, 7, 26)
-
-
-def end_tokens(model_dir: str, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a response: `eos_token_id` of generation_config.json, and the tokenizer's end token.
-
-    Raises ConfigError when neither names one: sampling would never stop.
-    """
-    found = {tokenizer.eos_token_id}
-    path = Path(model_dir, "generation_config.json")
-    if path.is_file():
-        try:
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise ConfigError(f"{path}: not a JSON object: {error}") from None
-        ids = named if isinstance(named, list) else [named]
-        for token in ids:
-            if token is not None and not (isinstance(token, int) and 0 <= token < len(tokenizer)):
-                raise ConfigError(
-                    f"{path}: eos_token_id {token!r} is no token id: give one below {len(tokenizer)}"
-                )
-        found.update(ids)
-    found.discard(None)
-    if not found:
-        raise ConfigError(
-            f"{model_dir}: no end token: set eos_token in tokenizer_config.json or eos_token_id in "
-            "generation_config.json"
-        )
-    return frozenset(found)
-
-
-def without_clock(template: str) -> str:
-    """A chat template whose `strftime_now`, which transformers lets read the clock, is of TODAY.
-
-    One that does not ask is left as it is. No function can be handed to a template, so this is a macro before
-    it; the template's first line is its first line still, for Jinja2 to trim.
-    """
-    if "strftime_now" not in template:
-        return template
-    known = [f"%{pad}{letter}" for pad in ("", "-") for letter in "aAbBcdeDFHIjmMpSTuUwWxXyYZ"]
-    filters = "".join(f"|replace('{each}', '{TODAY.strftime(each)}')" for each in [*known, "%%"])
-    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
+# Tokens that an answer may well spell out: they are part of what is said, not of who says it.
+CONTENT_MARKS = frozenset(
+    {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
+)
+# Of the processor, that a rendering may take: it takes a tenth of a millisecond.
+TEMPLATE_SECONDS = 10.0
+# What a template would have another text from each time.
+_CHANCE = re.compile(r"\|\s*random\b|\blipsum\b")
+# One that is not in the text splits a control token that is spelled out: no half of it is one.
+_SPLITS = tuple(map(chr, range(0xE000, 0xE010)))
 
 
 class Chat:
     """A Hugging Face directory's tokenizer with a chat template and end tokens, all three required.
 
-    `end_tokens`: ids that end a response. Raises ConfigError when the directory has no usable tokenizer,
-    chat template or end token.
+    `end_tokens`: ids that end a response. `spelled`: how many of the prompts so far spell out a control
+    token. Raises ConfigError when the directory has no usable tokenizer, chat template or end token.
     """
 
     def __init__(self, model_dir: str, trust_remote_code: bool = False) -> None:
-        if not Path(model_dir).is_dir():
-            raise ConfigError(f"{model_dir}: no such model directory")
-        from transformers import AutoTokenizer  # takes seconds, and training's ranks make no Chat
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                model_dir, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise ConfigError(f"{model_dir}: its tokenizer does not load: {_first_line(error)}") from error
+        self.tokenizer = load_tokenizer(model_dir, trust_remote_code)
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 f"{model_dir}: the tokenizer has no chat template: add chat_template.jinja to the directory"
             )
-        self._template = without_clock(self.tokenizer.get_chat_template())
+        try:
+            template: str = self.tokenizer.get_chat_template()
+        except Exception as error:  # noqa: BLE001 - of several templates none is the default one, say
+            raise ConfigError(f"{model_dir}: no chat template to use: {first_line(error)}") from None
+        if _CHANCE.search(template):
+            raise ConfigError(
+                f"{model_dir}: the chat template draws at random, and a prompt must be the same each time it "
+                "is rendered: take that out of it"
+            )
+        self._template = without_clock(template)
+        self._shapes: set[tuple[str, bool]] = set()
+        self.spelled = 0
         self.end_tokens = end_tokens(model_dir, self.tokenizer)
 
     def prompt(self, messages: Sequence[Message], name: str, max_tokens: int) -> Tokens:
-        """Ids of `messages` and the opening of the assistant's turn: int32 [P], 1 <= P <= max_tokens.
+        """`prompts` of one."""
+        return self.prompts([(name, messages)], max_tokens)[0]
 
-        `name` is the sample's, for messages. Raises DataError when the template refuses the messages or the
-        prompt is longer than `max_tokens`.
+    def prompts(self, asked: Sequence[Named], max_tokens: int) -> list[Tokens]:
+        """Ids of each one's messages and the opening of the assistant's turn: int32 [P], P in 1..max_tokens.
+
+        Raises DataError naming the sample when the template refuses the messages, does not print all that
+        they say, or takes too long; and when the prompt is longer than `max_tokens`.
         """
-        return self._prompt(self._render(messages, name, open_turn=True), name, max_tokens)
+        self._require_printed(asked, is_answered=False)
+        split = [self._with_split_tokens(name, messages) for name, messages in asked]
+        tokens = []
+        requests = [(messages, True) for messages, _ in split]
+        for (name, messages), (_, mark), rendered in zip(
+            asked, split, self._rendered(asked, requests), strict=True
+        ):
+            self._require(name, messages, first_unprinted(messages, rendered.replace(mark, "")))
+            tokens.append(self._prompt(rendered, mark, name, max_tokens))
+        return tokens
 
     def conversation(
         self, messages: Sequence[Message], name: str, max_tokens: int, limit: str = "the limit"
     ) -> tuple[Tokens, Tokens]:
-        """(prompt, response) ids of a conversation that ends with the assistant's message, to train on.
+        """`conversations` of one."""
+        (found,) = self.conversations([(name, messages)], max_tokens, limit)
+        return found
+
+    def conversations(
+        self, asked: Sequence[Named], max_tokens: int, limit: str = "the limit"
+    ) -> Iterator[tuple[Tokens, Tokens]]:
+        """(prompt, response) ids of conversations that end with the assistant's message, to train on.
 
         int32 [P] and [T], P + T <= max_tokens. The prompt is just what `prompt` gives for the messages
         before, and the response what a sampler would have to produce after it, up to and including the end
         token: they are tokenized apart. What the template puts after it (a line break, say) is dropped.
 
-        Raises DataError when the rendered prompt is not the beginning of the rendered conversation, when the
-        answer has no end token or text after it, or when there are more than `max_tokens`, which is `limit`.
+        Raises DataError as `prompts` does, and when the rendered prompt is not the beginning of the rendered
+        conversation, when the answer is not printed whole, has no end token or text after it, or when there
+        are more than `max_tokens`, which is `limit`.
         """
-        opening = self._render(messages[:-1], name, open_turn=True)
-        whole = self._render(messages, name, open_turn=False)
+        self._require_printed(asked, is_answered=True)
+        split = [self._with_split_tokens(name, messages) for name, messages in asked]
+        requests = [
+            request for messages, _ in split for request in ((messages[:-1], True), (messages, False))
+        ]
+        twice = [each for each in asked for _ in range(2)]
+        rendered = self._rendered(twice, requests)
+        for (name, messages), (_, mark) in zip(asked, split, strict=True):
+            opening, whole = next(rendered), next(rendered)
+            yield self._answered(name, messages, opening, whole, mark, max_tokens, limit)
+
+    def _answered(
+        self,
+        name: str,
+        messages: Sequence[Message],
+        opening: str,
+        whole: str,
+        mark: str,
+        max_tokens: int,
+        limit: str,
+    ) -> tuple[Tokens, Tokens]:
         if not whole.startswith(opening):
             raise DataError(
                 f"{name}: the chat template renders the prompt otherwise once it is answered, so the answer "
                 "cannot be told from it: use a template whose generation prompt begins the assistant's turn"
             )
-        prompt = self._prompt(opening, name, max_tokens)
+        bare = whole.replace(mark, "")
+        self._require(name, messages, first_unprinted(messages, bare))
+        for key, text in leaves(messages[-1]):
+            if not reaches(text, opening.replace(mark, ""), bare):
+                self._require(name, messages, (len(messages) - 1, key))
+        prompt = self._prompt(opening, mark, name, max_tokens)
         response = self._encode(whole[len(opening) :])
         ends = np.flatnonzero(np.isin(response, list(self.end_tokens)))
         if not len(ends):
@@ -140,8 +161,96 @@ class Chat:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    def _prompt(self, rendered: str, name: str, max_tokens: int) -> Tokens:
-        tokens = self._encode(rendered)
+    def _require_printed(self, asked: Sequence[Named], is_answered: bool) -> None:
+        """Raise DataError for a message of a role or a key that the template does not print.
+
+        Asked once of messages of the same roles and keys, with words that are found nowhere else: what is
+        said can be so short that it is in the rendering by chance.
+        """
+        new: dict[tuple[str, bool], Named] = {}
+        for name, messages in asked:
+            if (kind := (shape(messages), is_answered)) not in self._shapes:
+                new.setdefault(kind, (name, messages))
+        probes = [marked(messages) for _, messages in new.values()]
+
+        def render(messages: Sequence[Message]) -> str | None:
+            try:
+                return self._render(messages, open_turn=not is_answered)
+            except Exception:  # noqa: BLE001 - the template refuses such words; what is really said comes next
+                return None
+
+        for (name, messages), probe, rendered in zip(
+            new.values(), probes, bounded(render, probes, TEMPLATE_SECONDS), strict=False
+        ):
+            if isinstance(rendered, Failed):
+                raise _refused(name, rendered)
+            if rendered is not None:
+                self._require(name, messages, first_unprinted(probe, rendered))
+        self._shapes.update(new)
+
+    def _require(self, name: str, messages: Sequence[Message], unprinted: tuple[int, str] | None) -> None:
+        """Raise DataError where something is `unprinted`: (number of the message, key)."""
+        if unprinted is None:
+            return
+        number, key = unprinted
+        raise DataError(
+            f"{name}: the chat template does not print messages[{number}].{key}, of role "
+            f"{messages[number]['role']!r}, or not all of it: the model would never see it: take it out of "
+            "the data, rename what the template knows by another name, or use a template that prints it"
+        )
+
+    def _with_split_tokens(self, name: str, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+        """`messages` with a mark after the first letter of each control token spelled out in them; the mark.
+
+        Raises DataError where the assistant's own words spell one out: there it would be trained on.
+        """
+        texts = [(message, key, text) for message in messages for key, text in leaves(message)]
+        found = [(message, key, text) for message, key, text in texts if self._control(message).search(text)]
+        if not found:
+            return messages, _SPLITS[0]
+        for message, key, text in found:
+            if message["role"] == "assistant":
+                token = self._control(message).findall(text)[0]
+                raise DataError(
+                    f"{name}: the assistant's {key} spells out the control token {token}: take it out: "
+                    "the chat template puts in those that there are to be"
+                )
+        self.spelled += 1
+        everything = "".join(text for _, _, text in texts)
+        mark = next((each for each in _SPLITS if each not in everything), None)
+        if mark is None:
+            raise DataError(f"{name}: it has every character that could tell text from control tokens")
+
+        def split(value: Any, pattern: re.Pattern[str]) -> Any:
+            if isinstance(value, str):
+                return pattern.sub(lambda token: f"{token[0][0]}{mark}{token[0][1:]}", value)
+            if isinstance(value, Mapping):
+                return {key: split(each, pattern) for key, each in value.items()}
+            return [split(each, pattern) for each in value] if isinstance(value, list) else value
+
+        return [split(message, self._control(message)) for message in messages], mark
+
+    def _control(self, message: Message) -> re.Pattern[str]:
+        """What the words of a message may not turn into: an assistant may think, and call tools."""
+        return self._control_tokens[message["role"] == "assistant"]
+
+    @cached_property
+    def _control_tokens(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """Of whoever asks, and of the assistant: the added tokens that are special, or in the template.
+
+        White space, which some tokenizers add tokens for, is text.
+        """
+        added = self.tokenizer.added_tokens_decoder.values()
+        control = {
+            each.content: each.special
+            for each in added
+            if len(each.content) > 1 and not each.content.isspace()
+            if each.special or (each.content in self._template and each.content not in CONTENT_MARKS)
+        }
+        return _any_of(control.keys()), _any_of(control.keys() - CONTENT_MARKS)
+
+    def _prompt(self, rendered: str, mark: str, name: str, max_tokens: int) -> Tokens:
+        tokens = self._encode_split(rendered, mark, name)
         if not len(tokens):
             raise DataError(f"{name}: the chat template renders an empty prompt")
         if len(tokens) > max_tokens:
@@ -151,22 +260,52 @@ class Chat:
             )
         return tokens
 
-    def _render(self, messages: Sequence[Message], name: str, open_turn: bool) -> str:
-        try:
-            rendered: str = self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=open_turn,
-                chat_template=self._template,
+    def _encode_split(self, rendered: str, mark: str, name: str) -> Tokens:
+        """Ids of `rendered`, in which `mark` divides what is no control token.
+
+        Raises DataError for a tokenizer that has no other way to write it.
+        """
+        if mark not in rendered:
+            return self._encode(rendered)
+        tokens = np.concatenate([self._encode(part) for part in rendered.split(mark)])
+        written = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if written != rendered.replace(mark, ""):
+            raise DataError(
+                f"{name}: it spells out a control token, which this tokenizer cannot write as text: take it "
+                "out"
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise DataError(f"{name}: the chat template refuses it: {_first_line(error)}") from error
+        return tokens
+
+    def _rendered(
+        self, asked: Sequence[Named], requests: Sequence[tuple[Sequence[Message], bool]]
+    ) -> Iterator[str]:
+        """Each of `requests` (messages, open_turn) as text. DataError naming the sample that it is of."""
+        texts = bounded(lambda request: self._render(*request), requests, TEMPLATE_SECONDS)
+        for (name, _), rendered in zip(asked, texts, strict=False):
+            if isinstance(rendered, Failed):
+                raise _refused(name, rendered)
+            yield rendered
+
+    def _render(self, messages: Sequence[Message], open_turn: bool) -> str:
+        rendered: str = self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=open_turn,
+            chat_template=self._template,
+        )
         return rendered
 
     def _encode(self, text: str) -> Tokens:
-        # The template has put in every special token there is to be.
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        # The template has put in every special token there is to be, and they are tokens whatever the
+        # tokenizer's own settings say of text.
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        return np.array(ids, dtype=np.int32)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _any_of(words: Any) -> re.Pattern[str]:
+    """The longest first: a token takes precedence over one within it."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+
+
+def _refused(name: str, failed: Failed) -> DataError:
+    return DataError(f"{name}: the chat template refuses it: {failed.reason}")

@@ -66,15 +66,27 @@ class TrainingData:
     """Samples in the order of the rollouts; scores are joined by sample id, whatever their own order.
 
     Raises DataError naming file and sample when a rollout has no score, a score has no rollout, or their
-    lengths differ; and as ShardReader does. `check_ids=False` for artifacts that are committed, and have not
+    lengths differ; and as ShardReader does. `leave_out_cut`: without the responses that were cut at the
+    horizon, which must not be scored. `check_ids=False` for artifacts that are committed, and have not
     changed since: a process then keeps 8 bytes a sample, beside the mapped files.
     """
 
-    def __init__(self, rollout_dir: Path, score_dir: Path | None = None, check_ids: bool = True) -> None:
+    def __init__(
+        self,
+        rollout_dir: Path,
+        score_dir: Path | None = None,
+        check_ids: bool = True,
+        leave_out_cut: bool = False,
+    ) -> None:
         self._rollouts: ShardReader[Rollout] = open_shards(ROLLOUTS, rollout_dir, check_ids)
         self.sample_ids = self._rollouts.sample_ids
         prompts, responses = (self._rollouts.lengths(f"{part}_tokens") for part in ("prompt", "response"))
         self.lengths: NDArray[np.int64] = prompts + responses  # [n]
+        self._chosen: NDArray[np.int64] | None = None  # [n]; None: all
+        if leave_out_cut:
+            assert score_dir is None
+            (self._chosen,) = self._rollouts.matches("finish_reason", "stop").nonzero()
+            self.lengths = self.lengths[self._chosen]
         self._scores: ShardReader[Score] | None = None
         self._score_of: NDArray[np.int64] | None = None  # [n]; None: the scores are in the rollouts' order
         if score_dir is not None:
@@ -82,11 +94,11 @@ class TrainingData:
             self._score_of = match_scores(self._rollouts, self._scores)
 
     def __len__(self) -> int:
-        return len(self.sample_ids)
+        return len(self.lengths)
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, with the teacher's scores if there are any. Its arrays may be read-only."""
-        rollout = self._rollouts.record(index)
+        rollout = self._rollouts.record(self._place(index))
         if self._scores is None:
             return Sample(rollout, score=None)
         return Sample(
@@ -99,8 +111,8 @@ class TrainingData:
 
     def require_within(self, token_budget: int, padding: Padding) -> None:
         """Raise DataError naming the longest sample when it is, padded, above `token_budget` tokens."""
-        longest = int(self.lengths.argmax())
-        tokens = int(self.lengths[longest])
+        at = int(self.lengths.argmax())
+        longest, tokens = self._place(at), int(self.lengths[at])
         needed = padding.least_budget(tokens)
         if needed > token_budget:
             padded = f", which this layout pads to {needed}" if needed > tokens else ""
@@ -111,11 +123,12 @@ class TrainingData:
 
     def require_positions(self, positions: int) -> None:
         """Raise DataError naming the longest sample when it has more tokens than the model `positions`."""
-        longest = int(self.lengths.argmax())
-        if self.lengths[longest] > positions:
+        at = int(self.lengths.argmax())
+        if self.lengths[at] > positions:
+            longest = self._place(at)
             raise DataError(
                 f"{self._rollouts.path(longest)}: sample {self.sample_ids[longest]} has "
-                f"{self.lengths[longest]} tokens, and the model to train has {positions} positions: drop the "
+                f"{self.lengths[at]} tokens, and the model to train has {positions} positions: drop the "
                 "sample, or shorten it (sampling.max_new_tokens, where it was sampled)"
             )
 
@@ -127,6 +140,10 @@ class TrainingData:
         self._rollouts.require_vocabulary(size)
         if self._scores is not None:
             self._scores.require_vocabulary(size)
+
+    def _place(self, index: int) -> int:
+        """Where sample `index` is among all rollouts."""
+        return index if self._chosen is None else int(self._chosen[index])
 
 
 def match_scores(rollouts: ShardReader[Rollout], scores: ShardReader[Score]) -> NDArray[np.int64] | None:

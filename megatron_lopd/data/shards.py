@@ -177,9 +177,10 @@ class ShardReader(Generic[Record]):
         items = (batch.items.get(column, np.zeros(batch.num_records)) for batch in self._batches)
         return np.concatenate([np.empty(0), *items]).astype(np.int64)
 
-    def count(self, column: str, value: str) -> int:
-        """Records whose text `column` is `value`, from the index alone."""
-        return sum(batch.count(column, value.encode()) for batch in self._batches)
+    def matches(self, column: str, value: str) -> NDArray[np.bool_]:
+        """Of which records text `column` is `value`, bool [len(self)], from the index alone."""
+        found = (batch.matches(column, value.encode()) for batch in self._batches)
+        return np.concatenate([np.empty(0, dtype=bool), *found])
 
     def record(self, index: int) -> Record:
         """Record `index`. Its arrays may be read-only views of the file."""
@@ -293,9 +294,10 @@ class _Batch:
     def text(self, name: str, row: int) -> str:
         return self._text[name].row(row).tobytes().decode()
 
-    def count(self, name: str, value: bytes) -> int:
+    def matches(self, name: str, value: bytes) -> NDArray[np.bool_]:
         text = self._text[name]
-        return sum(text.row(row).tobytes() == value for row in range(self.num_records))
+        found = (text.row(row).tobytes() == value for row in range(self.num_records))
+        return np.fromiter(found, dtype=bool, count=self.num_records)
 
     def values(self, row: int) -> Bytes:
         return self._values.row(row)

@@ -46,24 +46,31 @@ def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     return log_probs
 
 
-def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, sampling: Sampling, uniform: Tensor, tokenless: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token a row by inverting the distribution's CDF at `uniform` (float64 [B], in (0, 1]).
 
-    `logits` float32 [B, V]. Returns tokens int64 [B] and their log-probs float32 [kinds, B]: under
-    `truncated_log_probs`, and where that is another distribution (not Sampling.is_plain) under
-    `softmax(logits)`. At temperature 0 the token is the most likely one and the log-prob that of temperature
-    1: the sampler's own would be 0 everywhere, and tell nothing. Logits that are not finite give a log-prob
-    that is not finite.
+    `logits` float32 [B, V]; `tokenless` int64 [n] are ids that are never drawn. Returns tokens int64 [B] and
+    their log-probs float32 [kinds, B]: where tokens are drawn from `softmax(logits)` itself
+    (Sampling.is_plain) under that, whatever share of it the tokenless have; else under `truncated_log_probs`
+    without these, and under `softmax(logits)`. At temperature 0 the token is the most likely one and the
+    log-prob that of temperature 1: the sampler's own would be 0 everywhere, and tell nothing. Logits that are
+    not finite give a log-prob that is not finite.
     """
+    speakable = logits if tokenless is None else logits.index_fill(-1, tokenless, -torch.inf)
     if sampling.temperature == 0:
         log_probs = torch.log_softmax(logits.double(), dim=-1)
-        tokens = logits.argmax(dim=-1)
+        tokens = speakable.argmax(dim=-1)
     else:
-        log_probs = truncated_log_probs(logits, sampling)
+        log_probs = truncated_log_probs(speakable, sampling)
         cdf = log_probs.exp().cumsum(dim=-1)
         # The first token whose CDF reaches a target in (0, total]: it exists, and has probability above 0.
         target = uniform[:, None] * cdf[:, -1:]
         # A row of NaN has no such token; staying in range lets the caller see and name it.
         tokens = torch.searchsorted(cdf, target).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
-    kept = [log_probs] if sampling.is_plain else [log_probs, torch.log_softmax(logits.double(), dim=-1)]
+    own = (
+        [torch.log_softmax(logits.double(), dim=-1)] if tokenless is not None or not sampling.is_plain else []
+    )
+    kept = (own or [log_probs]) if sampling.is_plain else [log_probs, *own]
     return tokens, torch.stack([each.gather(-1, tokens[:, None]).squeeze(-1) for each in kept]).float()

@@ -29,6 +29,7 @@ from megatron_lopd.engines.requests import (
     check_scoring,
     give_back_memory,
     memory_advice,
+    tokenless_ids,
     windows,
 )
 from megatron_lopd.errors import EngineError, LopdError
@@ -55,9 +56,11 @@ class MegatronEngine:
         self._config, self._model_dir = config, model_dir
         self._arch = read_architecture(model_dir)
         self._padding = packed_padding(_parallel(config), config.fp8)
-        channel().send(_Open(config, model_dir))
+        tokenless = tokenless_ids(config, model_dir, self._arch.vocab_size)
+        self._tokens = self._arch.vocab_size - len(tokenless)
+        channel().send(_Open(config, model_dir, tokenless))
         self._opened = ExitStack()
-        self._model = self._opened.enter_context(_opened(config, model_dir))
+        self._model = self._opened.enter_context(_opened(config, model_dir, tokenless))
 
     def generate(
         self, requests: Sequence[Prompted], sampling: Sampling, end_tokens: frozenset[int]
@@ -72,7 +75,8 @@ class MegatronEngine:
     def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
         """See `Engine.score`. Raises EngineError, naming the sample, for one that does not fit the model or a
         micro-batch, and for log-probs that are not finite; and when memory runs out."""
-        check_scoring(rollouts, top_k, self._arch.vocab_size, self._arch.max_positions, self._model_dir)
+        rows, positions = self._arch.vocab_size, self._arch.max_positions
+        check_scoring(rollouts, top_k, rows, self._tokens, positions, self._model_dir)
         for rollout in rollouts:
             self._check_fits(rollout)
         return (score for window in windows(rollouts, top_k) for score in self._score_window(window, top_k))
@@ -115,7 +119,9 @@ def serve() -> None:
         while not isinstance(message := channel().receive(), _Leave):
             if isinstance(message, _Open):
                 try:
-                    model = opened.enter_context(_opened(message.config, message.model_dir))
+                    model = opened.enter_context(
+                        _opened(message.config, message.model_dir, message.tokenless)
+                    )
                 except LopdError:
                     continue  # every rank has the same, and rank 0 says so
             elif isinstance(message, _Score):
@@ -140,6 +146,7 @@ def leading() -> Iterator[None]:
 class _Open:
     config: EngineConfig
     model_dir: str
+    tokenless: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class _Leave:
 
 
 @contextmanager
-def _opened(config: EngineConfig, model_dir: str) -> Iterator[_Model]:
+def _opened(config: EngineConfig, model_dir: str, tokenless: NDArray[np.int64]) -> Iterator[_Model]:
     """This rank's part of the model; every rank enters. They raise the same LopdError when one has one."""
     arch = read_architecture(model_dir)
     compat.prepare()
@@ -169,7 +176,7 @@ def _opened(config: EngineConfig, model_dir: str) -> Iterator[_Model]:
         try:
             setting = f"engine.dtype={config.dtype}"
             with memory_advice(model_dir, compat.device(), setting, f"set it to bf16, {MORE_RANKS}"):
-                model = _Model(config, model_dir, arch, ranks)
+                model = _Model(config, model_dir, arch, ranks, tokenless)
         except LopdError as raised:
             error = raised
         errors: list[Any] = [None] * ranks.world_size
@@ -182,9 +189,17 @@ def _opened(config: EngineConfig, model_dir: str) -> Iterator[_Model]:
 class _Model:
     """This rank's part of the model, ready to score."""
 
-    def __init__(self, config: EngineConfig, model_dir: str, arch: Architecture, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_dir: str,
+        arch: Architecture,
+        ranks: Ranks,
+        tokenless: NDArray[np.int64],
+    ) -> None:
         self._config, self._model_dir, self._ranks = config, model_dir, ranks
         self._device: torch.device = compat.device()
+        self._tokenless = torch.from_numpy(tokenless).to(self._device)
         self._chunks = build_model(arch, _parallel(config), config.dtype, None, config.fp8)
         for chunk in self._chunks:
             load_hf_weights(chunk, arch, model_dir)
@@ -207,7 +222,7 @@ class _Model:
                 batches,
                 packing.micro_batch_tokens,
                 self._device,
-                partial(_score_micro_batch, top_k),
+                partial(_score_micro_batch, top_k, self._tokenless),
                 forward_only=True,
             )
         return self._gather(rollouts, packed, batches, parts)
@@ -236,10 +251,10 @@ class _Model:
 
 
 def _score_micro_batch(
-    top_k: int, model: PackedGPTModel, batch: MicroBatch, hidden: Tensor
+    top_k: int, tokenless: Tensor, model: PackedGPTModel, batch: MicroBatch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """(no loss, its count, a _TokenScores' tensors but for the places), as `run_schedule` wants."""
-    ids, scored = response_top_k(model, hidden, batch.predict_index, batch.response_tokens, top_k)
+    ids, scored = response_top_k(model, hidden, batch.predict_index, batch.response_tokens, top_k, tokenless)
     parts = (scored.log_probs, ids.int(), scored.top_k_log_probs, scored.tail_log_probs)
     return hidden.new_zeros(()), torch.ones((), dtype=torch.int, device=hidden.device), parts
 

@@ -11,27 +11,49 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_lopd.config import EngineConfig
 from megatron_lopd.data.records import Rollout
-from megatron_lopd.errors import EngineError, is_out_of_memory
+from megatron_lopd.data.vocabulary import ids_without_token
+from megatron_lopd.errors import ConfigError, EngineError, is_out_of_memory
 
 # Bytes of scores held while they wait for their turn: requests are run in any order within such a window.
 SCORED_BYTES = 1 << 28
 
 
+def tokenless_ids(config: EngineConfig, model_dir: str, rows: int) -> NDArray[np.int64]:
+    """The ids of a model of `rows` that no engine draws, or keeps among the likeliest: int64 [n], in order.
+
+    EngineError for a tokenizer that does not load.
+    """
+    try:
+        return ids_without_token(model_dir, rows, config.trust_remote_code)
+    except ConfigError as error:
+        raise EngineError(str(error)) from None
+
+
 def check_scoring(
-    rollouts: Sequence[Rollout], top_k: int, vocabulary: int, positions: int | None, model_dir: str
+    rollouts: Sequence[Rollout],
+    top_k: int,
+    vocabulary: int,
+    tokens: int,
+    positions: int | None,
+    model_dir: str,
 ) -> None:
-    """Raise EngineError for a rollout that the model cannot score, or `top_k` that leaves no tail."""
-    if top_k > vocabulary - 2:
+    """Raise EngineError for a rollout that the model cannot score, or `top_k` that leaves no tail.
+
+    `vocabulary`: the model's rows; `tokens`: how many of them have a token.
+    """
+    most = min(tokens, vocabulary - 2)
+    if top_k > most:
         raise EngineError(
             f"score.top_k={top_k} leaves none of the {vocabulary} tokens of {model_dir} over "
-            f"beside the response token: lower it to at most {vocabulary - 2}"
+            f"beside the response token: lower it to at most {most}"
         )
     for rollout in rollouts:
         if not len(rollout.response_tokens):
             raise EngineError(f"sample {rollout.sample_id}: the response to score is empty")
-        tokens = np.concatenate([rollout.prompt_tokens, rollout.response_tokens])
-        check_tokens(rollout.sample_id, tokens, 0, vocabulary, positions, model_dir)
+        whole = np.concatenate([rollout.prompt_tokens, rollout.response_tokens])
+        check_tokens(rollout.sample_id, whole, 0, vocabulary, positions, model_dir)
 
 
 def check_tokens(

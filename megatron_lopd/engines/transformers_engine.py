@@ -25,6 +25,7 @@ from megatron_lopd.engines.requests import (
     check_tokens,
     give_back_memory,
     memory_advice,
+    tokenless_ids,
     windows,
 )
 from megatron_lopd.errors import EngineError
@@ -60,6 +61,9 @@ class TransformersEngine:
         self._head_bias = None if head.bias is None else head.bias.detach().float()
         self._model_config = model.config
         self._positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        tokenless = tokenless_ids(config, model_dir, len(head.weight))
+        self._tokens = len(head.weight) - len(tokenless)
+        self._tokenless = torch.from_numpy(tokenless).to(self._device) if len(tokenless) else None
         self._check_head(model)
 
     def generate(
@@ -88,7 +92,8 @@ class TransformersEngine:
 
     def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
         """Scores of given responses, run together by length, the longest first. Raises as `generate`."""
-        check_scoring(rollouts, top_k, len(self._head_weight), self._positions, self._model_dir)
+        rows = len(self._head_weight)
+        check_scoring(rollouts, top_k, rows, self._tokens, self._positions, self._model_dir)
         return (
             score
             for window in windows(rollouts, top_k, self._config.batch_size)
@@ -221,7 +226,10 @@ class TransformersEngine:
             total = logits.logsumexp(dim=-1, keepdim=True)
             block = [(logits.gather(-1, chosen) - total).squeeze(-1)]
             if top_k:
-                values, ids = logits.topk(top_k, dim=-1)
+                likely = (
+                    logits if self._tokenless is None else logits.index_fill(-1, self._tokenless, -torch.inf)
+                )
+                values, ids = likely.topk(top_k, dim=-1)
                 # Summed over the tail itself: 1 minus the rest would be rounding where the rest is nearly 1.
                 tail = logits.scatter_(-1, torch.cat([ids, chosen], dim=-1), -torch.inf)
                 # Rounding can put a tail that is nearly everything above the whole.
@@ -234,7 +242,7 @@ class TransformersEngine:
         """`draw` from the last hidden states [B, h], a block of rows at a time."""
         rows = self._rows_at_a_time()
         parts = [
-            draw(self._logits(states), sampling, draws)
+            draw(self._logits(states), sampling, draws, self._tokenless)
             for states, draws in zip(torch.split(hidden, rows), torch.split(uniform, rows), strict=True)
         ]
         tokens, log_probs = zip(*parts, strict=True)

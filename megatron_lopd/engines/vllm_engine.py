@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from megatron_lopd.config import EngineConfig, Sampling
 from megatron_lopd.data.records import FinishReason, Rollout, Score, TopK
 from megatron_lopd.engines.protocol import Prompted
-from megatron_lopd.engines.requests import check_finite, check_scoring, check_tokens
+from megatron_lopd.engines.requests import check_finite, check_scoring, check_tokens, tokenless_ids
 from megatron_lopd.engines.vllm import head_precision
 from megatron_lopd.errors import EngineDied, EngineError, is_out_of_memory
 
@@ -60,6 +60,7 @@ class VllmEngine:
             )
             self._vocabulary: int = settings.vocab_size
             self._positions: int | None = getattr(settings, "max_position_embeddings", None)
+            self._tokenless = tokenless_ids(config, model_dir, self._vocabulary)
             self._llm: Any = LLM(
                 model=model_dir,
                 skip_tokenizer_init=True,
@@ -87,12 +88,11 @@ class VllmEngine:
         """Sample one response a request. At temperature 0 the log-probs are those of temperature 1.
 
         vLLM tells either the log-probs that it drew from or the model's own. Where they differ it is asked
-        for the model's own afterwards, by scoring what it drew: one more pass over prompt and response.
+        for the model's own afterwards, by scoring what it drew: one more pass over prompt and response. Ids
+        without a token are not barred where that would make them differ, but drawn again (`_drawn_again`).
 
         Raises EngineError as TransformersEngine does, and for a temperature that vLLM would change.
         """
-        from vllm import SamplingParams
-
         if 0 < sampling.temperature < LEAST_TEMPERATURE:
             raise EngineError(
                 f"sampling.temperature={sampling.temperature:g} is less than vLLM can do: set it to 0, or to "
@@ -110,35 +110,93 @@ class VllmEngine:
         at_a_time = max(self._config.batch_size, HELD_LOG_PROBS // sampling.max_new_tokens)
         for start in range(0, len(requests), at_a_time):
             window = requests[start : start + at_a_time]
-            parameters = [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    seed=request.seed,
-                    max_tokens=sampling.max_new_tokens,
-                    stop_token_ids=sorted(end_tokens),
-                    ignore_eos=True,  # the model's own idea of its end tokens; ours are above
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                )
-                for request in window
-            ]
-            outputs = self._run([request.prompt_tokens for request in window], parameters)
-            rollouts = [
-                self._rollout(request, output.outputs[0], sampling, end_tokens)
-                for request, output in zip(window, outputs, strict=True)
-            ]
+            settings = [sampling] * len(window)
+            rollouts = self._sampled(window, settings, end_tokens, barring=not sampling.is_plain)
             if sampling.is_plain:
-                yield from rollouts
+                yield from self._drawn_again(window, rollouts, sampling, end_tokens)
                 continue
             for rollout, score in zip(rollouts, self.score(rollouts), strict=True):
                 yield replace(rollout, untruncated_log_probs=score.log_probs)
 
+    def _sampled(
+        self,
+        requests: Sequence[Prompted],
+        settings: Sequence[Sampling],
+        end_tokens: frozenset[int],
+        barring: bool,
+    ) -> list[Rollout]:
+        """A response each, with the log-probs of what vLLM drew from; `barring`: no id without a token."""
+        from vllm import SamplingParams
+
+        allowed = None
+        if barring and len(self._tokenless):
+            allowed = np.setdiff1d(np.arange(self._vocabulary), self._tokenless).tolist()
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=request.seed,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=sorted(end_tokens),
+                ignore_eos=True,  # the model's own idea of its end tokens; ours are above
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                allowed_token_ids=allowed,
+            )
+            for request, sampling in zip(requests, settings, strict=True)
+        ]
+        outputs = self._run([request.prompt_tokens for request in requests], parameters)
+        return [
+            self._rollout(request, output.outputs[0], sampling, end_tokens)
+            for request, sampling, output in zip(requests, settings, outputs, strict=True)
+        ]
+
+    def _drawn_again(
+        self,
+        requests: Sequence[Prompted],
+        rollouts: Sequence[Rollout],
+        sampling: Sampling,
+        end_tokens: frozenset[int],
+    ) -> Iterator[Rollout]:
+        """`rollouts`, those with an id without a token drawn on from there with these barred.
+
+        At every place that is a draw from the tokens alone: what p gives to others is given to tokens as p
+        would have it without them. The model's own log-probs, which barring hides, are then asked for.
+        """
+        good = [each.response_tokens[: self._speakable(each.response_tokens)] for each in rollouts]
+        cut = [at for at, rollout in enumerate(rollouts) if len(good[at]) < len(rollout.response_tokens)]
+        again = [
+            Prompted(
+                requests[at].sample_id,
+                np.concatenate([requests[at].prompt_tokens, good[at]]),
+                requests[at].seed ^ 1,
+            )
+            for at in cut
+        ]
+        left = [replace(sampling, max_new_tokens=sampling.max_new_tokens - len(good[at])) for at in cut]
+        drawn = [
+            replace(
+                rest,
+                prompt_tokens=requests[at].prompt_tokens,
+                response_tokens=np.concatenate([good[at], rest.response_tokens]),
+            )
+            for at, rest in zip(cut, self._sampled(again, left, end_tokens, barring=True), strict=True)
+        ]
+        scores = {score.sample_id: score.log_probs for score in self.score(drawn)}
+        whole = {each.sample_id: replace(each, log_probs=scores[each.sample_id]) for each in drawn}
+        return (whole.get(rollout.sample_id, rollout) for rollout in rollouts)
+
+    def _speakable(self, tokens: NDArray[np.int32]) -> int:
+        """How many of a response's tokens come before its first id without a token."""
+        (found,) = np.isin(tokens, self._tokenless).nonzero()
+        return int(found[0]) if len(found) else len(tokens)
+
     def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
         """Scores of given responses. Raises as `generate`."""
-        check_scoring(rollouts, top_k, self._vocabulary, self._positions, self._model_dir)
+        tokens = self._vocabulary - len(self._tokenless)
+        check_scoring(rollouts, top_k, self._vocabulary, tokens, self._positions, self._model_dir)
         return (score for window in _windows(rollouts, top_k) for score in self._score_window(window, top_k))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -149,39 +207,75 @@ class VllmEngine:
         """Nothing is left to do: it ends with its process."""
 
     def _score_window(self, rollouts: Sequence[Rollout], top_k: int) -> Iterator[Score]:
+        for rollout, (ids, log_probs) in zip(rollouts, self._likeliest(rollouts, top_k), strict=True):
+            if top_k and np.isin(ids[:, 1:], self._tokenless).any():
+                more = min(top_k + len(self._tokenless), self._vocabulary)
+                (wider,) = self._likeliest([rollout], more)
+                yield self._score(rollout, *wider, top_k)
+            else:
+                yield self._score(rollout, ids, log_probs, top_k)
+
+    def _likeliest(
+        self, rollouts: Sequence[Rollout], count: int
+    ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+        """Of each rollout ids and log-probs [T, 1 + count] of the token itself, then of the likeliest."""
         from vllm import SamplingParams
 
         tokens = [np.concatenate([each.prompt_tokens, each.response_tokens]) for each in rollouts]
         parameters = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=top_k, flat_logprobs=True, detokenize=False
+            temperature=0.0, max_tokens=1, prompt_logprobs=count, flat_logprobs=True, detokenize=False
         )
         for rollout, output in zip(rollouts, self._run(tokens, [parameters] * len(tokens)), strict=True):
-            yield self._score(rollout, output.prompt_logprobs, top_k)
+            yield self._rows(rollout, output.prompt_logprobs, count)
 
-    def _score(self, rollout: Rollout, flat: Any, top_k: int) -> Score:
-        """From vLLM's rows of [the token itself, then the k likeliest], end to end."""
+    def _rows(self, rollout: Rollout, flat: Any, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Those of the response, from vLLM's of all, end to end."""
         first = len(rollout.prompt_tokens)
         begin = flat.start_indices[first]
-        shape = len(rollout.response_tokens), top_k + 1
+        shape = len(rollout.response_tokens), count + 1
         ids = np.array(flat.token_ids[begin:], dtype=np.int32)
         log_probs = np.array(flat.logprobs[begin:], dtype=np.float32)
         if ids.size != shape[0] * shape[1]:
             raise EngineError(f"sample {rollout.sample_id}: vLLM gave {ids.size} log-probs for {shape}")
         ids, log_probs = ids.reshape(shape), log_probs.reshape(shape)
         check_finite(rollout.sample_id, log_probs, self._model_dir, self._config.dtype)
+        return ids, log_probs
+
+    def _score(
+        self, rollout: Rollout, ids: NDArray[np.int32], log_probs: NDArray[np.float32], top_k: int
+    ) -> Score:
+        """From the token itself, then at least so many likeliest that `top_k` of them have a token."""
         own = log_probs[:, 0].copy()
         if not top_k:
             return Score(rollout.sample_id, own)
-        likeliest = TopK(ids[:, 1:].copy(), log_probs[:, 1:].copy(), self._tail(ids, log_probs))
+        is_token = ~np.isin(ids[:, 1:], self._tokenless)
+        kept = np.argsort(~is_token, axis=1, kind="stable")[:, :top_k]
+        likeliest = TopK(
+            np.take_along_axis(ids[:, 1:], kept, axis=1),
+            np.take_along_axis(log_probs[:, 1:], kept, axis=1),
+            self._tail(ids, log_probs, kept),
+        )
         return Score(rollout.sample_id, own, likeliest)
 
-    def _tail(self, ids: NDArray[np.int32], log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [T]: the log of what neither the top k nor the token itself, in column 0, have."""
+    def _tail(
+        self, ids: NDArray[np.int32], log_probs: NDArray[np.float32], kept: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """float32 [T]: the log of what neither the token itself has nor the top k, `kept` [T, k] of the
+        likeliest."""
         probs = np.exp(log_probs.astype(np.float64))
-        is_among = (ids[:, 1:] == ids[:, :1]).any(axis=1)
-        left = 1 - probs[:, 1:].sum(axis=1) - np.where(is_among, 0, probs[:, 0])
-        count = self._vocabulary - (ids.shape[1] - 1) - ~is_among
-        most = np.log(count) + log_probs[:, -1].astype(np.float64)
+        is_kept = np.zeros(ids[:, 1:].shape, dtype=bool)
+        np.put_along_axis(is_kept, kept, True, axis=1)
+        is_itself = ids[:, 1:] == ids[:, :1]
+        is_among = (is_kept & is_itself).any(axis=1)
+        left = (
+            1
+            - np.take_along_axis(probs[:, 1:], kept, axis=1).sum(axis=1)
+            - np.where(is_among, 0, probs[:, 0])
+        )
+        unseen = self._vocabulary - (ids.shape[1] - 1) - ~is_itself.any(axis=1)
+        seen = np.where(is_kept | is_itself, 0, probs[:, 1:]).sum(axis=1)
+        with np.errstate(divide="ignore"):  # nothing is unseen, or was seen and not kept
+            most = np.logaddexp(np.log(unseen) + log_probs[:, -1].astype(np.float64), np.log(seen))
         tail: NDArray[np.float32] = np.minimum(np.log(np.maximum(left, RESOLUTION)), most).astype(np.float32)
         return np.minimum(tail, np.float32(0))
 

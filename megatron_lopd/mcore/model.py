@@ -241,17 +241,19 @@ def response_top_k(
     predict_index: torch.Tensor,
     response_tokens: torch.Tensor,
     k: int,
+    tokenless: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ResponseLogProbs]:
     """The `k` likeliest tokens at each response token's place, likeliest first, int64 [R, k] (k may be 0),
     and log-probs of the token and of these; constants, on the last pipeline stage.
 
-    Arguments as of `response_loss`.
+    Arguments as of `response_loss`; `tokenless` as of `vocab_parallel_top_k`.
     """
     return vocab_parallel_top_k(
         _predicting_states(model, hidden, predict_index),
         model.output_weight(),
         response_tokens,
         k,
+        tokenless,
         vocab_size=model.arch.vocab_size,
         group=parallel_state.get_tensor_model_parallel_group(),
     )

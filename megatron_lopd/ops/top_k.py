@@ -19,6 +19,7 @@ def vocab_parallel_top_k(
     weight: Tensor,
     tokens: Tensor,
     k: int,
+    tokenless: Tensor | None = None,
     *,
     vocab_size: int,
     group: ProcessGroup | None = None,
@@ -27,11 +28,12 @@ def vocab_parallel_top_k(
     """(ids of each row's `k` largest logits, the largest first, int64 [R, k]; what the row's softmax says of
     its token, of these and of the rest), the same on every rank; constants.
 
-    Arguments as of `vocab_parallel_log_probs`; `k` from 0 to `vocab_size`; `rows` whose logits are held at
-    once (None: what CHUNK_BYTES holds).
+    Arguments as of `vocab_parallel_log_probs`; `tokenless` int64 [n] are ids that are never among the
+    likeliest, and `k` is from 0 to how many others there are; `rows` whose logits are held at once (None:
+    what CHUNK_BYTES holds).
     """
     vocab = VocabularySlice.of(weight, vocab_size, group)
-    likeliest = _Likeliest(tokens, k, vocab)
+    likeliest = _Likeliest(tokens, k, vocab, _columns(tokenless, vocab))
     size = rows_at_once(hidden, vocab, rows)
     chunks = row_chunks(hidden, weight, vocab, 1.0, size, likeliest.with_tokens)
     softmaxes = [chunk.softmax for chunk in chunks]
@@ -50,6 +52,14 @@ def vocab_parallel_top_k(
     return whole(lambda softmax: softmax.kept.ids)[:, 1:], scored
 
 
+def _columns(ids: Tensor | None, vocab: VocabularySlice) -> Tensor | None:
+    """Where this rank has `ids`; None where it has none of them."""
+    if ids is None:
+        return None
+    own = ids[(ids >= vocab.start) & (ids < vocab.start + vocab.size)] - vocab.start
+    return own if len(own) else None
+
+
 @dataclass(frozen=True)
 class _Likeliest:
     """Each row's token and the `k` of the largest logits, of all ranks."""
@@ -57,10 +67,17 @@ class _Likeliest:
     tokens: Tensor
     k: int
     vocab: VocabularySlice
+    tokenless: Tensor | None  # this rank's columns that are not looked at
 
     def with_tokens(self, rows: slice, logits: Tensor) -> Tensor:
         """ids [rows, 1 + k], the row's own token first, from this rank's logits."""
-        top = logits.topk(min(self.k, logits.shape[1]), dim=1)
+        if self.tokenless is None:
+            top = logits.topk(min(self.k, logits.shape[1]), dim=1)
+        else:  # in place: the logits of a chunk are not held twice
+            kept = logits[:, self.tokenless]
+            logits[:, self.tokenless] = -torch.inf
+            top = logits.topk(min(self.k, logits.shape[1]), dim=1)
+            logits[:, self.tokenless] = kept
         values, ids = top.values, top.indices + self.vocab.start
         if self.vocab.is_shared and self.k:
             values, ids = self._gather(values, ids)

@@ -18,25 +18,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """`tokens`: ids of each prompt, int32 [P]. `end_tokens`: the model's ids that end a response."""
+    """`tokens`: ids of each prompt, int32 [P]. `end_tokens`: the model's ids that end a response.
+
+    `notes`: what is to be known of the prompts, a line each.
+    """
 
     prompts: Sequence[Prompt]
     tokens: Sequence[Tokens]
     end_tokens: frozenset[int]
+    notes: Sequence[str] = ()
 
 
 def encode(
     prompts: Sequence[Prompt], model_dir: Path, max_tokens: int, trust_remote_code: bool
 ) -> EncodedPrompts:
-    """By the model's tokenizer and chat template. DataError naming the first that does not fit `max_tokens`.
+    """By the model's tokenizer and chat template. Raises DataError as `Chat.prompts`, naming the first.
 
     Raises ConfigError where the model cannot be talked to.
     """
     from megatron_lopd.data.chat import Chat
 
     chat = Chat(str(model_dir), trust_remote_code)
-    tokens = [chat.prompt(prompt.messages, f"prompt {prompt.id}", max_tokens) for prompt in prompts]
-    return EncodedPrompts(prompts, tokens, chat.end_tokens)
+    tokens = chat.prompts([(prompt.described, prompt.messages) for prompt in prompts], max_tokens)
+    notes = [*spelled_note(chat.spelled), *_alike_note(prompts, tokens)]
+    return EncodedPrompts(prompts, tokens, chat.end_tokens, notes)
+
+
+def spelled_note(count: int) -> list[str]:
+    """That so many spell out a control token."""
+    return [f"{count:,} of them spell out control tokens, which are read as text"] if count else []
+
+
+def _alike_note(prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> list[str]:
+    """That some are not the same, and read the same."""
+    first: dict[bytes, Prompt] = {}
+    alike = [
+        (prompt, first[read])
+        for prompt, read in ((prompt, each.tobytes()) for prompt, each in zip(prompts, tokens, strict=True))
+        if first.setdefault(read, prompt).messages != prompt.messages
+    ]
+    if not alike:
+        return []
+    one, other = alike[0]
+    return [f"{len(alike):,} of them read just as another does: {one.described} as {other.described}"]
 
 
 def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig | None) -> int:

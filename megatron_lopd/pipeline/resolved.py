@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_lopd.artifacts.fingerprint import fingerprint_model, is_fingerprinted
 from megatron_lopd.artifacts.lineage import model_parent, read_model_lineage
@@ -33,6 +33,10 @@ from megatron_lopd.families.architecture import Architecture, read_architecture
 from megatron_lopd.families.family import own_families
 from megatron_lopd.pipeline.encoded import EncodedPrompts, encode, longest_prompt
 from megatron_lopd.prompts.sources import PromptSet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PROMPT_USES = {
     "sft": "the prompts that the teacher answers",
@@ -61,12 +65,13 @@ class Model:
         self.require()
         require_listed(self.directory)
         read_model_lineage(self.directory)
-        return model_parent(self.directory, fingerprint_model(self.directory))
+        parent = model_parent(self.directory, fingerprint_model(self.directory))
+        return replace(parent, digests={**parent.digests, **speech_of(self.directory)})
 
     def parent_without_weights(self, weights: str) -> Parent:
         """As `parent`, of a model whose weights are not read: `weights` is said of them."""
         self.require()
-        parts = fingerprint_model(self.directory, weights=False).parts()
+        parts = fingerprint_model(self.directory, weights=False).parts() | speech_of(self.directory)
         return Parent("model", str(self.directory), parts | {"weights": weights})
 
     def require(self) -> None:
@@ -86,6 +91,18 @@ class Model:
         read_architecture(self.directory)
 
 
+def speech_of(directory: Path) -> dict[str, str]:
+    """What decides how a model is spoken to, and when it is done, beside its tokenizer and chat template.
+
+    The date that a template is told is there where it asks for one.
+    """
+    from megatron_lopd.data.end_tokens import named_end_tokens
+    from megatron_lopd.prompts.clock import TODAY, prints_date
+
+    date = {"date": f"{TODAY:%Y-%m-%d}"} if prints_date(directory) else {}
+    return {"end_tokens": named_end_tokens(directory)} | date
+
+
 class ResolvedRun:
     """One recipe, resolved. Stages are given it and take their part.
 
@@ -100,6 +117,7 @@ class ResolvedRun:
         except OSError as error:  # a name too long, a folder that may not be looked into
             raise ConfigError(f"run_dir={recipe.run_dir}: {error.strerror}: choose another") from None
         self._encoded: dict[tuple[str, Path, bool, int], EncodedPrompts] = {}
+        self._spoken: dict[Path, NDArray[np.int64]] = {}
 
     # ---- places
 
@@ -222,6 +240,23 @@ class ResolvedRun:
             return Model(Path(self.train.checkpoint), "train.checkpoint")
         return self.reference
 
+    @property
+    def voice(self) -> Model:
+        """Who the student after SFT speaks like, where there is no such student yet: who it learns from."""
+        if self.reference.directory.is_dir() or self.reference.key:
+            return self.reference
+        return self.student if self.sft.data is not None else self.teacher
+
+    def spoken(self, model: Model) -> NDArray[np.int64]:
+        """The ids that a model's tokenizer has a token for, in order: int64 [n]. ConfigError without one."""
+        from megatron_lopd.data.vocabulary import load_tokenizer, token_ids
+
+        recipe = self.recipe
+        trust = any(part.engine.trust_remote_code for part in (recipe.generate, recipe.rollout, recipe.score))
+        if model.directory not in self._spoken:
+            self._spoken[model.directory] = token_ids(load_tokenizer(model.directory, trust))
+        return self._spoken[model.directory]
+
     def models_are_fingerprinted(self) -> bool:
         """Whether every model that the recipe names and that is there has been hashed as it is."""
         recipe = self.recipe
@@ -321,14 +356,14 @@ class Answering:
         model.require()
         return longest_prompt(model.directory, self.config.sampling, self.training)
 
-    def check(self) -> None:
-        """Raise unless every prompt can be encoded and leaves room for its answer."""
+    def check(self) -> list[str]:
+        """Raise unless every prompt can be encoded and leaves room for its answer; notes, a line each."""
         model = self.model
         if self.name == "rollout" and not model.directory.exists() and not model.key:
-            # sft has not run: the student will speak like the teacher, and be shaped like the base
+            # sft has not run: the student will speak like who it learns from, and be shaped like the base
             self.limit(self.run.student)
-            model = self.run.teacher
-        self.run.encoded(self, model)
+            model = self.run.voice
+        return list(self.run.encoded(self, model).notes)
 
     @property
     def encoded(self) -> EncodedPrompts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -178,8 +178,19 @@ def count_rollouts(reader: ShardReader[Rollout]) -> dict[str, int]:
         "prompt_tokens": int(prompt.sum()),
         "response_tokens": int(response.sum()),
         "tokens": int(prompt.sum() + response.sum()),
-        "cut_at_horizon": reader.count("finish_reason", "length"),
+        "cut_at_horizon": int(reader.matches("finish_reason", "length").sum()),
     }
+
+
+def say_cut(label: str, counts: Mapping[str, int], section: str, sampling: Sampling) -> None:
+    """Print what share of the answers of `counts` was cut at the horizon, and what to set; or nothing."""
+    cut, samples, horizon = counts["cut_at_horizon"], counts["samples"], sampling.max_new_tokens
+    if cut:
+        print(
+            f"lopd: {label}: {cut:,} of {samples:,} answers ({100 * cut / samples:.1f} %) were cut at the "
+            f"horizon of {horizon:,} tokens: raise {section}.sampling.max_new_tokens to let them end",
+            flush=True,
+        )
 
 
 def _requests(job: SamplingJob) -> list[Prompted]:

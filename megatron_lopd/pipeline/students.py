@@ -14,6 +14,8 @@ from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
 from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig
 from megatron_lopd.convert.hf_checkpoint import check_weights
 from megatron_lopd.convert.offline import megatron_to_hf
+from megatron_lopd.data.end_tokens import end_tokens, write_end_tokens
+from megatron_lopd.data.vocabulary import load_tokenizer
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import check_layout
 from megatron_lopd.loggers import METRICS_FILE, require_every_step
@@ -133,12 +135,14 @@ def write_student(
 ) -> list[str]:
     """Write a checkpoint's model as a Hugging Face directory that carries its lineage.
 
-    `hf_dir` gives config.json and the tokenizer's files. `lineage.model` is filled in here. What a
-    killed attempt left in `out_dir` is replaced. Returns the files, relative to `out_dir`.
+    `hf_dir` gives config.json and the tokenizer's files; the end tokens that they name are named in each of
+    them. `lineage.model` is filled in here. What a killed attempt left in `out_dir` is replaced. Returns the
+    files, relative to `out_dir`.
     """
     if out_dir.exists():
         shutil.rmtree(out_dir)
     megatron_to_hf(checkpoint, out_dir, export.max_shard_bytes, hf_dir)
+    write_end_tokens(out_dir, end_tokens(hf_dir, load_tokenizer(hf_dir)))
     return seal_model(out_dir, lineage)
 
 

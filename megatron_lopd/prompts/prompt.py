@@ -15,9 +15,16 @@ class Prompt:
 
     In a prompt the last message is the user's; in a conversation to fine-tune on, the assistant's. `extra`
     has the further fields of its row that extra_fields names, for a grader that needs more than an answer.
+    `where` it is from, "file:line", is for messages.
     """
 
     id: str
     messages: tuple[Message, ...]
     answer: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+    @property
+    def described(self) -> str:
+        """It in a message."""
+        return f"{self.where}: prompt {self.id}" if self.where else f"prompt {self.id}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ Row = Mapping[str, Any]
 # What prompt files in the wild call these two.
 PROMPT_FIELDS = ("prompt", "problem", "question", "messages")
 ANSWER_FIELDS = ("answer", "expected_answer")
+
+# What other formats call roles that templates know by another name. Some print any role, and so these too.
+_OTHER_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 def read_prompts(
@@ -53,7 +65,7 @@ def read_prompts(
         if suffix is not None:
             last = {**last, "content": f"{last['content']}\n{suffix}"}
         answer, extra = _answer(where, row, answer_field), _extra(where, row, extra_fields)
-        prompts.append(Prompt(prompt.id, (*before, last), answer, extra))
+        prompts.append(Prompt(prompt.id, (*before, last), answer, extra, where))
     return prompts
 
 
@@ -107,8 +119,22 @@ def _parse(where: str, row: Row, prompt_field: str | None) -> Prompt:
     field = prompt_field or _known_field(where, row, PROMPT_FIELDS, "prompt_field")
     if field is None or field not in row:
         wanted = prompt_field or " or ".join(PROMPT_FIELDS)
+        if prompt_field is None and "conversations" in row:
+            raise DataError(
+                f"{where}: conversations is another format's (from, value): write messages of {{role, "
+                "content}"
+            )
         raise DataError(f"{where}: must have {wanted}: it has {', '.join(map(repr, row)) or 'nothing'}")
     value = row[field]
+    if isinstance(value, str) and _is_messages(value):
+        raise DataError(
+            f"{where}: {field} is text that holds a list of messages as JSON: give the list itself"
+        )
+    if row.get("tools"):
+        raise DataError(
+            f"{where}: tools would not be shown to the model: write them into a system message, or take them "
+            "out"
+        )
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     if not messages:
         raise DataError(f"{where}: {field} must be text, or a list of {{role, content}} with at least one")
@@ -118,6 +144,7 @@ def _parse(where: str, row: Row, prompt_field: str | None) -> Prompt:
                 f"{where}: {field} must be text, or messages with a role and a content each, both text, "
                 "and none of them empty"
             )
+        _require_role(where, message["role"])
     _require_json(where, field, messages)
     given = row.get("id", xxh3_128_hexdigest(canonical_json(messages)))
     if not isinstance(given, str | int) or given == "":
@@ -151,6 +178,29 @@ def _known_field(where: str, row: Row, names: Sequence[str], setting: str) -> st
     if len(present) > 1:
         raise DataError(f"{where}: has both {' and '.join(present)}: say which to take with {setting}")
     return present[0] if present else None
+
+
+def _require_role(where: str, role: str) -> None:
+    """Raise DataError for a role of another format, and for one that is more than a name."""
+    if role in _OTHER_NAMES:
+        raise DataError(
+            f"{where}: role {role!r} is another format's name: chat templates call it {_OTHER_NAMES[role]!r}"
+        )
+    if not _ROLE.fullmatch(role):
+        raise DataError(f"{where}: role {role!r} must be a name: letters, digits, _ and -")
+
+
+def _is_messages(text: str) -> bool:
+    """Whether a text is a list of messages, written as JSON."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(value, list):
+        return False
+    return any(isinstance(each, dict) and bool({"role", "from"} & each.keys()) for each in value)
 
 
 def _is_text(value: Any) -> bool:

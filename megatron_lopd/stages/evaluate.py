@@ -11,6 +11,7 @@ from megatron_lopd.engines import kind_of
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
+from megatron_lopd.pipeline.text_checks import check_evaluated
 
 if TYPE_CHECKING:
     from megatron_lopd.graders import Grader
@@ -35,10 +36,12 @@ class EvaluateStage(SharedStage):
 
         models, k = ", ".join(models_of(run)), run.recipe.evaluate.sampling.samples_per_prompt
         kind_of(run.recipe.evaluate.engine).require(run.recipe.evaluate.engine, "evaluate")
-        return [
+        notes = check_evaluated(run) if run.recipe.sft is not None else []
+        lines = [
             f"grade {models} on {len(prompts)} prompts of {name}, {k} sampled and 1 greedy each"
             for name, prompts in check_sets(run).items()
         ]
+        return lines + notes
 
     def plan(self, run: ResolvedRun) -> Plan:
         parents = {_role(name): each.parent for name, each in run.evaluation_sets.items()}
@@ -64,7 +67,7 @@ class EvaluateStage(SharedStage):
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.evaluation.grading import answers_in, grade_answers
         from megatron_lopd.graders import open_grader
-        from megatron_lopd.pipeline.shard_jobs import count_rollouts
+        from megatron_lopd.pipeline.shard_jobs import count_rollouts, say_cut
 
         settings, directory = run.recipe.evaluate, run.directory_of(self.name)
         accuracy: dict[str, dict[str, Any]] = {}
@@ -81,11 +84,13 @@ class EvaluateStage(SharedStage):
                     print(f"lopd: {model} on {name}: {grades}", flush=True)
                     accuracy[name][model] = asdict(grades)
                     counts["ungraded"] += grades.ungraded
-                    for reader in answers.values():
-                        counts["tokens"] += count_rollouts(reader)["tokens"]
+                    for mode, reader in answers.items():
+                        made = count_rollouts(reader)
+                        counts["tokens"] += made["tokens"]
                         files += [str(path.relative_to(directory)) for path in reader.paths]
-            taught = _teacher_answers(run, grader)
-        results = {"accuracy": accuracy, "grader": settings.grader, "teacher_answers": taught}
+                        say_cut(f"{model} on {name}, {mode}", made, self.name, settings.sampling)
+            of_teacher = _teacher_answers(run, grader)
+        results = {"accuracy": accuracy, "grader": settings.grader, "teacher_answers": of_teacher}
         atomic_write_json(directory / RESULTS, results)
         return Output([*files, RESULTS], dict(counts), kind_of(settings.engine).versions(settings.engine))
 

@@ -6,6 +6,7 @@ from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
+from megatron_lopd.pipeline.text_checks import check_vocabularies
 
 
 class GenerateStage(SharedStage):
@@ -22,10 +23,11 @@ class GenerateStage(SharedStage):
 
     def check(self, run: ResolvedRun) -> list[str]:
         part = run.generate
-        part.check()
+        check_vocabularies(run)
+        notes = part.check()
         kind_of(part.config.engine).require(part.config.engine, "generate")
         count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
-        return [f"{part.model.directory} answers {count} prompts, {each} each"]
+        return [f"{part.model.directory} answers {count} prompts, {each} each", *notes]
 
     def plan(self, run: ResolvedRun) -> Plan:
         return Plan(
@@ -42,10 +44,11 @@ class GenerateStage(SharedStage):
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.convert.hf_checkpoint import copy_voice
-        from megatron_lopd.pipeline.shard_jobs import answering_job, rollout_output
+        from megatron_lopd.pipeline.shard_jobs import answering_job, rollout_output, say_cut
 
-        directory, engine = run.generate.directory, run.generate.config.engine
+        directory, config = run.generate.directory, run.generate.config
         made = rollout_output(answering_job(run.generate, plan), directory)
-        voice = copy_voice(run.teacher.directory, directory / "tokenizer")
+        say_cut(self.name, made.counts, "generate", config.sampling)
+        voice = copy_voice(run.teacher.directory, directory / "tokenizer", run.generate.encoded.end_tokens)
         files = [*made.files, *(f"tokenizer/{name}" for name in voice)]
-        return Output(files, made.counts, kind_of(engine).versions(engine))
+        return Output(files, made.counts, kind_of(config.engine).versions(config.engine))

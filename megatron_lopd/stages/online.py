@@ -15,8 +15,8 @@ from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
+from megatron_lopd.pipeline.text_checks import check_evaluated, check_top_k, check_vocabularies
 from megatron_lopd.registry import ENGINES
-from megatron_lopd.stages.score import check_top_k
 
 if TYPE_CHECKING:
     from megatron_lopd.training.live import LiveData
@@ -45,6 +45,7 @@ class OnlineStage(Stage):
         _check_settings(run)
         prompts = part.prompts.prompts
         run.teacher.check()
+        check_vocabularies(run)
         check_top_k(run)
         # Where sft has not run: the student will be shaped like the base.
         if run.reference.directory.exists():
@@ -55,11 +56,13 @@ class OnlineStage(Stage):
         check_budget(recipe, config)
         if recipe.prompts.eval is not None:
             check_sets(run)
-        part.check()
+            check_evaluated(run)
+        notes = part.check()
         return [
             f"train with {config.objective}, {run.teacher.directory} scoring what the student samples as it "
             f"goes: {length_of(config)} of {config.global_batch_size} samples of {len(prompts)} prompts, "
-            f"{part.config.sampling.samples_per_prompt} each"
+            f"{part.config.sampling.samples_per_prompt} each",
+            *notes,
         ]
 
     def plan(self, run: ResolvedRun) -> Plan:

@@ -12,6 +12,7 @@ from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.foreseen import foresee
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
+from megatron_lopd.pipeline.text_checks import check_vocabularies
 
 if TYPE_CHECKING:
     from megatron_lopd.pipeline.shard_jobs import SamplingJob
@@ -30,11 +31,12 @@ class RolloutStage(SharedStage):
 
     def check(self, run: ResolvedRun) -> list[str]:
         part = run.rollout
-        part.check()
+        check_vocabularies(run)
+        notes = part.check()
         foresee(run, self.name)
         kind_of(part.config.engine).require(part.config.engine, "rollout")
         count, each = len(part.prompts.prompts), part.config.sampling.samples_per_prompt
-        return [f"the student after SFT answers {count} prompts, {each} each, once"]
+        return [f"the student after SFT answers {count} prompts, {each} each, once", *notes]
 
     def plan(self, run: ResolvedRun) -> Plan:
         run.manifest("sft")  # or the error that says to run it
@@ -70,8 +72,9 @@ class RolloutStage(SharedStage):
         return answering_job(run.rollout, plan)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
-        from megatron_lopd.pipeline.shard_jobs import rollout_output
+        from megatron_lopd.pipeline.shard_jobs import rollout_output, say_cut
 
-        versions = kind_of(run.rollout.config.engine).versions(run.rollout.config.engine)
+        config = run.rollout.config
         made = rollout_output(self.job(run, plan), run.directory_of(self.name))
-        return replace(made, versions=versions)
+        say_cut(self.name, made.counts, "rollout", config.sampling)
+        return replace(made, versions=kind_of(config.engine).versions(config.engine))

@@ -8,11 +8,11 @@ from dataclasses import replace
 from megatron_lopd.artifacts.lineage import artifact_parent, prove_parent
 from megatron_lopd.config import AgreementConfig, EngineConfig, deciding
 from megatron_lopd.engines import EngineKind, kind_of
-from megatron_lopd.errors import ConfigError
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.foreseen import foresee
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
+from megatron_lopd.pipeline.text_checks import check_top_k, check_vocabularies
 
 
 class ScoreStage(SharedStage):
@@ -37,6 +37,7 @@ class ScoreStage(SharedStage):
         teacher, top_k, gate = run.teacher.directory, run.scoring.top_k, run.scoring.agreement
         foresee(run, self.name)
         if teacher.exists():  # once it has scored, it may be gone
+            check_vocabularies(run)
             check_top_k(run)
             for engine in _engines(run):
                 check_engine(engine, teacher)
@@ -107,16 +108,6 @@ class ScoreStage(SharedStage):
         ranks = _of_ranks(run)
         if ranks is not None:
             ranks.serve()
-
-
-def check_top_k(run: ResolvedRun) -> None:
-    """Raise ConfigError when the teacher's vocabulary does not hold as many tokens as are to be kept."""
-    top_k, vocabulary = run.recipe.score.top_k, run.teacher.architecture.vocab_size
-    if top_k > vocabulary - 2:
-        raise ConfigError(
-            f"score.top_k={top_k} leaves none of the teacher's vocab_size={vocabulary} tokens over "
-            f"beside the response token: lower it to at most {vocabulary - 2}"
-        )
 
 
 def _of_ranks(run: ResolvedRun) -> EngineKind | None:

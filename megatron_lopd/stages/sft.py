@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import artifact_parent, read_model_lineage
 from megatron_lopd.artifacts.manifest import copy_committed
 from megatron_lopd.config import SftConfig
-from megatron_lopd.errors import ConfigError
+from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.foreseen import foresee, plan_elsewhere
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
+from megatron_lopd.pipeline.text_checks import check_vocabularies
 
 if TYPE_CHECKING:
     from megatron_lopd.training.job import TrainingJob
@@ -40,6 +42,7 @@ class SftStage(Stage):
         student = run.student
         student.require()
         Chat(str(student.directory))
+        check_vocabularies(run)
         check_trainable(student, run.recipe, run.student_config.init)
         check_budget(run.recipe, config)
         if config.data is not None and config.teacher is None and run.recipe.train is not None:
@@ -60,6 +63,7 @@ class SftStage(Stage):
             return plan_elsewhere(run, config)
         student = run.student_parent
         data = run.manifest(_data_stage(config))
+        _require_ends(run, data.counts)
         parents = {"data": artifact_parent(_data_stage(config), data), "student": student}
         found = []
         teacher = data.parents.get("teacher")
@@ -80,8 +84,10 @@ class SftStage(Stage):
             write_student,
         )
 
+        stage = _data_stage(config)
+        _say_cut(config, run.manifest(stage).counts)
         checkpoint, counts = train_to_checkpoint(_job(run, plan))
-        directory, stage = run.directory_of(self.name), _data_stage(config)
+        directory = run.directory_of(self.name)
         # The student speaks the language it was taught in: its teacher's template and end token.
         hf_dir = directory / "hf"
         voice = copy_committed(run.directory_of(stage), run.manifest(stage), "tokenizer", hf_dir)
@@ -112,8 +118,33 @@ def _job(run: ResolvedRun, plan: Plan) -> TrainingJob:
         model=model_setup(recipe, run.student.directory, run.student_config.init),
         config=run.sft,
         objective="sft",
-        segment=Segment(CachedData(run.directory_of(_data_stage(run.sft))), plan.lineage),
+        segment=Segment(
+            CachedData(run.directory_of(_data_stage(run.sft)), leave_out_cut=run.sft.leave_out_cut),
+            plan.lineage,
+        ),
     )
+
+
+def _require_ends(run: ResolvedRun, counts: Mapping[str, int]) -> None:
+    """Raise DataError where leaving out what was cut leaves nothing."""
+    if run.sft.leave_out_cut and counts["cut_at_horizon"] == counts["samples"]:
+        raise DataError(
+            f"sft.leave_out_cut: each of the {counts['samples']:,} answers was cut at the horizon of "
+            f"{run.recipe.generate.sampling.max_new_tokens} tokens, and none is left: raise "
+            f"generate.sampling.max_new_tokens and remove {run.directory_of('generate')}"
+        )
+
+
+def _say_cut(config: SftConfig, counts: Mapping[str, int]) -> None:
+    """Print that answers have no end, and what is done with them."""
+    cut, samples = counts["cut_at_horizon"], counts["samples"]
+    if not cut:
+        return
+    done = "they are left out"
+    if not config.leave_out_cut:
+        stopping = " and no other shows the student how to stop" if cut == samples else ""
+        done = f"they are trained on as they are{stopping} (sft.leave_out_cut=true leaves them out)"
+    print(f"lopd: sft: {cut:,} of {samples:,} answers were cut and have no end: {done}", flush=True)
 
 
 def _data_stage(config: SftConfig) -> str:
@@ -125,6 +156,7 @@ def _check_elsewhere(run: ResolvedRun, config: SftConfig) -> None:
     from megatron_lopd.pipeline.students import check_trainable
 
     run.reference.check()
+    check_vocabularies(run)
     check_trainable(run.reference, run.recipe)
     if config.teacher is None and read_model_lineage(run.reference.directory) is None:
         raise ConfigError(

@@ -86,9 +86,9 @@ class CachedData(TrainingData):
 
     is_alone: ClassVar[bool] = True
 
-    def __init__(self, rollout_dir: Path, score_dir: Path | None = None) -> None:
+    def __init__(self, rollout_dir: Path, score_dir: Path | None = None, leave_out_cut: bool = False) -> None:
         # Committed, and hashed before training: that no id is there twice was seen to when they were made.
-        super().__init__(rollout_dir, score_dir, check_ids=False)
+        super().__init__(rollout_dir, score_dir, check_ids=False, leave_out_cut=leave_out_cut)
 
     def prepare(self, trainer: Trainer, part: PlanPart, steps_done: int) -> None:
         """FP8's scales before the first step of all, and the preflight before the part's."""

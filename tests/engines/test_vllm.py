@@ -32,6 +32,7 @@ from tests.vllm_python import VLLM_PYTHON
 CONFIG = EngineConfig(name="vllm", options=VllmOptions(str(VLLM_PYTHON)), batch_size=8)
 VOCABULARY = 131
 HEAD = 32  # the smallest that vLLM's attention on a CPU knows
+TOKENS = 110  # the tokenizer's; the other rows are padding
 END = frozenset({3, 7, 19, 40, 77, 101})  # so many that some responses end early
 HORIZON = 12
 # fp32 sums in another order: 1e-6 seen; the project's bound.
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.timeout(900)  # starting takes a minute on a machine wi
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model")
-    make_model_dir(path, vocab_size=VOCABULARY, max_position_embeddings=64, head_dim=HEAD)
+    make_model_dir(path, vocab_size=VOCABULARY, max_position_embeddings=64, head_dim=HEAD, tokens=TOKENS)
     return str(path)
 
 
@@ -77,6 +78,7 @@ def test_samples_are_the_samplers_own_and_scored_alike_by_both_engines(
         assert not END & set(inside), "nothing after an end token"
         assert each.finish_reason == ("stop" if last in END else "length")
         assert each.finish_reason == "stop" or len(each.response_tokens) == HORIZON
+        assert each.response_tokens.max() < TOKENS
     assert {each.finish_reason for each in done} == {"stop", "length"}
 
     reference = list(open_engine(EngineConfig(), model_dir).score(done, 5))

@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_lopd.data.chat import Chat, without_clock
+from megatron_lopd.data.chat import Chat
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.prompts.clock import without_clock
 
 VOCABULARY = ["<pad>", "<|end|>", "<|turn|>", "user", "assistant", "\n", *"0123456789+=abc", "?", "stop"]
 IDS = {token: index for index, token in enumerate(VOCABULARY)}

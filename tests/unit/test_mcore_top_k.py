@@ -13,6 +13,7 @@ from tests.log_prob_oracle import Watch, inputs, naive, values
 
 VOCABULARIES = (51, 29, 28)
 TOP_KS = (0, 5, 28)  # up to all that the smallest of VOCABULARIES has
+TOKENLESS = torch.tensor([0, 3, 27, 28, 40, 50])  # on both ranks; with some beyond the smaller vocabularies
 ROWS, AT_ONCE = 13, 4
 
 
@@ -54,6 +55,38 @@ def scores_of_vocabularies() -> list[list[tuple[Tensor, ResponseLogProbs]]]:
                 vocab_parallel_top_k(hidden, own, tokens, k, vocab_size=vocab, group=group, rows=AT_ONCE)
                 for k in TOP_KS
             ]
+        )
+    dist.destroy_process_group()
+    return found
+
+
+def test_ids_without_a_token_are_in_the_tail() -> None:
+    """By one rank and by two; up to as many as there are others."""
+    ranks = run_ranks(2, scores_without_some)
+    for vocab, one, other in zip(VOCABULARIES, *ranks, strict=True):
+        hidden, weight, tokens = sliced_inputs(vocab)
+        logits, barred = hidden @ weight[:vocab].t(), TOKENLESS[TOKENLESS.lt(vocab)]
+        k = vocab - len(barred)
+        expected_ids = logits.index_fill(1, barred, -torch.inf).topk(k, dim=1).indices
+        expected = naive(hidden, weight, tokens, expected_ids, vocab, 1.0)
+        for ids, scored in (one, other):
+            assert torch.equal(ids, expected_ids)
+            torch.testing.assert_close(values(scored), values(expected), rtol=1e-12, atol=1e-12)
+
+
+def scores_without_some() -> list[tuple[Tensor, ResponseLogProbs]]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    group, rank, found = dist.group.WORLD, dist.get_rank(), []
+    for vocab in VOCABULARIES:
+        hidden, weight, tokens = sliced_inputs(vocab)
+        barred = TOKENLESS[TOKENLESS.lt(vocab)]
+        own, k = weight[28 * rank : 28 * (rank + 1)], vocab - len(barred)
+        found.append(
+            vocab_parallel_top_k(
+                hidden, own, tokens, k, TOKENLESS, vocab_size=vocab, group=group, rows=AT_ONCE
+            )
         )
     dist.destroy_process_group()
     return found

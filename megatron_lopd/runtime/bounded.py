@@ -1,0 +1,132 @@
+"""A function over many things in a copy of this process, which what others wrote may hang or fill.
+
+The copy is forked: it costs milliseconds and has all that is loaded. Each thing has so much processor time,
+and all together so much memory more than this process has; the kernel ends what takes more, in the midst of a
+C function too. Processor time, not the clock's: how busy the machine is must not decide what is right.
+
+It keeps the run from accidents, not from an attack: the copy may do what the run may.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import select
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+MEMORY_BYTES = 1 << 30  # more than there is when the copy is made
+# Without a word from the copy. A busy machine stretches processor time, and a copy can wait for ever for a
+# lock that another thread had when it was made.
+PATIENCE_SECONDS = 120.0
+# Answers sent at a time: a write each would take longer than most of them.
+BATCH_SECONDS = 0.05
+
+_OVER_TIME = signal.SIGPROF
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What came of one of them in place of a result: in a line, why."""
+
+    reason: str
+
+
+def bounded(
+    function: Callable[[Any], Any],
+    things: Iterable[Any],
+    cpu_seconds: float,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Iterator[Any]:
+    """`function` of each thing, in order, and Failed where it raised or took too much.
+
+    Nothing comes after a Failed: the copy is gone, or of no more use. Results are pickled.
+    """
+    given = list(things)
+    if not given:
+        return
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(ours)
+        _work(function, given, cpu_seconds, memory_bytes, Connection(theirs, readable=False))
+    os.close(theirs)
+    got, status = 0, None
+    try:
+        with Connection(ours, writable=False) as pipe:
+            while got < len(given):
+                if not select.select([pipe], [], [], PATIENCE_SECONDS)[0]:
+                    yield Failed(f"it has taken over {PATIENCE_SECONDS:.0f} seconds")
+                    return
+                try:
+                    results = pipe.recv()
+                except (EOFError, ConnectionError):
+                    _, status = os.waitpid(pid, 0)
+                    yield Failed(_why(status, cpu_seconds, memory_bytes))
+                    return
+                for result in results:
+                    got += 1
+                    yield result
+                    if isinstance(result, Failed):
+                        return
+    finally:
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _why(status: int, cpu_seconds: float, memory_bytes: int) -> str:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == _OVER_TIME:
+        return f"it has taken over {cpu_seconds:g} seconds"
+    if os.WIFSIGNALED(status):
+        return f"its process was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"it needs more than {memory_bytes >> 20} MB"
+
+
+def _work(
+    function: Callable[[Any], Any],
+    things: list[Any],
+    cpu_seconds: float,
+    memory_bytes: int,
+    pipe: Connection,
+) -> None:
+    """In the copy: results to the pipe, a batch at a time. Never returns."""
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the run's to answer
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(_OVER_TIME, signal.SIG_DFL)
+        _bound_memory(memory_bytes)
+        ready: list[Any] = []
+        sent = time.monotonic()
+        for thing in things:
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+            try:
+                result = function(thing)
+            except MemoryError:
+                result = Failed(f"it needs more than {memory_bytes >> 20} MB")
+            except Exception as error:  # noqa: BLE001 - what others wrote raises what it likes
+                result = Failed(" ".join((str(error) or type(error).__name__).split())[:400])
+            ready.append(result)
+            if time.monotonic() - sent > BATCH_SECONDS or isinstance(result, Failed):
+                pipe.send_bytes(pickle.dumps(ready))
+                ready, sent = [], time.monotonic()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        pipe.send_bytes(pickle.dumps(ready))
+    except BaseException:  # noqa: BLE001 - whoever asks sees that the pipe has closed
+        os._exit(1)
+    os._exit(0)
+
+
+def _bound_memory(more: int) -> None:
+    """No address space beyond `more` than there is now, and no core files."""
+    with open("/proc/self/statm", encoding="ascii") as stream:
+        now = int(stream.read().split()[0]) * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = now + more if most == resource.RLIM_INFINITY else min(now + more, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
