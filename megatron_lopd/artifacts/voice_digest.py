@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_lopd.artifacts.digest_cache import digest_of, is_kept
 from megatron_lopd.artifacts.model_files import GENERATION, MORE_TEMPLATES, TEMPLATE, ModelFiles
+from megatron_lopd.artifacts.named_ids import named_ids
 from megatron_lopd.errors import DataError, LopdError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
 from megatron_lopd.files.reading import read_bytes, read_object
@@ -37,13 +38,8 @@ def is_loaded(files: ModelFiles) -> bool:
 
 
 def end_tokens_digest(files: ModelFiles) -> str:
-    """Digest of the ids that end a response, of generation_config.json and the tokenizer; or "none"."""
-    path = files.root / GENERATION
-    named = read_object(path).get("eos_token_id") if _has(files, GENERATION) else None
-    ids = [each for each in (named if isinstance(named, list) else [named]) if each is not None]
-    if not all(type(each) is int for each in ids):
-        raise DataError(f"{path}: eos_token_id {named!r}: it must be a token's id, or a list of them")
-    found = {*ids, _loaded(files)["end"]} - {None}
+    """Digest of the ids that end a response, those of `named_ids` and the tokenizer's; or "none"."""
+    found = {*named_ids(files.root)[1], _loaded(files)["end"]} - {None}
     return sha256_bytes(canonical_json(sorted(found))) if found else "none"
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from megatron_lopd.artifacts.digest_cache import require_as_hashed, require_unchanged, stamps_of
 from megatron_lopd.artifacts.lineage import LINEAGE_FILE
-from megatron_lopd.artifacts.model_files import CONFIG, INDEX, model_files, voice_files
+from megatron_lopd.artifacts.model_files import CONFIG, GENERATION, INDEX, model_files, voice_files
 from megatron_lopd.artifacts.tensor_files import TensorLocation
 from megatron_lopd.artifacts.weights_digest import other_output
-from megatron_lopd.data.end_tokens import GENERATION, write_end_tokens
+from megatron_lopd.data.end_tokens import write_end_tokens
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import Architecture
 from megatron_lopd.families.weight_rules import TensorMap, spare_tensors, tensor_maps

@@ -11,12 +11,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from megatron_lopd.artifacts.model_files import CONFIG, GENERATION
+from megatron_lopd.artifacts.named_ids import named_ids, object_in
 from megatron_lopd.data.vocabulary import token_ids
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import atomic_write_text
-
-GENERATION, CONFIG, TOKENIZER = "generation_config.json", "config.json", "tokenizer_config.json"
 
 
 def end_tokens(model_dir: str | Path, tokenizer: Any) -> frozenset[int]:
@@ -40,33 +39,6 @@ def end_tokens(model_dir: str | Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def named_ids(directory: Path) -> tuple[Path, list[int]]:
-    """What `eos_token_id` says, and where: in generation_config.json, or in config.json where it does not.
-
-    ConfigError for what is no token id.
-    """
-    path = directory / GENERATION
-    for path in (directory / GENERATION, directory / CONFIG):
-        named = _object(path).get("eos_token_id")
-        ids = named if isinstance(named, list) else [named]
-        for token in ids:
-            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-                raise ConfigError(f"{path}: eos_token_id {token!r} is no token id: give a whole number")
-        if wanted := [token for token in ids if token is not None]:
-            return path, wanted
-    return path, []
-
-
-def named_end_tokens(directory: Path) -> str:
-    """All that decides a directory's end tokens beside its vocabulary, in a few words: for plans.
-
-    From the files alone: it is asked where nothing else needs a tokenizer.
-    """
-    named = _object(directory / TOKENIZER).get("eos_token")
-    text = named.get("content") if isinstance(named, dict) else named
-    return json.dumps([sorted(set(named_ids(directory)[1])), text])
-
-
 def write_end_tokens(directory: Path, ids: Collection[int]) -> None:
     """Have generation_config.json, and config.json where there is one, name just `ids`.
 
@@ -75,13 +47,8 @@ def write_end_tokens(directory: Path, ids: Collection[int]) -> None:
     for path in (directory / GENERATION, directory / CONFIG):
         if path.name == CONFIG and not path.is_file():
             continue
-        content = _object(path)
+        content = object_in(path)
         named = content.get("eos_token_id")
         if set(named if isinstance(named, list) else [named]) != set(ids):
             content["eos_token_id"] = min(ids) if len(ids) == 1 else sorted(ids)
             atomic_write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object's fields; none of a file that is not there."""
-    return read_object(path, error=ConfigError) if path.is_file() else {}

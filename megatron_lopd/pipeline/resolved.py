@@ -66,12 +66,12 @@ class Model:
         require_listed(self.directory)
         read_model_lineage(self.directory)
         parent = model_parent(self.directory, fingerprint_model(self.directory))
-        return replace(parent, digests={**parent.digests, **speech_of(self.directory)})
+        return replace(parent, digests={**parent.digests, **date_told(self.directory)})
 
     def parent_without_weights(self, weights: str) -> Parent:
         """As `parent`, of a model whose weights are not read: `weights` is said of them."""
         self.require()
-        parts = fingerprint_model(self.directory, weights=False).parts() | speech_of(self.directory)
+        parts = fingerprint_model(self.directory, weights=False).parts() | date_told(self.directory)
         return Parent("model", str(self.directory), parts | {"weights": weights})
 
     def require(self) -> None:
@@ -91,16 +91,11 @@ class Model:
         read_architecture(self.directory)
 
 
-def speech_of(directory: Path) -> dict[str, str]:
-    """What decides how a model is spoken to, and when it is done, beside its tokenizer and chat template.
-
-    The date that a template is told is there where it asks for one.
-    """
-    from megatron_lopd.data.end_tokens import named_end_tokens
+def date_told(directory: Path) -> dict[str, str]:
+    """The date that a model's chat template is told, where it asks for one: part of how it is spoken to."""
     from megatron_lopd.prompts.clock import TODAY, prints_date
 
-    date = {"date": f"{TODAY:%Y-%m-%d}"} if prints_date(directory) else {}
-    return {"end_tokens": named_end_tokens(directory)} | date
+    return {"date": f"{TODAY:%Y-%m-%d}"} if prints_date(directory) else {}
 
 
 class ResolvedRun:
