@@ -139,7 +139,7 @@ class Run:
     def _make(self, stage: str) -> Path:
         from megatron_lopd.commands.run import run_one
 
-        run_one(stage, self._command(), starting_ranks=True)
+        run_one(stage, self._command())
         return self.directory / stage
 
 

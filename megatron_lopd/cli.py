@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -235,7 +235,7 @@ def _run_stages(options: argparse.Namespace) -> None:
         run.run_one(options.command, command)
 
 
-def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:
+def _print_dry_run(recipe: Recipe, plan: Iterable[str]) -> None:
     print(yaml.safe_dump(to_plain(recipe), sort_keys=False).rstrip())
     print("\nplan:")
     for line in plan:

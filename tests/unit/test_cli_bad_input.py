@@ -209,13 +209,6 @@ def test_stages_out_of_order_say_which_to_run(root: Path, capsys: pytest.Capture
         assert "run the stage that makes it" in capsys.readouterr().err
 
 
-def test_too_few_processes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "recipe.yaml"]) == 0
-    assert main(["sft", "recipe.yaml", "parallel.tensor=2", "parallel.processes=2"]) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "needs a multiple of 2 processes, not 1" in message
-
-
 def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
