@@ -239,9 +239,9 @@ def _overrides(config: EngineConfig) -> dict[str, str] | None:
 def _batching(sequences: int, longest: int | None) -> dict[str, Any]:
     """How vLLM may fill a step with up to `sequences` of up to `longest` tokens (None: as the model says).
 
-    Where a step has no room for the whole of a prompt, vLLM runs a part of it and winds the sample's generator
-    back, which torch's on a CPU cannot do. There it is to run prompts whole, however long, beside a token of
-    each other sequence.
+    Where a step has no room for the whole of a prompt, vLLM runs a part of it and winds the sample's
+    generator back, which torch's on a CPU cannot do. There it is to run prompts whole, however long, beside a
+    token of each other sequence.
     """
     if _has_gpu():
         return {"max_num_batched_tokens": max(BATCHED_TOKENS, sequences), "max_model_len": longest}

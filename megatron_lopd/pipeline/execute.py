@@ -178,7 +178,7 @@ def check_unchanged(stage: Stage, run: ResolvedRun) -> None:
 
 
 def check_begun(stage: Stage, run: ResolvedRun) -> None:
-    """What was made of a stage must be of what the recipe would make now. Raises LineageError or DataError."""
+    """What was made of a stage must be what the recipe would make now. Raises LineageError or DataError."""
     directory = run.directory_of(stage.name)
     begun = begun_plan(directory) if has_parts(directory) else None
     if begun is not None:

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_lopd.artifacts.lineage import worst
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.objectives.events import OVER_EVENTS
 from megatron_lopd.registry import OBJECTIVES
 from megatron_lopd.report.accuracy import CAPTION, accuracy_section, accuracy_sets, headline
 from megatron_lopd.report.figures import (
@@ -42,7 +43,27 @@ CURVES = {
     ),
     "train": (
         Curve("loss", "OPD loss", "", ""),
-        Curve("reverse_kl", "Reverse KL", "nats per token", "", (0.0,)),
+        Curve(
+            "reverse_kl_top_k",
+            "Reverse KL over the top k",
+            "nats per token",
+            f"KL(π ‖ π_T) {OVER_EVENTS}",
+            (0.0,),
+        ),
+        Curve(
+            "reverse_kl_sampled",
+            "Reverse KL of the tokens drawn",
+            "nats per token",
+            "mean of log π - log π_T of the token that was drawn",
+            (0.0,),
+        ),
+        Curve(
+            "forward_kl_top_k",
+            "Forward KL over the top k",
+            "nats per token",
+            f"KL(π_T ‖ π) {OVER_EVENTS}",
+            (0.0,),
+        ),
         Curve(
             "drift_kl",
             "Drift KL",
@@ -137,14 +158,14 @@ def _by_stage(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _caption(stage: str, curve: Curve, objective: str) -> str:
-    """The curve's own, or where it is a loss or a measure that `objective` defines, what that says of it."""
-    if stage != "train" or curve.caption:
+    """The curve's own, or of the loss that `objective` defines, what that says of it."""
+    if stage != "train" or curve.key != "loss":
         return curve.caption
     try:
         known = OBJECTIVES[objective.partition(" ")[0]]  # a user's has its file's digest after it
     except ConfigError:  # an earlier release's, or a user's that this command does not import
         return ""
-    return str(known.caption if curve.key == "loss" else known.captions.get(curve.key, ""))
+    return str(known.caption)
 
 
 def _training(histories: Mapping[str, History], objective: str) -> list[TrainingFigures]:

@@ -80,7 +80,7 @@ def summary() -> dict[str, Any]:
 
 def rows(count: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
-    keys = ["loss", "reverse_kl", "drift_kl", "effective_sample_size", "entropy"]
+    keys = ["loss", "reverse_kl_sampled", "drift_kl", "effective_sample_size", "entropy"]
     keys += ["advantage_mean", "advantage_p05", "advantage_p95"]
     return [
         {"step": step, "skipped": 0, **{key: float(rng.random()) for key in keys}}
