@@ -13,15 +13,17 @@ from megatron_lopd.pipeline.rounds import committed_parts, run_directory
 
 def verify_path(path: Path) -> Iterator[str]:
     """Yield a line for each thing that holds. DataError or LineageError at the first that does not."""
-    artifacts = (
-        [path] if is_committed(path) else sorted(child for child in _children(path) if is_committed(child))
-    )
-    if not is_committed(path):
-        artifacts += committed_parts(path)
+    artifacts = [path] if is_committed(path) else artifacts_of(path)
     if not artifacts:
         raise DataError(f"{path}: neither an artifact nor a run directory: nothing here is committed")
     for directory in artifacts:
         yield from _verify_artifact(directory)
+
+
+def artifacts_of(run: Path) -> list[Path]:
+    """What is committed in a run's directory. DataError where there is no directory."""
+    stages = sorted(child for child in _children(run) if is_committed(child))
+    return [*stages, *committed_parts(run)]
 
 
 def _children(path: Path) -> list[Path]:

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lopd.config import EvaluateConfig
+from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.evaluation.answers import MODES, write_answers
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.evaluation.verdicts import Marker
 from megatron_lopd.graders import Grader, Verdict, open_grader
@@ -117,21 +119,23 @@ def grade_model(
 ) -> Grades:
     """Answer every prompt into `directory`, and grade what comes out."""
     make_parts(list(answering(model_dir, prompts, settings, seed, directory, label)))
-    grades = grade_answers(directory, model_dir, prompts, settings, grader)
+    grades, _ = grade_answers(directory, model_dir, prompts, settings, grader)
     remove_claims(directory)
     return grades
 
 
 def grade_answers(
     directory: Path, model_dir: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader
-) -> Grades:
-    """The grades of what `answering` left in `directory`."""
+) -> tuple[Grades, list[float]]:
+    """The grades of what `answering` left in `directory`, which is also written there as text for people.
+
+    And of each prompt, in order, the share of its samples that are right.
+    """
     trust = settings.engine.trust_remote_code
-    return _grades(
-        directory,
-        graded(directory / "sampled", model_dir, prompts, grader, trust),
-        graded(directory / "greedy", model_dir, prompts, grader, trust),
-    )
+    verdicts = {mode: graded(directory / mode, model_dir, prompts, grader, trust) for mode in MODES}
+    write_answers(directory, Chat(str(model_dir), trust), prompts, verdicts)
+    shares = [float(np.mean([each.right for each in verdicts["sampled"][prompt.id]])) for prompt in prompts]
+    return _grades(directory, verdicts["sampled"], verdicts["greedy"]), shares
 
 
 def share_right(

@@ -150,6 +150,8 @@ def _begin_among_workers(stage: str, directory: Path, plan: Plan, lock: IO[str])
     except BlockingIOError:
         fcntl.flock(lock, fcntl.LOCK_SH)  # once another has begun
         begin(stage, directory, plan, alone=False)
+    except OSError:  # a file system without locks, where nobody is known to be alone
+        begin(stage, directory, plan, alone=False)
     else:
         begin(stage, directory, plan, alone=True)
         fcntl.flock(lock, fcntl.LOCK_SH)

@@ -13,6 +13,7 @@ from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.objectives.events import OVER_EVENTS
 from megatron_lopd.registry import OBJECTIVES
 from megatron_lopd.report.accuracy import CAPTION, accuracy_section, accuracy_sets, headline
+from megatron_lopd.report.examples import Examples
 from megatron_lopd.report.figures import (
     Curve,
     Figure,
@@ -106,15 +107,19 @@ class TrainingFigures:
 
 
 def render_page(
-    summary: dict[str, Any], histories: dict[str, list[dict[str, Any]]], lineage: LineageGraph
+    summary: dict[str, Any],
+    histories: dict[str, list[dict[str, Any]]],
+    lineage: LineageGraph,
+    answers: Sequence[Examples] = (),
 ) -> str:
     """The report of a run as HTML, byte-identical for the same arguments.
 
     `summary` is summary.json: `accuracy` (of each set of prompts: sft and lightning_opd, optionally base and
-    teacher: their Grades), `seconds` and `tokens` by stage, `lineage`, `seed`, optionally `settings` and
-    `objective`. `histories` holds the rows of metrics.jsonl by stage (`sft`, `train`); a stage or a metric
-    that is not there has no figure. Raises DataError naming the key of `summary` that is missing or out of
-    range, or when its lineage claims more than the proofs.
+    teacher: their Grades), `paired` (of each set: their Paired), `seconds` and `tokens` by stage, `lineage`,
+    `seed`, optionally `settings` and `objective`. `histories` holds the rows of metrics.jsonl by stage
+    (`sft`, `train`); a stage or a metric that is not there has no figure. `answers`: some of each model's.
+    Raises DataError naming the key of `summary` that is missing or out of range, or when its lineage claims
+    more than the proofs.
     """
     sets = accuracy_sets(_need(summary, "accuracy"))
     status = _need(summary, "lineage")
@@ -128,7 +133,7 @@ def render_page(
             )
     seconds, tokens = _by_stage(_need(summary, "seconds")), _by_stage(_need(summary, "tokens"))
     return _TEMPLATES.get_template("page.html.j2").render(
-        title=headline(sets),
+        title=headline(sets, _need(summary, "paired")),
         colours=css_variables(),
         status=status,
         marks=MARKS,
@@ -137,6 +142,7 @@ def render_page(
         seed=_need(summary, "seed"),
         accuracy=accuracy_section(sets),
         accuracy_caption=CAPTION,
+        answers=answers,
         training=_training(histories, summary.get("objective", "")),
         cost=_cost(seconds, tokens),
         lineage_figure=_drawn(lineage),

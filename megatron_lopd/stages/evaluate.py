@@ -60,29 +60,43 @@ class EvaluateStage(SharedStage):
         make_parts(works)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.evaluation.answers import ANSWERS
+        from megatron_lopd.evaluation.estimates import paired
         from megatron_lopd.evaluation.grading import grade_answers
         from megatron_lopd.graders import open_grader
         from megatron_lopd.pipeline.shard_jobs import count_rollouts
 
         settings, directory = run.recipe.evaluate, run.directory_of(self.name)
         accuracy: dict[str, dict[str, Any]] = {}
+        compared: dict[str, dict[str, Any]] = {}
         counts: Counter[str] = Counter()
         with open_grader(settings.grader) as grader:
             for name, each in run.evaluation_sets.items():
                 counts["prompts"] += len(each.prompts)
                 accuracy[name] = {}
+                shares: dict[str, list[float]] = {}
                 for model, where in models_of(run).items():
                     place = directory / model / name
-                    grades = grade_answers(place, where.directory, each.prompts, settings, grader)
+                    grades, shares[model] = grade_answers(
+                        place, where.directory, each.prompts, settings, grader
+                    )
                     print(f"lopd: {model} on {name}: {grades}", flush=True)
                     accuracy[name][model] = asdict(grades)
                     counts["ungraded"] += grades.ungraded
                     for mode in ("sampled", "greedy"):
                         counts["tokens"] += count_rollouts(place / mode)["tokens"]
+                if "lightning_opd" in shares:
+                    compared[name] = asdict(paired(shares["sft"], shares["lightning_opd"]))
             answers = _teacher_answers(run, grader)
-        results = {"accuracy": accuracy, "grader": settings.grader, "teacher_answers": answers}
+        results = {
+            "accuracy": accuracy,
+            "paired": compared,
+            "grader": settings.grader,
+            "teacher_answers": answers,
+        }
         atomic_write_json(directory / RESULTS, results)
-        files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.arrow"))
+        made = (path for kind in ("*.arrow", ANSWERS) for path in directory.rglob(kind))
+        files = sorted(str(path.relative_to(directory)) for path in made)
         return Output([*files, RESULTS], dict(counts), kind_of(settings.engine).versions(settings.engine))
 
 

@@ -149,6 +149,7 @@ def _train(run: ResolvedRun, plan: Plan) -> tuple[Path, dict[str, int]]:
 
 def _graded(run: ResolvedRun, model: Path, directory: Path) -> list[str]:
     """Grade the student as `evaluate` grades the others, where the recipe has prompts for it: the files."""
+    from megatron_lopd.evaluation.answers import ANSWERS
     from megatron_lopd.evaluation.grading import grade_model
     from megatron_lopd.graders import open_grader
 
@@ -163,8 +164,8 @@ def _graded(run: ResolvedRun, model: Path, directory: Path) -> list[str]:
             accuracy[name] = {"online_opd": asdict(grades)}
             print(f"lopd: {label}: {grades}", flush=True)
     atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
-    shards = (directory / "graded").rglob("*.arrow")
-    return [RESULTS, *sorted(str(path.relative_to(directory)) for path in shards)]
+    made = (path for kind in ("*.arrow", ANSWERS) for path in (directory / "graded").rglob(kind))
+    return [RESULTS, *sorted(str(path.relative_to(directory)) for path in made)]
 
 
 def _live_data(run: ResolvedRun) -> LiveData:

@@ -17,9 +17,13 @@ from megatron_lopd.artifacts.digest_cache import CACHE_NAME
 from megatron_lopd.artifacts.lineage import read_model_lineage
 from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
 from megatron_lopd.cli import main
+from megatron_lopd.config import load_recipe
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.evaluation.answers import read_answers
+from megatron_lopd.files.reading import read_object
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.prompts.arithmetic import problems
 from tests.model_zoo import make_model_dir
 from tests.pipeline import SMALL
@@ -249,7 +253,32 @@ def test_inspect_shows_what_was_sampled(root: Path, capsys: pytest.CaptureFixtur
         assert shown in out
     assert main(["inspect", "run/score/scores-00000.arrow"]) == 0
     assert rollout.sample_id in capsys.readouterr().out
-    refused(capsys, ["inspect", "teacher"], 1, "teacher", "neither")
+    refused(capsys, ["inspect", "teacher"], 1, "teacher", "nothing to inspect")
+    assert main(["inspect", "run"]) == 0
+    out = capsys.readouterr().out
+    for stage in ("generate: rollouts, proved", "train: checkpoint, proved", "evaluate: evaluation, proved"):
+        assert f"  {stage}" in out
+
+
+def test_an_evaluation_can_be_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ResolvedRun(load_recipe("recipe.yaml")).evaluation_sets["eval"].prompts
+    results = read_object(root / "run/evaluate/results.json")
+    for model in ("sft", "lightning_opd"):
+        answers = list(read_answers(root / f"run/evaluate/{model}/eval/answers.jsonl"))
+        assert [each.id for each in answers] == [f"{prompt.id}/0" for prompt in prompts] * 2
+        assert [each.gold for each in answers] == [prompt.answer for prompt in prompts] * 2
+        right = [each.verdict == "right" for each in answers if each.mode == "sampled"]
+        assert sum(right) / len(right) == results["accuracy"]["eval"][model]["sampled"]
+    assert results["paired"]["eval"]["problems"] == len(prompts)
+    assert main(["inspect", "run/evaluate", "--samples", "1"]) == 0
+    out = capsys.readouterr().out
+    for shown in (
+        f"{prompts[0].id}/0 (sampled): ",
+        repr(prompts[0].messages[0]["content"]),
+        "right answer: ",
+    ):
+        assert shown in out
+    assert prompts[1].id not in out
 
 
 def test_doctor_names_versions_and_the_plan(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
