@@ -93,8 +93,8 @@ def _worker(place: Path, state: ClaimState, here: Owner) -> str:
         return f"{state.part}: committed this moment"
     heard = max(0.0, time.time() - written)
     return (
-        f"{state.part}, {state.done:,} of {state.total:,} samples, {state.rate:,.0f} tokens/s, heard of "
-        f"{duration(heard)} ago"
+        f"{state.part}, {state.done:,} of {state.total:,} samples, {state.rate:,.0f} response tokens/s, "
+        f"heard of {duration(heard)} ago"
     )
 
 

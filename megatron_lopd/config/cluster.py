@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lopd.config.keys import Count, CountOrZero, key, require
+from megatron_lopd.config.keys import Count, CountOrZero, FilePath, key, require
 from megatron_lopd.registry import LAUNCHERS
 
 
@@ -38,8 +38,8 @@ class Stages:
 class ContainerConfig:
     """A container started by pyxis and enroot."""
 
-    image: str = key("squashfs file (a path) or image reference (registry#name:tag)")
-    mounts: tuple[str, ...] = key("source:target[:flags] each; run_dir must be among them", ())
+    image: FilePath = key("squashfs file (a path) or image reference (registry#name:tag)")
+    mounts: tuple[FilePath, ...] = key("source:target[:flags] each; run_dir must be among them", ())
     workdir: str | None = key("directory in the container; empty: the one submit was run in", None)
     writable: bool = key("let the container's own files be written", False)
 

@@ -11,6 +11,7 @@ from megatron_lopd.config.keys import (
     Count,
     CountOrZero,
     Decay,
+    FilePath,
     Fraction,
     NotNegative,
     Positive,
@@ -20,6 +21,8 @@ from megatron_lopd.config.keys import (
     settle_options,
 )
 from megatron_lopd.registry import LOGGERS, OBJECTIVES
+
+MOST_ROUNDS = 10_000  # each is a directory of its own
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ class OptimizerConfig:
 class TrainingConfig:
     """What sft and train have in common: the data order, the step and the checkpoints."""
 
-    steps: Count | None = key("optimizer steps; give steps or epochs", None)
-    epochs: Positive | None = key("passes over the data; give steps or epochs", None)
+    steps: Annotated[int, Meta(ge=1, le=10**8)] | None = key("optimizer steps; give steps or epochs", None)
+    epochs: Annotated[float, Meta(gt=0, le=10**6)] | None = key(
+        "passes over the data; give steps or epochs", None
+    )
     global_batch_size: Count = key("samples in an optimizer step", 256)
     micro_batch_tokens: Count = key("token budget of a packed micro-batch", 16384, operational=True)
     loss_normalization: Literal["sequence_mean", "token_mean"] = key(
@@ -128,9 +133,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SftConfig(TrainingConfig):
-    data: str | None = key("JSONL of {messages} to fine-tune on, instead of what generate made", None)
-    checkpoint: str | None = key("an SFT checkpoint made elsewhere, used instead of training", None)
-    teacher: str | None = key(
+    data: FilePath | None = key("JSONL of {messages} to fine-tune on, instead of what generate made", None)
+    checkpoint: FilePath | None = key("an SFT checkpoint made elsewhere, used instead of training", None)
+    teacher: FilePath | None = key(
         "the teacher that data or checkpoint was made with (Hugging Face directory): declared, not proved",
         None,
     )
@@ -157,7 +162,7 @@ class TrainConfig(TrainingConfig):
     guard: GuardConfig = key(
         "what stops a run that has drifted from its rollouts (exit 3)", factory=GuardConfig, operational=True
     )
-    checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
+    checkpoint: FilePath | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
     refresh_every: Count | None = key(
         "steps after which the current student is rolled out and scored anew, again and again; empty: never",
         None,
@@ -184,4 +189,8 @@ def _require_refresh(every: int, steps: int | None) -> None:
     require(
         steps is None or every < steps,
         f"train.refresh_every={every} must be below train.steps={steps}: leave it empty to never refresh",
+    )
+    require(
+        steps is None or steps <= every * MOST_ROUNDS,
+        f"train.refresh_every={every} in train.steps={steps} is above {MOST_ROUNDS:,} refreshes: raise it",
     )

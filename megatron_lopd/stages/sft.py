@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import WHOLE_MODEL, artifact_parent, prove_same, read_model_lineage
-from megatron_lopd.config import SftConfig
+from megatron_lopd.config import SftConfig, TrainingConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import Model, ResolvedRun
@@ -35,7 +36,9 @@ class SftStage(Stage):
         config = run.sft
         if config.checkpoint is not None:
             _check_elsewhere(run, config)
-            return [f"take {config.checkpoint} as the student after SFT"]
+            idle = ", ".join(f"sft.{name}" for name in _idle_keys(config))
+            said = f"; nothing is trained: {idle} will do nothing" if idle else ""
+            return [f"take {config.checkpoint} as the student after SFT, as it is{said}"]
         student = run.student
         student.require()
         Chat(str(student.directory))
@@ -106,6 +109,16 @@ def _job(run: ResolvedRun, plan: Plan) -> TrainingJob:
         objective="sft",
         segment=Segment(CachedData(run.directory_of(_data_stage(run.sft))), plan.lineage),
     )
+
+
+def _idle_keys(config: SftConfig) -> list[str]:
+    """The keys that were given for the training which a checkpoint made elsewhere stands in for."""
+    plain = SftConfig(checkpoint=config.checkpoint)
+    return [
+        item.name
+        for item in fields(TrainingConfig)
+        if getattr(config, item.name) != getattr(plain, item.name)
+    ]
 
 
 def _data_stage(config: SftConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         ("run_dir: x\nrun_dir: y", None, "key 'run_dir' is given twice"),
         ("- a", None, "a recipe is a mapping"),
         ("a: [", None, "not valid YAML"),
-        ("seed: 2024-13-45", None, "missing key run_dir"),
+        ("seed: 2024-13-45", None, "seed: expected int, got '2024-13-45'"),
         ("[a]: 1", None, "recipe.yaml:1: a key that is no text"),
         ("{a: 1}: 1", None, "recipe.yaml:1: a key that is no text"),
         ("a: &x {b: *x}", None, "recipe.yaml:1: *x stands within itself"),
@@ -132,6 +133,16 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         ('a: "\\ud800"', None, "half of a surrogate pair"),
         ("run_dir: x\n---\nseed: 1", None, "recipe.yaml:2: a second document begins"),
         ("x: " + "y" * (1 << 20), None, "above 1,048,576 bytes"),
+        (GOOD, "run_dir=$NOT_SET/x", "run_dir: '$NOT_SET/x': $NOT_SET is not set in the environment"),
+        (GOOD, "sft.data=${NOT_SET}", "sft.data: '${NOT_SET}': $NOT_SET is not set"),
+        (GOOD, "teacher.model=~nobody-here/x", "teacher.model: '~nobody-here/x': there is no such home"),
+        (GOOD, 'run_dir="a\\nb"', "has characters that do not print"),
+        (GOOD, "sft.steps=1e3.5", "sft.steps: expected int, got '1e3.5'"),
+        (GOOD, "sft.steps=1.5", "sft.steps: expected int, got 1.5"),
+        (GOOD, f"sft.steps={10**20}", "sft.steps must be at least 1 and at most 1e+08, not 1" + "0" * 20),
+        (GOOD, "sft.steps=1e99", "sft.steps must be at least 1 and at most 1e+08"),
+        (GOOD, f"rollout.engine.workers={10**13}", "workers must be at least 1 and at most 1e+12"),
+        (GOOD, "train={steps: 50000, refresh_every: 1}", "above 10,000 refreshes: raise it"),
         (GOOD, "seed=2024-13-45", "seed: expected int, got '2024-13-45'"),
         (GOOD, "seed=010", "seed: expected int, got '010'"),
         (GOOD, "parallel.sequence=yes", "parallel.sequence: expected bool, got 'yes'"),
@@ -159,17 +170,30 @@ def test_values_are_what_they_say(tmp_path: Path) -> None:
         write(tmp_path, GOOD),
         ["run_dir=2024-13-45", "seed=1_000", "train.optimizer.lr=.5e-3", "teacher.model=yes", "sft.data="],
     )
-    assert (recipe.run_dir, recipe.seed, recipe.teacher and recipe.teacher.model) == (
-        "2024-13-45",
-        1000,
-        "yes",
-    )
+    assert (recipe.run_dir, recipe.seed) == ("2024-13-45", 1000)
+    assert recipe.teacher is not None
+    assert recipe.teacher.model == "yes"
     assert recipe.train is not None
     assert recipe.train.optimizer.lr == 0.5e-3
-    assert (
-        load_recipe(write(tmp_path, GOOD + "# \N{SNOWMAN}"), ['run_dir="\N{SNOWMAN}"']).run_dir
-        == "\N{SNOWMAN}"
-    )
+    snowman = load_recipe(write(tmp_path, GOOD + "# \N{SNOWMAN}"), ['run_dir="\N{SNOWMAN}"'])
+    assert snowman.run_dir == "\N{SNOWMAN}"
+    assert load_recipe(write(tmp_path, GOOD), ["sft.steps=1e3"]).sft == replace(recipe.sft, steps=1000)
+
+
+def test_paths_say_what_they_do_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    path = write(tmp_path, GOOD)
+    asked = ["run_dir=~/runs", "teacher.model=${SCRATCH}/t", "student.model=$SCRATCH/s", "sft.data=a~b"]
+    recipe = load_recipe(path, asked)
+    assert recipe.teacher is not None
+    assert recipe.student is not None
+    assert recipe.sft is not None
+    found = (recipe.run_dir, recipe.teacher.model, recipe.student.model, recipe.sft.data)
+    assert found == ("/home/me/runs", "/scratch/me/t", "/scratch/me/s", "a~b")
+    suffix = load_recipe(path, ["prompts.opd={path: x.jsonl, suffix: costs $5 ~}"])
+    assert suffix.prompts.opd is not None
+    assert suffix.prompts.opd.suffix == "costs $5 ~"
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, "."])
