@@ -31,6 +31,7 @@ from megatron_lopd.pipeline.rounds import Round, due_round, missing_round
 from megatron_lopd.pipeline.stage import SharedStage, Stage
 from megatron_lopd.pipeline.verified import verified_for_workers
 from megatron_lopd.runtime import environment
+from megatron_lopd.runtime.display import say
 from megatron_lopd.runtime.launch import in_own_process, is_worker, launch, launch_workers
 from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
 from megatron_lopd.stages import online, refresh, report
@@ -322,4 +323,4 @@ def _error_of(exit_code: int) -> type[LopdError]:
 
 def _say(text: str) -> None:
     if is_main_rank():
-        print(f"lopd: {text}", flush=True)
+        say(f"lopd: {text}")

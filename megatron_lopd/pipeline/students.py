@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConf
 from megatron_lopd.convert.offline import megatron_to_hf
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.families.architecture import check_layout
+from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
 from megatron_lopd.mcore.precision import check_precision, packed_padding
@@ -126,10 +129,19 @@ def write_student(
 
 def seal_model(out_dir: Path, lineage: ModelLineage) -> list[str]:
     """Write the lineage of the model in `out_dir`, with its fingerprint; returns its files, relative."""
+    _forget_place(out_dir / "config.json")
     model = fingerprint_model(out_dir).parts()
     write_model_lineage(out_dir, ModelLineage(**(vars(lineage) | {"model": model})))
     files = (path for path in out_dir.rglob("*") if path.is_file() and path.name != CACHE_NAME)
     return sorted(str(path.relative_to(out_dir)) for path in files)
+
+
+def _forget_place(config: Path) -> None:
+    """Leave the name alone of what a library has noted in a config.json as the place that it read it from."""
+    noted = read_object(config)
+    place = noted.get("_name_or_path")
+    if isinstance(place, str) and os.path.isabs(place):
+        atomic_write_json(config, noted | {"_name_or_path": Path(place).name})
 
 
 def lineage_of(
@@ -138,6 +150,12 @@ def lineage_of(
     """What a model made by `stage` will say of itself, but for its own fingerprint."""
     chain: dict[str, dict[str, Any]] = {}
     for name, manifest in ancestors.items():
-        parents = {role: asdict(parent) for role, parent in manifest.parents.items()}
+        parents = {role: asdict(_named(parent)) for role, parent in manifest.parents.items()}
         chain[name] = {"id": manifest.id, "lineage": manifest.lineage, "parents": parents}
-    return ModelLineage(model={}, made_by=stage, status=plan_lineage, teacher=teacher, chain=chain)
+    named = teacher and _named(teacher)
+    return ModelLineage(model={}, made_by=stage, status=plan_lineage, teacher=named, chain=chain)
+
+
+def _named(parent: Parent) -> Parent:
+    """A parent by its name alone: a model is given away, and its maker's folders are nobody's business."""
+    return parent if parent.kind == "artifact" else replace(parent, path=Path(parent.path).name)

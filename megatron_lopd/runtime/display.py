@@ -120,6 +120,11 @@ def printable(text: str) -> str:
     return "".join(map(_printable_character, text))
 
 
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line, whatever is in it, on standard output or on standard error."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
 def _printable_character(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
         return character.encode("unicode_escape").decode()

@@ -11,6 +11,7 @@ from megatron_lopd.engines import kind_of
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
+from megatron_lopd.runtime.display import say
 
 if TYPE_CHECKING:
     from megatron_lopd.graders import Grader
@@ -80,7 +81,7 @@ class EvaluateStage(SharedStage):
                     grades, shares[model] = grade_answers(
                         place, where.directory, each.prompts, settings, grader
                     )
-                    print(f"lopd: {model} on {name}: {grades}", flush=True)
+                    say(f"lopd: {model} on {name}: {grades}")
                     accuracy[name][model] = asdict(grades)
                     counts["ungraded"] += grades.ungraded
                     for mode in ("sampled", "greedy"):

@@ -16,6 +16,7 @@ from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
 from megatron_lopd.registry import ENGINES
+from megatron_lopd.runtime.display import say
 from megatron_lopd.stages.score import check_top_k
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _graded(run: ResolvedRun, model: Path, directory: Path) -> list[str]:
             place, label = directory / "graded" / name, f"online on {name}"
             grades = grade_model(model, each.prompts, settings, seed, place, label, grader)
             accuracy[name] = {"online_opd": asdict(grades)}
-            print(f"lopd: {label}: {grades}", flush=True)
+            say(f"lopd: {label}: {grades}")
     atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
     made = (path for kind in ("*.arrow", ANSWERS) for path in (directory / "graded").rglob(kind))
     return [RESULTS, *sorted(str(path.relative_to(directory)) for path in made)]
