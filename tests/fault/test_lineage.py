@@ -26,7 +26,7 @@ from megatron_lopd.files.reading import read_object
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.prompts.arithmetic import problems
 from tests.model_zoo import make_model_dir
-from tests.pipeline import SMALL
+from tests.pipeline import SMALL, write_recipe
 
 AFTER_ROLLOUT = ("score", "train", "export", "evaluate", "report")
 
@@ -289,3 +289,24 @@ def test_doctor_names_versions_and_the_plan(root: Path, capsys: pytest.CaptureFi
     refused(
         capsys, ["doctor", "recipe.yaml", "run_dir=new", "parallel.tensor=3", "parallel.processes=3"], 2, "3"
     )
+
+
+def test_a_model_that_is_given_away_names_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "somebody's home"
+    root.mkdir()
+    recipe = write_recipe(root)
+    (root / "sft.jsonl").write_text("".join(f'{{"prompt": "{at}+2*3"}}\n' for at in range(1, 9)))
+    config = json.loads((root / "student/config.json").read_text())  # as libraries have written it
+    (root / "student/config.json").write_text(json.dumps(config | {"_name_or_path": f"{root}/student"}))
+    monkeypatch.chdir(tmp_path)
+    places = {"run_dir": "run", "teacher.model": "teacher", "student.model": "student"}
+    absolute = [f"{key}={json.dumps(f'{root}/{name}')}" for key, name in places.items()]
+    prompts = "prompts.sft=" + json.dumps({"path": f"{root}/sft.jsonl"})
+    for stage in ("generate", "sft"):
+        assert main([stage, str(recipe), *absolute, prompts, "sft.steps=1"]) == 0
+    model = root / "run/sft/model"
+    for path in model.iterdir():
+        assert path.name == CACHE_NAME or str(tmp_path).encode() not in path.read_bytes(), path
+    lineage = json.loads((model / "lopd_lineage.json").read_text())
+    assert lineage["teacher"]["path"] == "teacher"
+    assert lineage["chain"]["generate"]["parents"]["prompts"]["path"] == "sft.jsonl"
