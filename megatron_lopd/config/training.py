@@ -104,7 +104,9 @@ class TrainingConfig:
         2,
         operational=True,
     )
-    max_skipped_steps: CountOrZero = key("steps skipped for non-finite gradients before the run stops", 3)
+    max_skipped_steps: CountOrZero = key(
+        "steps skipped for non-finite gradients before the run stops", 3, operational=True
+    )
     loggers: tuple[str, ...] = key(
         "what writes the metrics", ("jsonl", "tensorboard"), operational=True, door=LOGGERS
     )
@@ -167,11 +169,14 @@ class TrainConfig(TrainingConfig):
         "steps after which the current student is rolled out and scored anew, again and again; empty: never",
         None,
     )
-    preflight_samples: CountOrZero = key("rollouts re-scored by the trainer before step 1", 64)
+    preflight_samples: CountOrZero = key(
+        "rollouts re-scored by the trainer before step 1", 64, operational=True
+    )
     preflight_tolerance: Positive | None = key(
         "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats; empty: by the "
         "coarser precision of trainer and sampler, 1e-3 for fp32, 0.05 for bf16, 0.2 for fp8",
         None,
+        operational=True,
     )
     options: Any = options_of("objective")
 

@@ -194,7 +194,7 @@ class VllmEngine:
         if len(log_probs) != len(tokens) or not (is_stopped or len(tokens) == sampling.max_new_tokens):
             raise EngineError(
                 f"sample {request.sample_id}: vLLM ended it ({output.finish_reason}) with {len(tokens)} "
-                f"tokens and {len(log_probs)} log-probs: run again with another engine"
+                f"tokens and {len(log_probs)} log-probs: run again with another engine, in another run_dir"
             )
         finish: FinishReason = "stop" if is_stopped else "length"
         return Rollout(request.sample_id, request.prompt_tokens, tokens, finish, log_probs)
