@@ -70,7 +70,11 @@ class Vllm(EngineKind):
 
     def require(self, config: EngineConfig, section: str) -> None:
         python = config.options.python
-        if vllm_version(python) is None:
+        try:
+            found = vllm_version(python)
+        except NotInstalled as error:
+            raise NotInstalled(f"{section}.{error}") from None
+        if found is None:
             raise NotInstalled(
                 f"{section}.engine.name=vllm: {python or 'this Python'} has no vllm: install it there, set "
                 f"{section}.engine.vllm.python to the Python of an environment that has it, or "

@@ -34,6 +34,8 @@ class SftStage(Stage):
         from megatron_lopd.pipeline.students import check_budget, check_trainable, length_of
 
         config = run.sft
+        if config.teacher is not None:
+            Model(Path(config.teacher), "sft.teacher").check()
         if config.checkpoint is not None:
             _check_elsewhere(run, config)
             idle = ", ".join(f"sft.{name}" for name in _idle_keys(config))
@@ -41,7 +43,8 @@ class SftStage(Stage):
             return [f"take {config.checkpoint} as the student after SFT, as it is{said}"]
         student = run.student
         student.require()
-        Chat(str(student.directory))
+        with student.naming():
+            Chat(str(student.directory))
         check_trainable(student, run.recipe)
         check_budget(run.recipe, config)
         if config.data is not None and config.teacher is None and run.recipe.train is not None:

@@ -186,7 +186,7 @@ def test_what_only_the_nodes_have_is_left_to_them(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     inside = ["rollout.engine.name=vllm", "rollout.engine.vllm.python=/inside/python"]
     (note,) = checked(inside)
-    assert note.startswith("rollout: not checked here, the nodes will: engine.vllm.python: /inside/python")
+    assert note.startswith("rollout: not checked here, the nodes will: rollout.engine.vllm.python: /in")
     with pytest.raises(ConfigError, match="max_new_tokens"):
         checked([*inside, "rollout.sampling.max_new_tokens=640"])
 
