@@ -96,14 +96,14 @@ class Model:
             read_architecture(self.directory)
 
     @contextmanager
-    def naming(self, *kinds: type[LopdError]) -> Iterator[None]:
+    def naming(self, kinds: tuple[type[LopdError], ...] = (ConfigError, DataError)) -> Iterator[None]:
         """What is wrong with its files, found in the block, is told with the recipe's key for it.
 
         `kinds`: the errors that are of its files; by default both that a user's files raise.
         """
         try:
             yield
-        except kinds or (ConfigError, DataError) as error:
+        except kinds as error:
             if not self.key or str(error).startswith(self.key):
                 raise
             raise type(error)(f"{self.key}: {error}") from error.__cause__
@@ -312,7 +312,7 @@ class ResolvedRun:
         key = part.name, model.directory, trust, part.limit(model)
         if key not in self._encoded:
             limit = part.limit(model)
-            with model.naming(ConfigError):  # of its tokenizer; a prompt's are DataErrors
+            with model.naming((ConfigError,)):  # of its tokenizer; a prompt's are DataErrors
                 self._encoded[key] = encode(part.prompts.prompts, model.directory, limit, trust)
         return self._encoded[key]
 

@@ -45,6 +45,13 @@ def test_a_start_that_failed_leaves_its_advice_free_to_follow(
     assert main(["train", "recipe.yaml"]) == 0
 
 
+def test_a_guard_stops_no_run_that_is_over(root: Path) -> None:
+    """Of five steps, the window's five are whole at the last."""
+    forget_from(root, "train")
+    guard = ["train.guard.window=5", "train.guard.min_kept_mass=0.999999999"]
+    assert main(["train", "recipe.yaml", *guard]) == 0
+
+
 def test_what_was_made_binds_and_a_plan_alone_does_not(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

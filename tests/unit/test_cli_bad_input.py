@@ -232,6 +232,14 @@ def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(
     assert not (root / "run").exists()
 
 
+def test_keys_that_will_do_nothing_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["run", "recipe.yaml", "--dry-run", "sft.checkpoint=student", "sft.teacher=teacher"]
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    assert "nothing is trained: sft.steps, sft.global_batch_size, " in out
+    assert "sft.max_skipped_steps" not in out
+
+
 @pytest.mark.parametrize("arguments", [["run"], ["fly", "recipe.yaml"], ["run", "recipe.yaml", "--fast"]])
 def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
