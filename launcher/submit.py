@@ -12,6 +12,7 @@ try:
     from megatron_lopd.config import load_cluster, load_recipe
     from megatron_lopd.errors import LopdError
     from megatron_lopd.registry import LAUNCHERS
+    from megatron_lopd.runtime.display import say
 except ModuleNotFoundError as error:
     print(f"submit: {error}: run it in the environment that megatron-lopd is installed in", file=sys.stderr)
     sys.exit(2)
@@ -27,9 +28,9 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     try:
         for line in _submit(options):
-            print(line)
+            say(line)
     except LopdError as error:
-        print(f"submit: {error}", file=sys.stderr)
+        say(f"submit: {error}", error=True)
         return error.exit_code
     return 0
 
@@ -56,8 +57,8 @@ def _submit(options: argparse.Namespace) -> list[str]:
         return [f"nothing to do: every stage in {submission.run_dir} is committed"]
     if options.dry_run:
         scripts = launcher.scripts(jobs, cluster, submission)
-        return [f"# {name}\n{text}" for name, text in scripts.items()]
-    check_cluster(cluster, submission)
+        return [line for name, text in scripts.items() for line in (f"# {name}", *text.split("\n"))]
+    check_cluster(cluster, submission, recipe)
     launcher.check(jobs, cluster, submission)
     notes = check_recipe(jobs, recipe)
     return [*notes, *launcher.submit(jobs, cluster, submission)]

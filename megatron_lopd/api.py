@@ -47,7 +47,9 @@ class Run:
         self._path = str(recipe)
         given = {**(overrides or {}), **more}
         # JSON is YAML. A path is its text.
-        self._overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in given.items()]
+        self._overrides = [
+            f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in given.items()
+        ]
         self.recipe: Recipe = load_recipe(self._path, self._overrides)
         self.directory = Path(self.recipe.run_dir)
 
@@ -140,7 +142,7 @@ class Run:
     def _make(self, stage: str) -> Path:
         from megatron_lopd.commands.run import run_one
 
-        run_one(stage, self._command(), starting_ranks=True)
+        run_one(stage, self._command())
         return self.directory / stage
 
 

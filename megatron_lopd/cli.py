@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import yaml
 
@@ -19,6 +21,7 @@ from megatron_lopd.config import Recipe, load_recipe, to_plain
 from megatron_lopd.config.help import key_help
 from megatron_lopd.errors import ConfigError, LopdError, StopRequested
 from megatron_lopd.runtime import environment
+from megatron_lopd.runtime.display import printable, say
 
 EXIT_CODES = """exit codes:
   0   done
@@ -41,6 +44,7 @@ STAGE_HELP = {
     "report": "8. summary.json and a page with figures",
     "online": "the baseline: standard OPD from the sft stage's model, with a live teacher",
 }
+LONGEST_LINE = 4_000  # characters of an error, which may quote what it is about
 _SECTIONS = {
     "generate": ("teacher", "prompts.sft", "generate"),
     "tokenize": ("student", "sft.data", "sft.teacher"),
@@ -58,6 +62,9 @@ _SECTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     options = parse(arguments)
     with _noticing_interrupts() as interrupted:
         try:
@@ -85,13 +92,14 @@ def _say_error(options: argparse.Namespace, error: LopdError) -> int:
     # Every rank raises a stop, and what rank 0 has told them.
     if rank == 0 or not (error.said or isinstance(error, StopRequested)):
         where = f" (rank {rank})" if rank else ""
-        print(f"lopd {options.command}{where}: {error}", file=sys.stderr)
+        text = str(error) if len(str(error)) <= LONGEST_LINE else f"{str(error)[:LONGEST_LINE]}..."
+        say(f"lopd {options.command}{where}: {text}", error=True)
     _record_end(error)
     return error.exit_code
 
 
 def _say_interrupted(options: argparse.Namespace) -> int:
-    print(f"lopd {options.command}: interrupted: run the same command again to go on", file=sys.stderr)
+    say(f"lopd {options.command}: interrupted: run the same command again to go on", error=True)
     return 130
 
 
@@ -136,9 +144,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
     """The recipe's keys are described where --help asks (`_StageHelp`), which takes a while."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lopd",
         description="Offline on-policy distillation on Megatron-Core (Lightning OPD, arXiv 2604.13010).",
         epilog=EXIT_CODES,
@@ -171,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="re-hash an artifact, and its lineage")
     verify.add_argument("path", type=Path, help="directory of an artifact, a checkpoint, a model or a run")
     verify.set_defaults(handler=_verify)
-    inspect = commands.add_parser("inspect", help="show an artifact or a shard to a person")
-    inspect.add_argument("path", type=Path, help="artifact directory, or .arrow shard")
+    inspect = commands.add_parser("inspect", help="show a run, an artifact, a shard or graded answers")
+    inspect.add_argument("path", type=Path, help="run, artifact, .arrow shard or answers.jsonl")
     inspect.add_argument("--samples", type=int, default=2, help="samples shown of each shard (count)")
     inspect.set_defaults(handler=_inspect)
     doctor = commands.add_parser("doctor", help="what this machine has, and what a recipe would use")
@@ -235,11 +248,11 @@ def _run_stages(options: argparse.Namespace) -> None:
         run.run_one(options.command, command)
 
 
-def _print_dry_run(recipe: Recipe, plan: list[str]) -> None:
+def _print_dry_run(recipe: Recipe, plan: Iterable[str]) -> None:
     print(yaml.safe_dump(to_plain(recipe), sort_keys=False).rstrip())
     print("\nplan:")
     for line in plan:
-        print(f"  {line}")
+        say(f"  {line}")
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -248,21 +261,21 @@ def _status(options: argparse.Namespace) -> None:
     from megatron_lopd.pipeline.resolved import ResolvedRun
 
     for line in describe_run(ResolvedRun(recipe)):
-        print(line)
+        say(line)
 
 
 def _verify(options: argparse.Namespace) -> None:
     from megatron_lopd.commands.verify import verify_path
 
     for line in verify_path(options.path):
-        print(line)
+        say(line)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from megatron_lopd.commands.inspection import describe_path
 
     for line in describe_path(options.path, options.samples):
-        print(line)
+        say(line)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -270,7 +283,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     for line in diagnose(recipe):
-        print(line)
+        say(line)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -282,7 +295,7 @@ def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     plan = make_plan(recipe, parse_cluster(options.gpus), options.fill)
     for line in [json.dumps(as_json(plan))] if options.json else table(plan):
-        print(line)
+        say(line)
     if plan.problems:
         raise ConfigError("; ".join(plan.problems))
     for line in check_text(ResolvedRun(recipe)):

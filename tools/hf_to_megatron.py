@@ -14,6 +14,7 @@ try:
     from megatron_lopd.convert.offline import hf_to_megatron
     from megatron_lopd.errors import LopdError
     from megatron_lopd.registry import FAMILIES, allowing_user_code
+    from megatron_lopd.runtime.display import say
 except ModuleNotFoundError as error:
     print(
         f"hf_to_megatron: {error}: run it in the environment that megatron-lopd is installed in",
@@ -35,7 +36,7 @@ def main() -> int:
                 FAMILIES[arguments.family]  # its model_type is known from here on
         hf_to_megatron(arguments.hf_dir, arguments.out_dir)
     except LopdError as error:
-        print(f"hf_to_megatron: {error}", file=sys.stderr)
+        say(f"hf_to_megatron: {error}", error=True)
         return error.exit_code
     return 0
 

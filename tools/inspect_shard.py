@@ -14,6 +14,7 @@ from pathlib import Path
 try:
     from megatron_lopd.commands.inspection import describe_shard
     from megatron_lopd.errors import LopdError
+    from megatron_lopd.runtime.display import say
 except ModuleNotFoundError as error:
     print(
         f"inspect_shard: {error}: run it in the environment that megatron-lopd is installed in",
@@ -39,9 +40,9 @@ def main() -> int:
         for line in describe_shard(
             arguments.shard, arguments.samples, arguments.sample, arguments.token, arguments.tokenizer
         ):
-            print(line)
+            say(line)
     except LopdError as error:
-        print(f"inspect_shard: {error}", file=sys.stderr)
+        say(f"inspect_shard: {error}", error=True)
         return error.exit_code
     return 0
 

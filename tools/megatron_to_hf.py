@@ -16,6 +16,7 @@ try:
     from megatron_lopd.convert.offline import megatron_to_hf
     from megatron_lopd.errors import LopdError
     from megatron_lopd.registry import FAMILIES, allowing_user_code
+    from megatron_lopd.runtime.display import say
 except ModuleNotFoundError as error:
     print(
         f"megatron_to_hf: {error}: run it in the environment that megatron-lopd is installed in",
@@ -41,7 +42,7 @@ def main() -> int:
                 FAMILIES[arguments.family]  # its model_type is known from here on
         megatron_to_hf(arguments.megatron_dir, arguments.out_dir, arguments.max_shard_bytes, arguments.hf_dir)
     except LopdError as error:
-        print(f"megatron_to_hf: {error}", file=sys.stderr)
+        say(f"megatron_to_hf: {error}", error=True)
         return error.exit_code
     return 0
 

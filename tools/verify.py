@@ -14,6 +14,7 @@ from pathlib import Path
 try:
     from megatron_lopd.commands.verify import verify_path
     from megatron_lopd.errors import LopdError
+    from megatron_lopd.runtime.display import say
 except ModuleNotFoundError as error:
     print(f"verify: {error}: run it in the environment that megatron-lopd is installed in", file=sys.stderr)
     sys.exit(2)
@@ -26,9 +27,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         for line in verify_path(arguments.path):
-            print(line)
+            say(line)
     except LopdError as error:
-        print(f"verify: {error}", file=sys.stderr)
+        say(f"verify: {error}", error=True)
         return error.exit_code
     return 0
 

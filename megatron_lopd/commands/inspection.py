@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import committed_files, is_committed, load_manifest
+from megatron_lopd.commands.verify import artifacts_of
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.evaluation.answers import ANSWERS, read_answers
+from megatron_lopd.pipeline.plan_file import PLAN_FILE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,12 +28,16 @@ TOP_TOKENS_SHOWN = 8
 
 
 def describe_path(path: Path, samples: int) -> Iterator[str]:
-    """Yield the lines that describe an artifact directory, or one `.arrow` shard with `samples` of it."""
+    """Yield the lines that describe a run, an artifact, a shard or graded answers, with `samples` of each."""
     if path.suffix == ".arrow":
         yield from describe_shard(path, samples)
         return
+    if path.name == ANSWERS:
+        yield from _describe_answers(path, samples)
+        return
     if not is_committed(path):
-        raise DataError(f"{path}: neither a committed artifact nor an .arrow shard")
+        yield from _describe_run(path)
+        return
     manifest = load_manifest(path)
     yield f"{path}: {manifest.kind}, id {manifest.id}, lineage {manifest.lineage}"
     yield from (f"  {name}: {count:,}" for name, count in manifest.counts.items())
@@ -39,8 +47,45 @@ def describe_path(path: Path, samples: int) -> Iterator[str]:
     for name, entry in manifest.files.items():
         yield f"  {name}: {entry.size:,} bytes, sha256 {short(entry.sha256)}"
     for file in committed_files(path, manifest):
-        if file.name.endswith(".arrow"):
+        if file.name.endswith(".arrow") and not file.path.parent.with_name(ANSWERS).is_file():
             yield from describe_shard(file, samples)
+        if file.path.name == ANSWERS:
+            file.check()
+            yield from _describe_answers(file.path, samples)
+
+
+def _describe_run(path: Path) -> Iterator[str]:
+    """What is committed in a run's directory, and what was begun."""
+    artifacts = artifacts_of(path)
+    if not artifacts:
+        raise DataError(
+            f"{path}: nothing to inspect: give a run's directory in which a stage is committed, an artifact, "
+            f"an .arrow shard or {ANSWERS}"
+        )
+    yield f"{path}: a run"
+    for each in artifacts:
+        manifest = load_manifest(each)
+        counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in manifest.counts.items())
+        yield f"  {each.relative_to(path)}: {manifest.kind}, {manifest.lineage}{counts and f', {counts}'}"
+    for each in sorted(path.glob(f"*/{PLAN_FILE}")):
+        if each.parent not in artifacts:
+            yield f"  {each.parent.name}: begun"
+    yield f"look into one with lopd inspect {artifacts[0]}"
+
+
+def _describe_answers(path: Path, samples: int) -> Iterator[str]:
+    """The first `samples` graded answers of each mode."""
+    yield f"{path}: graded answers"
+    shown: Counter[str] = Counter()
+    for each in read_answers(path):
+        shown[each.mode] += 1
+        if shown[each.mode] > samples:
+            continue
+        yield f"  {each.id} ({each.mode}): {each.verdict}"
+        for message in each.prompt:
+            yield f"    {message.get('role')}: {message.get('content')!r}"
+        yield f"    response: {each.text!r}"
+        yield f"    right answer: {each.gold!r}, answer read: {each.answer!r}"
 
 
 def describe_shard(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,6 @@ from megatron_lopd.config import load_recipe
 from megatron_lopd.errors import (
     ConfigError,
     DataError,
-    LineageError,
     LopdError,
     NumericsError,
     RefreshDue,
@@ -26,13 +25,14 @@ from megatron_lopd.pipeline.execute import (
     execute,
     is_main_rank,
     parents_of,
-    why_changed,
 )
+from megatron_lopd.pipeline.judgement import Judgement, judge
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.rounds import Round, due_round, missing_round
 from megatron_lopd.pipeline.stage import SharedStage, Stage
 from megatron_lopd.pipeline.verified import verified_for_workers
 from megatron_lopd.runtime import environment
+from megatron_lopd.runtime.display import say
 from megatron_lopd.runtime.launch import in_own_process, is_worker, launch, launch_workers
 from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
 from megatron_lopd.stages import online, refresh, report
@@ -53,26 +53,37 @@ class Command:
 
 
 @relying_on_hints()
-def describe(run: ResolvedRun, names: Sequence[str]) -> list[str]:
-    """Check the recipe for the named stages and say what each would do, a line each."""
+def describe(run: ResolvedRun, names: Sequence[str]) -> Iterator[str]:
+    """Check the recipe for the named stages; then say what each would do, a line each, as the command would.
+
+    Raises what the command would be refused with, after the lines that say where.
+    """
     check_run_dir(run)
-    lines = []
-    for stage in (*STAGES, *ALONE):
-        if stage.name in names and stage.needed(run):
-            state = _state(stage, run)
-            lines += [f"{stage.name:9} [{state}] {line}" for line in stage.check(run)]
-    if "refresh" in names:
-        lines += [f"refresh   [to do] {line}" for line in refresh.check(run)]
-    return lines
+    named = [stage for stage in (*STAGES, *ALONE) if stage.name in names and stage.needed(run)]
+    planned = {stage.name: stage.check(run) for stage in named if not run.is_committed(stage.name)}
+    refreshes = refresh.check(run) if "refresh" in names else []
+    before = list(_before(named[0], run)) if len(names) == 1 and named else []
+    return _described(run, judge([*before, *named], run), names, planned, refreshes)
 
 
-def _state(stage: Stage, run: ResolvedRun) -> str:
-    if not run.is_committed(stage.name):
-        return "to do"
-    reason = why_changed(stage, run)
-    if reason is None:
-        return "committed"
-    return f"committed, {'by another recipe' if isinstance(reason, LineageError) else 'damaged'}: {reason}"
+def _described(
+    run: ResolvedRun,
+    judgements: Iterable[Judgement],
+    names: Sequence[str],
+    planned: Mapping[str, Sequence[str]],
+    refreshes: Sequence[str],
+) -> Iterator[str]:
+    refusal = None
+    for each in judgements:
+        refusal = refusal or each.refusal
+        name = each.stage.name
+        if name in names or each.refusal is not None:
+            state = each.state + ("" if each.refusal is None else f": {each.refusal}")
+            for line in planned.get(name, [str(run.directory_of(name))]):
+                yield f"{name:9} [{state}] {line}"
+    yield from (f"refresh   [to do] {line}" for line in refreshes)
+    if refusal is not None:
+        raise refusal
 
 
 def waiting_stages(run: ResolvedRun) -> list[Stage]:
@@ -97,6 +108,10 @@ def run_all(command: Command) -> None:
         planned = in_own_process(_check_anew, command.recipe_path, list(command.overrides), names)
     else:
         planned = _check(run, names)
+    if waiting:
+        for each in judge(needed, run):
+            if each.refusal is not None:
+                raise each.refusal
     done = 0
     for number, stage in enumerate(needed, start=1):
         if stage in waiting:
@@ -127,14 +142,13 @@ def run_leaving_gpus(command: Command) -> None:
         environment.show_gpus()
 
 
-def run_one(name: str, command: Command, *, starting_ranks: bool = False) -> None:
+def run_one(name: str, command: Command) -> None:
     """One stage, after checking that what it stands on is still what the recipe says.
 
-    Ranks are started by whoever starts this, unless `starting_ranks`; one of ALONE always starts its own.
+    A stage of several ranks starts them, unless a launcher has: each of its processes has a RANK.
     """
     run = command.run
     stage = next(stage for stage in (*STAGES, *ALONE) if stage.name == name)
-    starts_ranks = (starting_ranks or stage in ALONE) and stage.processes(run) > 1
 
     if stage in (SFT, TRAIN, ONLINE):
         environment.set_for_training(run.recipe.parallel)
@@ -149,7 +163,7 @@ def run_one(name: str, command: Command, *, starting_ranks: bool = False) -> Non
         for earlier in _before(stage, run):
             check_unchanged(earlier, run)
 
-    if starts_ranks and "RANK" not in os.environ:
+    if "RANK" not in os.environ and stage.processes(run) > 1 and not run.is_committed(name):
         check()
         stage.plan(run)
         _launch(stage, command)
@@ -311,4 +325,4 @@ def _error_of(exit_code: int) -> type[LopdError]:
 
 def _say(text: str) -> None:
     if is_main_rank():
-        print(f"lopd: {text}", flush=True)
+        say(f"lopd: {text}")

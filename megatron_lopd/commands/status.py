@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_lopd.errors import LineageError
 from megatron_lopd.loggers import METRICS_FILE, read_steps
-from megatron_lopd.pipeline.execute import why_changed
+from megatron_lopd.pipeline.judgement import judge
 from megatron_lopd.pipeline.plan_file import PLAN_FILE
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import SharedStage, Stage
@@ -27,9 +26,10 @@ INDENT = " " * 11
 
 def describe_run(run: ResolvedRun) -> Iterator[str]:
     """Yield the lines of the view. Raises DataError for a damaged manifest, claim or metric."""
-    for stage in STAGES:
-        if not stage.needed(run):
-            continue
+    needed = [stage for stage in STAGES if stage.needed(run)]
+    compared = run.models_are_fingerprinted()  # else it would hash them
+    judged = {each.stage.name: each for each in judge(needed, run)} if compared else {}
+    for stage in needed:
         directory = run.directory_of(stage.name)
         if run.is_committed(stage.name):
             state = _committed(stage, run)
@@ -40,21 +40,22 @@ def describe_run(run: ResolvedRun) -> Iterator[str]:
             state = [_training(directory, config.steps if config is not None else None)]
         else:
             state = ["begun" if (directory / PLAN_FILE).is_file() else "to do"]
+        each = judged.get(stage.name)
+        if each is not None and each.state not in ("committed", "begun", "to do"):
+            state = [f"{state[0]} ({each.state})", *state[1:]]
         yield f"{stage.name:{len(INDENT)}}{state[0]}"
         yield from (INDENT + line for line in state[1:])
+        if each is not None and each.refusal is not None:
+            yield INDENT + str(each.refusal)
+    if not compared and any(run.is_committed(stage.name) for stage in needed):
+        yield "not compared with the recipe, as models would be hashed for it: lopd run --dry-run does"
 
 
 def _committed(stage: Stage, run: ResolvedRun) -> list[str]:
-    """What a stage counted; and, where no model is to be hashed for it, whether it is this recipe's."""
+    """What a stage counted."""
     counts = run.manifest(stage.name).counts
-    state = "committed"
-    if counts:
-        state += ": " + ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
-    reason = why_changed(stage, run) if run.models_are_fingerprinted() else None
-    if reason is None:
-        return [state]
-    whose = "by another recipe" if isinstance(reason, LineageError) else "and damaged since"
-    return [f"{state}, {whose}", str(reason)]
+    counted = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
+    return [f"committed: {counted}" if counted else "committed"]
 
 
 def _shared(places: Sequence[Path]) -> Iterator[str]:
@@ -93,8 +94,8 @@ def _worker(place: Path, state: ClaimState, here: Owner) -> str:
         return f"{state.part}: committed this moment"
     heard = max(0.0, time.time() - written)
     return (
-        f"{state.part}, {state.done:,} of {state.total:,} samples, {state.rate:,.0f} tokens/s, heard of "
-        f"{duration(heard)} ago"
+        f"{state.part}, {state.done:,} of {state.total:,} samples, {state.rate:,.0f} response tokens/s, "
+        f"heard of {duration(heard)} ago"
     )
 
 

@@ -32,12 +32,19 @@ def verify_path(path: Path) -> Iterator[str]:
     if is_committed(path):
         yield from _verify_artifact(path, whole_chain=True)
         return
-    artifacts = sorted(child for child in path.iterdir() if child.is_dir() and is_committed(child))
-    artifacts += committed_parts(path)
+    artifacts = artifacts_of(path)
     for directory in artifacts:
         yield from _verify_artifact(directory, whole_chain=False)
     if not artifacts:
         yield from _verify_model(path)
+
+
+def artifacts_of(run: Path) -> list[Path]:
+    """What is committed in a run's directory. DataError where there is no directory."""
+    if not run.is_dir():
+        raise DataError(f"{run}: no such directory")
+    stages = sorted(child for child in run.iterdir() if child.is_dir() and is_committed(child))
+    return [*stages, *committed_parts(run)]
 
 
 def _verify_artifact(directory: Path, *, whole_chain: bool) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lopd.config.keys import Count, CountOrZero, key, require
+from megatron_lopd.config.keys import Count, CountOrZero, FilePath, key, require
 from megatron_lopd.registry import LAUNCHERS
 
 
@@ -38,8 +38,8 @@ class Stages:
 class ContainerConfig:
     """A container started by pyxis and enroot."""
 
-    image: str = key("squashfs file (a path) or image reference (registry#name:tag)")
-    mounts: tuple[str, ...] = key("source:target[:flags] each; run_dir must be among them", ())
+    image: FilePath = key("squashfs file (a path) or image reference (registry#name:tag)")
+    mounts: tuple[FilePath, ...] = key("source:target[:flags] each; run_dir must be among them", ())
     workdir: str | None = key("directory in the container; empty: the one submit was run in", None)
     writable: bool = key("let the container's own files be written", False)
 
@@ -61,7 +61,11 @@ class Cluster:
     stages: Stages = key("nodes and time of each stage", factory=Stages)
     container: ContainerConfig | None = key("a container (pyxis); empty: the node's own files", None)
     setup: tuple[str, ...] = key("shell lines before lopd in every task, such as activating a venv", ())
-    env: tuple[str, ...] = key("environment of every task, NAME=value each", ())
+    env: tuple[str, ...] = key(
+        "environment of every task, NAME=value each; NAME alone: what submit has it set to, which is written "
+        "into no file",
+        (),
+    )
     sbatch: tuple[str, ...] = key("further options of sbatch, such as --exclusive", ())
     signal_seconds: Count = key(
         "seconds before the time limit at which a stage is asked to save and stop", 120
@@ -73,6 +77,11 @@ class Cluster:
     def __post_init__(self) -> None:
         for text in self.env:
             name, equals, _ = text.partition("=")
-            require(bool(equals) and name.isidentifier(), f"env: {text!r}: write it as NAME=value")
+            shown = f"{name}=..." if equals else text  # its value may be a secret
+            require(
+                name.isidentifier() and name.isascii(),
+                f"env: {shown!r}: write it as NAME=value, or NAME for what submit has it set to",
+            )
+            require("\0" not in text, f"env: {shown!r} has a zero byte, which no environment holds: drop it")
         for text in self.sbatch:
             require(text.startswith("-"), f"sbatch: {text!r} is no option: write it as --name=value")

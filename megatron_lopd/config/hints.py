@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from msgspec import Meta
 
+LARGEST = 10**12  # what no count is above: a slip of the finger is
+
 
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
@@ -31,6 +33,8 @@ def bare(hint: Any) -> Any:
 
 def type_name(hint: Any) -> str:
     """`int`, `fp32 | bf16`, `list of str`."""
+    if is_path(hint):
+        return "path"
     kind = bare(hint)
     if get_origin(kind) is Literal:
         return " | ".join(str(choice) for choice in get_args(kind))
@@ -39,16 +43,24 @@ def type_name(hint: Any) -> str:
     return str(kind.__name__)
 
 
-def range_text(hint: Any) -> str:
-    """`at least 0 and below 1`; empty where every value is in range."""
-    inner = without_none(hint)
-    metas = [each for each in getattr(inner, "__metadata__", ()) if isinstance(each, Meta)]
+def is_path(hint: Any) -> bool:
+    """Whether a key holds the name of a file or directory."""
+    return any((meta.extra or {}).get("path") for meta in _metas(hint))
+
+
+def _metas(hint: Any) -> list[Meta]:
+    return [each for each in getattr(without_none(hint), "__metadata__", ()) if isinstance(each, Meta)]
+
+
+def range_text(hint: Any, value: Any = None) -> str:
+    """`at least 0 and below 1`; empty where every value is in range. LARGEST is told of a `value` above."""
     bounds = (("at least", "ge"), ("above", "gt"), ("at most", "le"), ("below", "lt"))
     return " and ".join(
         f"{word} {_number(getattr(meta, bound))}"
-        for meta in metas
+        for meta in _metas(hint)
         for word, bound in bounds
         if getattr(meta, bound) is not None
+        and (getattr(meta, bound) != LARGEST or (isinstance(value, int) and value > LARGEST))
     )
 
 

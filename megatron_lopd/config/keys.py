@@ -7,17 +7,20 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from megatron_lopd.config.hints import LARGEST
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.registry import Registry
 
 # Ranges, checked by msgspec when a file is read, and told by help, reference and JSON schema.
-Count = Annotated[int, Meta(ge=1)]
-CountOrZero = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1, le=LARGEST)]
+CountOrZero = Annotated[int, Meta(ge=0, le=LARGEST)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Fraction = Annotated[float, Meta(gt=0, lt=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
+# `~` and `$NAME` in it stand for what they do in a shell.
+FilePath = Annotated[str, Meta(extra={"path": True})]
 
 
 def key(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megatron_lopd.config.keys import Count, key, require
+from megatron_lopd.config.keys import Count, FilePath, key, require
 from megatron_lopd.registry import PROMPT_READERS, TASKS
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -15,7 +15,7 @@ _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class PromptSource:
     """Where prompts come from: a file, or a built-in task that makes them."""
 
-    path: str | None = key("file of rows {prompt | problem | question | messages, answer?, id?}", None)
+    path: FilePath | None = key("file of rows {prompt | problem | question | messages, answer?, id?}", None)
     format: str | None = key("what reads the file; empty: by its suffix", None, door=PROMPT_READERS)
     task: str | None = key("built-in task that makes the prompts", None, door=TASKS)
     count: Count | None = key("prompts to take (tasks need it; files: the first so many)", None)

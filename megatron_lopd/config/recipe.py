@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from megatron_lopd.config.engine import AgreementConfig, EngineConfig, Fp8Config
-from megatron_lopd.config.keys import Count, CountOrZero, NotNegative, Share, key, require
+from megatron_lopd.config.keys import Count, CountOrZero, FilePath, NotNegative, Share, key, require
 from megatron_lopd.config.layout import ParallelConfig
 from megatron_lopd.config.prompt_sources import PromptSources
 from megatron_lopd.config.training import SftConfig, TrainConfig
@@ -22,13 +22,13 @@ from megatron_lopd.registry import ENGINES, FAMILIES, GRADERS, OBJECTIVES
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    model: str = key("Hugging Face checkpoint directory of the teacher")
+    model: FilePath = key("Hugging Face checkpoint directory of the teacher")
     family: str | None = key("the model family; empty: its config.json says it", None, door=FAMILIES)
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    model: str = key("Hugging Face checkpoint directory of the base student")
+    model: FilePath = key("Hugging Face checkpoint directory of the base student")
     init: Literal["pretrained", "random"] = key(
         "pretrained: read the weights; random: read config.json alone and draw weights from the seed",
         "pretrained",
@@ -104,7 +104,7 @@ class EvaluateConfig:
 class Recipe:
     """A whole run. Sections a command does not need may be left out."""
 
-    run_dir: str = key("directory the run's artifacts are written to")
+    run_dir: FilePath = key("directory the run's artifacts are written to")
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = key(
         "seed of initial weights, sampling and data order", 0
     )
@@ -134,6 +134,10 @@ class Recipe:
         require(
             self.run_dir.strip() != "" and "\0" not in self.run_dir,
             f"run_dir={self.run_dir!r} names no directory: give one",
+        )
+        require(
+            self.run_dir.isprintable(),
+            f"run_dir={self.run_dir!r} has characters that do not print: choose a name of others",
         )
         require(
             self.fp8 is None or self.precision == "bf16",

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from megatron_lopd.config.cluster import Cluster
 from megatron_lopd.config.recipe import Recipe
+from megatron_lopd.config.strict_yaml import parse_yaml
 from megatron_lopd.config.tree import build
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.files.reading import read_text
 from megatron_lopd.registry import allowing_user_code
 
 T = TypeVar("T", Recipe, Cluster)
 
-
-# What PyYAML raises: of its own, of a value like 2024-13-01 or a key like [a], and where all is too deep.
-_NO_YAML = (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError)
-
-
-class _RecipeLoader(yaml.SafeLoader):  # safe: no objects are built
-    """YAML takes the last of two equal keys in silence; a recipe must not. And 1e-6 is a number here."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=True)
-            if name in seen:
-                raise ConfigError(
-                    f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: key {name!r} is given "
-                    "twice: keep one"
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 wants a point in it, and reads 1e-6 as text.
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+SIZE_LIMIT = 1 << 20  # bytes of a recipe, which is written by hand
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -70,25 +46,12 @@ def _build(cls: type[T], raw: dict[str, Any], path: str | Path) -> T:
 
 
 def _read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.exists(path):  # unlike Path's, of any name
         raise ConfigError(f"{path}: no such {what}: give the path of a YAML {what}")
-    try:
-        with path.open(encoding="utf-8") as stream:
-            raw = _unshared(yaml.load(stream, _RecipeLoader))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except _NO_YAML as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    raw = parse_yaml(read_text(path, limit=SIZE_LIMIT, error=ConfigError), str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a {what} is a mapping of keys to values, not {type(raw).__name__}")
     return raw
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which YAML's aliases are copies too: an override of one section must not reach another."""
-    if isinstance(value, dict):
-        return {name: _unshared(child) for name, child in value.items()}
-    return [_unshared(child) for child in value] if isinstance(value, list) else value
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -97,10 +60,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"override {override!r}: write it as dotted.key=value, such as train.optimizer.lr=1e-6"
         )
-    try:
-        value = _unshared(yaml.load(text, _RecipeLoader)) if text else None
-    except _NO_YAML:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: quote it") from None
+    value = parse_yaml(text, f"override {override!r}")
     node = raw
     *parents, leaf = name.split(".")
     for depth, parent in enumerate(parents):

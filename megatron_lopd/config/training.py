@@ -11,6 +11,7 @@ from megatron_lopd.config.keys import (
     Count,
     CountOrZero,
     Decay,
+    FilePath,
     Fraction,
     NotNegative,
     Positive,
@@ -20,6 +21,8 @@ from megatron_lopd.config.keys import (
     settle_options,
 )
 from megatron_lopd.registry import LOGGERS, OBJECTIVES
+
+MOST_ROUNDS = 10_000  # each is a directory of its own
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ class OptimizerConfig:
 class TrainingConfig:
     """What sft and train have in common: the data order, the step and the checkpoints."""
 
-    steps: Count | None = key("optimizer steps; give steps or epochs", None)
-    epochs: Positive | None = key("passes over the data; give steps or epochs", None)
+    steps: Annotated[int, Meta(ge=1, le=10**8)] | None = key("optimizer steps; give steps or epochs", None)
+    epochs: Annotated[float, Meta(gt=0, le=10**6)] | None = key(
+        "passes over the data; give steps or epochs", None
+    )
     global_batch_size: Count = key("samples in an optimizer step", 256)
     micro_batch_tokens: Count = key("token budget of a packed micro-batch", 16384, operational=True)
     loss_normalization: Literal["sequence_mean", "token_mean"] = key(
@@ -99,7 +104,9 @@ class TrainingConfig:
         2,
         operational=True,
     )
-    max_skipped_steps: CountOrZero = key("steps skipped for non-finite gradients before the run stops", 3)
+    max_skipped_steps: CountOrZero = key(
+        "steps skipped for non-finite gradients before the run stops", 3, operational=True
+    )
     loggers: tuple[str, ...] = key(
         "what writes the metrics", ("jsonl", "tensorboard"), operational=True, door=LOGGERS
     )
@@ -128,9 +135,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SftConfig(TrainingConfig):
-    data: str | None = key("JSONL of {messages} to fine-tune on, instead of what generate made", None)
-    checkpoint: str | None = key("an SFT checkpoint made elsewhere, used instead of training", None)
-    teacher: str | None = key(
+    data: FilePath | None = key("JSONL of {messages} to fine-tune on, instead of what generate made", None)
+    checkpoint: FilePath | None = key("an SFT checkpoint made elsewhere, used instead of training", None)
+    teacher: FilePath | None = key(
         "the teacher that data or checkpoint was made with (Hugging Face directory): declared, not proved",
         None,
     )
@@ -161,16 +168,19 @@ class TrainConfig(TrainingConfig):
     guard: GuardConfig = key(
         "what stops a run that has drifted from its rollouts (exit 3)", factory=GuardConfig, operational=True
     )
-    checkpoint: str | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
+    checkpoint: FilePath | None = key("Hugging Face checkpoint to train, instead of the sft stage's", None)
     refresh_every: Count | None = key(
         "steps after which the current student is rolled out and scored anew, again and again; empty: never",
         None,
     )
-    preflight_samples: CountOrZero = key("rollouts re-scored by the trainer before step 1", 64)
+    preflight_samples: CountOrZero = key(
+        "rollouts re-scored by the trainer before step 1", 64, operational=True
+    )
     preflight_tolerance: Positive | None = key(
         "largest mean |trainer - kept| behaviour log-prob before the run is refused, nats; empty: by the "
         "coarser precision of trainer and sampler, 1e-3 for fp32, 0.05 for bf16, 0.2 for fp8",
         None,
+        operational=True,
     )
     options: Any = options_of("objective")
 
@@ -188,4 +198,8 @@ def _require_refresh(every: int, steps: int | None) -> None:
     require(
         steps is None or every < steps,
         f"train.refresh_every={every} must be below train.steps={steps}: leave it empty to never refresh",
+    )
+    require(
+        steps is None or steps <= every * MOST_ROUNDS,
+        f"train.refresh_every={every} in train.steps={steps} is above {MOST_ROUNDS:,} refreshes: raise it",
     )

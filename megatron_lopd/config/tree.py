@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import msgspec
 
 from megatron_lopd.config.describe import nearest
-from megatron_lopd.config.hints import bare, hints_of, range_text, type_name, without_none
+from megatron_lopd.config.hints import bare, hints_of, is_path, range_text, type_name, without_none
 from megatron_lopd.config.keys import named_by
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.registry import Registry, identity
@@ -157,6 +159,8 @@ def _require_known(door: Registry[Any], given: Any, name: str) -> None:
 
 def _scalar(hint: Any, value: Any, name: str) -> Any:
     kind = bare(hint)
+    if kind is int and isinstance(value, float) and value.is_integer():  # 1e3
+        value = int(value)
     try:
         result = msgspec.convert(value, hint)
     except msgspec.ValidationError:
@@ -166,11 +170,25 @@ def _scalar(hint: Any, value: Any, name: str) -> Any:
             meant = f": did you mean {close[0]}?" if close else ""
             raise ConfigError(f"{name}: {value!r} is not one of {', '.join(choices)}{meant}") from None
         if _is_of(kind, value):
-            raise ConfigError(f"{name} must be {range_text(hint)}, not {value!r}") from None
+            raise ConfigError(f"{name} must be {range_text(hint, value)}, not {value!r}") from None
         raise ConfigError(f"{name}: expected {type_name(hint)}, got {value!r}") from None
     if isinstance(result, float) and not math.isfinite(result):
         raise ConfigError(f"{name}: expected a finite float, got {value!r}")
-    return result
+    return _expanded(result, name) if is_path(hint) else result
+
+
+def _expanded(path: str, name: str) -> str:
+    """With the home directory for `~` and the environment's for `$NAME` and `${NAME}`, as in a shell."""
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise ConfigError(f"{name}: {path!r}: there is no such home directory: write the path out")
+    for braced, plain in re.findall(r"\$(?:\{([^}]*)\}|(\w+))", whole):
+        if (braced or plain) not in os.environ:
+            raise ConfigError(
+                f"{name}: {path!r}: ${braced or plain} is not set in the environment: set it, or write the "
+                "path out"
+            )
+    return os.path.expandvars(whole)
 
 
 def _is_of(kind: Any, value: Any) -> bool:

@@ -88,7 +88,7 @@ def check_finite(sample_id: str, log_probs: NDArray[np.float32], model_dir: str,
     if not np.isfinite(log_probs).all():
         raise EngineError(
             f"sample {sample_id}: {model_dir} gives log-probs that are not finite in "
-            f"{dtype}: are its weights damaged? engine.dtype=fp32 rules out overflow"
+            f"{dtype}: are its weights damaged? engine.dtype=fp32, in another run_dir, rules out overflow"
         )
 
 

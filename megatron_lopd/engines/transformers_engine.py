@@ -84,8 +84,9 @@ class TransformersEngine:
                 self._positions,
                 self._model_dir,
             )
+        advice = "lower engine.batch_size (or sampling.max_new_tokens, in another run_dir)"
         for start in range(0, len(requests), self._config.batch_size):
-            with self._memory_advice("lower engine.batch_size or sampling.max_new_tokens"):
+            with self._memory_advice(advice):
                 batch = requests[start : start + self._config.batch_size]
                 rollouts = self._generate_batch(batch, sampling, sorted(end_tokens))
             yield from rollouts

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megatron_lopd.config import Count, EngineConfig, Share, key
+from megatron_lopd.config import Count, EngineConfig, FilePath, Share, key
 from megatron_lopd.engines.kind import EngineKind, EngineOptions
 from megatron_lopd.errors import NotInstalled
 
@@ -33,7 +33,7 @@ print(json.dumps([importlib.metadata.version(names[0]), has_fp32_head] if found 
 
 @dataclass(frozen=True)
 class VllmOptions(EngineOptions):
-    python: str = key("the Python that has it; empty: this one", "", operational=True)
+    python: FilePath = key("the Python that has it; empty: this one", "", operational=True)
     tensor: Count = key("GPUs that hold one copy of the model", 1, operational=True)
     memory_fraction: Share | None = key(
         "share of a GPU's memory it takes; empty: 0.85, or as online's teacher half of what is free beside "
@@ -70,7 +70,11 @@ class Vllm(EngineKind):
 
     def require(self, config: EngineConfig, section: str) -> None:
         python = config.options.python
-        if vllm_version(python) is None:
+        try:
+            found = vllm_version(python)
+        except NotInstalled as error:
+            raise NotInstalled(f"{section}.{error}") from None
+        if found is None:
             raise NotInstalled(
                 f"{section}.engine.name=vllm: {python or 'this Python'} has no vllm: install it there, set "
                 f"{section}.engine.vllm.python to the Python of an environment that has it, or "

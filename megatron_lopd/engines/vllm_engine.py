@@ -70,8 +70,7 @@ class VllmEngine:
                 hf_overrides=_overrides(config),
                 gpu_memory_utilization=config.options.memory_share,
                 max_num_seqs=config.batch_size,
-                max_num_batched_tokens=max(BATCHED_TOKENS, config.batch_size),
-                max_model_len=None if self._positions is None else self._positions + 1,
+                **_batching(config.batch_size, None if self._positions is None else self._positions + 1),
                 max_logprobs=-1,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",
@@ -289,7 +288,7 @@ class VllmEngine:
         if len(log_probs) != len(tokens) or not (is_stopped or len(tokens) == sampling.max_new_tokens):
             raise EngineError(
                 f"sample {request.sample_id}: vLLM ended it ({output.finish_reason}) with {len(tokens)} "
-                f"tokens and {len(log_probs)} log-probs: run again with another engine"
+                f"tokens and {len(log_probs)} log-probs: run again with another engine, in another run_dir"
             )
         finish: FinishReason = "stop" if is_stopped else "length"
         return Rollout(request.sample_id, request.prompt_tokens, tokens, finish, log_probs)
@@ -329,6 +328,19 @@ def _overrides(config: EngineConfig) -> dict[str, str] | None:
     """Of the model's own settings: its output layer in fp32, though its others are not."""
     wanted = config.dtype != "fp32" and head_precision(config, "") == "fp32"
     return {"head_dtype": "float32"} if wanted else None
+
+
+def _batching(sequences: int, longest: int | None) -> dict[str, Any]:
+    """How vLLM may fill a step with up to `sequences` of up to `longest` tokens (None: as the model says).
+
+    Where a step has no room for the whole of a prompt, vLLM runs a part of it and winds the sample's
+    generator back, which torch's on a CPU cannot do. There it is to run prompts whole, however long, beside a
+    token of each other sequence.
+    """
+    if _has_gpu():
+        return {"max_num_batched_tokens": max(BATCHED_TOKENS, sequences), "max_model_len": longest}
+    room = None if longest is None else max(BATCHED_TOKENS, longest) + sequences
+    return {"max_num_batched_tokens": room, "max_model_len": longest, "enable_chunked_prefill": False}
 
 
 def _has_gpu() -> bool:

@@ -51,6 +51,34 @@ def ks_of(samples: int) -> list[int]:
     return sorted({2**power for power in range(samples.bit_length())} | {samples})
 
 
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same prompts: on how many each is the better, and how likely so much is by chance.
+
+    `p`: the two-sided sign test's, exact: were each as likely to win a prompt that they differ on, how often
+    the wins would be shared as unevenly as here, or more so.
+    """
+
+    problems: int
+    better: int
+    worse: int
+    p: float
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
+    """Of one value a prompt under each, the prompts in the same order: how `after` does beside `before`."""
+    better = sum(now > was for was, now in zip(before, after, strict=True))
+    worse = sum(now < was for was, now in zip(before, after, strict=True))
+    differ = better + worse
+
+    def chance(wins: int) -> float:  # in logs: of many thousands no float holds the binomial
+        ways = math.lgamma(differ + 1) - math.lgamma(wins + 1) - math.lgamma(differ - wins + 1)
+        return math.exp(ways - differ * math.log(2))
+
+    tail = math.fsum(chance(wins) for wins in range(min(better, worse) + 1))
+    return Paired(len(before), better, worse, min(1.0, 2 * tail))
+
+
 def majority(answers: Sequence[tuple[str | None, bool]]) -> bool:
     """Whether the commonest answer to a prompt, the earliest of equals, is right; one without any is wrong.
 

@@ -11,10 +11,12 @@ import numpy as np
 from megatron_lopd.artifacts.manifest import require_listed
 from megatron_lopd.config import EvaluateConfig, Sampling
 from megatron_lopd.data.arrow_file import ShardFile
+from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import listed_shards
 from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import ShardReader
+from megatron_lopd.evaluation.answers import ANSWERS, MODES, write_answers
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.evaluation.verdicts import Marker
 from megatron_lopd.graders import Grader, Verdict, open_grader
@@ -137,28 +139,34 @@ def grade_model(
     grader: Grader,
     plan: str,
 ) -> tuple[Grades, list[Path]]:
-    """Answer every prompt into `directory`, and grade what comes out: that, and the shards."""
+    """Answer every prompt into `directory`, and grade what comes out: that, and the files."""
     make_parts(list(answering(model_dir, prompts, settings, seed, directory, label, plan)))
     answers = answers_in(directory, prompts, settings, plan)
-    grades = grade_answers(answers, model_dir, prompts, settings, grader)
+    grades, _ = grade_answers(answers, directory, model_dir, prompts, settings, grader)
     remove_claims(directory)
-    return grades, [path for reader in answers.values() for path in reader.paths]
+    return grades, [directory / ANSWERS, *(path for reader in answers.values() for path in reader.paths)]
 
 
 def grade_answers(
     answers: Mapping[str, ShardReader[Rollout]],
+    directory: Path,
     model_dir: Path,
     prompts: Sequence[Prompt],
     settings: EvaluateConfig,
     grader: Grader,
-) -> Grades:
-    """The grades of `answers_in`."""
+) -> tuple[Grades, list[float]]:
+    """The grades of `answers_in`, which are also written to `directory` as text for people.
+
+    And of each prompt, in order, the share of its samples that are right.
+    """
     trust = settings.engine.trust_remote_code
-    sampled, greedy = (
-        graded(answers[mode].paths, answers[mode].paths[0].parent, model_dir, prompts, grader, trust)
-        for mode in ("sampled", "greedy")
-    )
-    return _grades(answers["sampled"], sampled, greedy)
+    verdicts = {
+        mode: graded(answers[mode].paths, directory / mode, model_dir, prompts, grader, trust)
+        for mode in MODES
+    }
+    write_answers(directory, answers, Chat(str(model_dir), trust), prompts, verdicts)
+    shares = [float(np.mean([each.right for each in verdicts["sampled"][prompt.id]])) for prompt in prompts]
+    return _grades(answers["sampled"], verdicts["sampled"], verdicts["greedy"]), shares
 
 
 def share_right(

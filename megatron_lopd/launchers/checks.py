@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lopd.artifacts.digest_cache import relying_on_hints
 from megatron_lopd.commands.run import check_run_dir
 from megatron_lopd.config import Cluster, Recipe
+from megatron_lopd.config.hints import hints_of, is_path
 from megatron_lopd.errors import ConfigError, EngineError, NotInstalled
 from megatron_lopd.launchers.launcher import Job, Submission
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -18,13 +20,18 @@ from megatron_lopd.stages.table import STAGES
 Section = TypeVar("Section")
 
 
-def check_cluster(cluster: Cluster, submission: Submission) -> None:
+def check_cluster(cluster: Cluster, submission: Submission, recipe: Recipe) -> None:
     """Raise ConfigError for what no cluster could be, or where the run would not be seen in its container."""
     if 1 <= cluster.cpus_per_node < cluster.gpus_per_node:
         raise ConfigError(
             f"cpus_per_node={cluster.cpus_per_node} for gpus_per_node={cluster.gpus_per_node}: each GPU's "
             "process needs cores of its own: set it to the cores of a node (sinfo --format='%P %c')"
         )
+    for text in cluster.env:
+        if "=" not in text and text not in os.environ:
+            raise ConfigError(
+                f"env: {text} is not set here: set it before you submit, or write it as {text}=value"
+            )
     container = cluster.container
     if container is None:
         return
@@ -34,14 +41,33 @@ def check_cluster(cluster: Cluster, submission: Submission) -> None:
             "workdir empty"
         )
     mounted = [_same_path(mount) for mount in container.mounts]
-    for what, path in (("run_dir", submission.run_dir), ("the recipe", submission.recipe)):
+    places = {"run_dir": submission.run_dir, "the recipe": submission.recipe}
+    if not container.workdir:
+        places["the directory of this command"] = submission.work_dir
+    places |= {name: Path(os.path.abspath(submission.work_dir / path)) for name, path in _inputs(recipe)}
+    for what, path in places.items():
         # What is in the home directory is mounted where enroot is set up so.
-        places = (*filter(None, mounted), Path.home())
-        if not any(path.is_relative_to(place) for place in places):
+        seen = (*filter(None, mounted), Path.home())
+        if not any(path.is_relative_to(place) for place in seen):
             raise ConfigError(
                 f"container.mounts: {what} is {path}, which the container does not see under that path: add "
                 f"{path.parent}:{path.parent}"
             )
+
+
+def _inputs(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, path) of what a recipe reads; an engine's interpreter is of the container's own."""
+    kind: type = type(section)
+    hints = hints_of(kind)
+    for item in dataclasses.fields(section):
+        value, name = getattr(section, item.name), f"{prefix}{item.name}"
+        if name == "run_dir" or "options_of" in item.metadata:
+            continue
+        if isinstance(value, str) and is_path(hints[item.name]):
+            yield name, value
+        for key, part in (value if isinstance(value, dict) else {"": value}).items():
+            if dataclasses.is_dataclass(part):
+                yield from _inputs(part, f"{name}." if key in ("", item.name) else f"{name}.{key}.")
 
 
 def _same_path(mount: str) -> Path | None:

@@ -5,7 +5,11 @@
 RESEND_SECONDS=5 # a rank that is still importing torch has no handler yet: it is asked again
 CLOCK_SECONDS=30 # how far a node's clock may be from the file system's
 
-say() { echo "lopd launcher: $*"; }
+# One line of text, whatever is in it: names are the user's, and a log is read on a terminal.
+say() {
+    local text="$*"
+    printf 'lopd launcher: %s\n' "${text//[[:cntrl:]]/?}"
+}
 
 main() {
     if [ "${1:-}" = task ]; then task; else job; fi

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_lopd.config import Cluster
 from megatron_lopd.errors import ConfigError, LopdError
+from megatron_lopd.files.writing import atomic_write_text
 from megatron_lopd.launchers.launcher import Job, Launcher, Submission
 from megatron_lopd.launchers.slurm_script import comment_of, render
 
@@ -53,7 +54,7 @@ class Slurm(Launcher):
         paths = []
         for job, (name, text) in zip(jobs, self.scripts(jobs, cluster, submission).items(), strict=True):
             path = submission.directory / name
-            path.write_text(text)
+            atomic_write_text(path, text, permissions=0o600)  # of cluster.env, with what is secret in it
             _sbatch(job, "--test-only", str(path))
             paths.append(path)
         lines, before = [], ""
@@ -74,9 +75,11 @@ def _queued(submission: Submission) -> list[str]:
 
 
 def _check_partition(job: Job, cluster: Cluster) -> None:
-    """The partition is there, and its nodes have the GPUs, and are as many as, the job asks for."""
+    """The partition is there; its nodes have the GPUs and cores, and are as many as, the job asks for."""
     which = ("--partition", job.partition) if job.partition else ()
-    nodes = [line.split() for line in _ask("sinfo", "--noheader", "--format=%P %D %G", *which).splitlines()]
+    nodes = [
+        line.split() for line in _ask("sinfo", "--noheader", "--format=%P %D %G %c", *which).splitlines()
+    ]
     if not job.partition:
         nodes = [entry for entry in nodes if entry[0].endswith("*")]
     if not nodes:
@@ -87,6 +90,12 @@ def _check_partition(job: Job, cluster: Cluster) -> None:
         raise ConfigError(
             f"{job.name}: gpus_per_node={job.gpus}, and the nodes of partition "
             f"{nodes[0][0].rstrip('*')} have {most}: set gpus_per_node to that, or name another partition"
+        )
+    cores = max(int(entry[3].rstrip("+")) for entry in nodes)
+    if cluster.cpus_per_node > cores:
+        raise ConfigError(
+            f"{job.name}: cpus_per_node={cluster.cpus_per_node}, and the nodes of partition "
+            f"{nodes[0][0].rstrip('*')} have {cores}: set cpus_per_node to that, or name another partition"
         )
     count = sum(int(entry[1]) for entry in nodes)
     if job.nodes > count:

@@ -30,7 +30,7 @@ def render(job: Job, submission: Submission, cluster: Cluster) -> str:
         f"arguments=({shlex.join(arguments)})",
         f"srun_options=({shlex.join(_container(cluster, where or str(submission.work_dir)))})",
         "setup() {",
-        *(f"    export {name}={shlex.quote(value)}" for name, value in _environment(cluster)),
+        *(f"    export {each}" for each in _environment(cluster)),
         *(f"    {line}" for line in cluster.setup),
         "    :",
         "}",
@@ -80,7 +80,10 @@ def _container(cluster: Cluster, work_dir: str) -> Iterator[str]:
         yield "--container-writable"
 
 
-def _environment(cluster: Cluster) -> Iterator[tuple[str, str]]:
+def _environment(cluster: Cluster) -> Iterator[str]:
     for text in cluster.env:
-        name, _, value = text.partition("=")
-        yield name, value
+        name, equals, value = text.partition("=")
+        if equals:
+            yield f"{name}={shlex.quote(value)}"
+        else:  # sbatch hands on the environment that it is started in
+            yield f'{name}="${{{name}?did not come along: let sbatch hand on the environment (--export)}}"'

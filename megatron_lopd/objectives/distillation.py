@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from megatron_lopd.errors import DataError
@@ -30,9 +29,8 @@ class Distillation(Objective):
     rollout.sampling.max_new_tokens. Its POPD, a horizon that grows as training goes on, is not here.
     """
 
-    captions: ClassVar[Mapping[str, str]] = {"reverse_kl": "mean of log π - log π_T over the rollouts"}
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ("teacher", "behaviour")
-    metric_names: ClassVar[tuple[str, ...]] = ("reverse_kl", *ADVANTAGE_METRICS, *DRIFT_METRICS)
+    metric_names: tuple[str, ...] = ("reverse_kl_sampled", *ADVANTAGE_METRICS, *DRIFT_METRICS)
 
     def token_weights(self, places: TokenPlaces) -> Tensor:
         weight = super().token_weights(places)
@@ -48,6 +46,6 @@ class Distillation(Objective):
         return weight
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
-        """reverse_kl: mean of `log pi_theta - log pi_T`, over the tokens that were drawn."""
+        """reverse_kl_sampled: mean of `log pi_theta - log pi_T`, over the tokens that were drawn."""
         spread = advantage_metrics(tokens)
-        return {"reverse_kl": -spread["advantage_mean"], **spread, **drift(tokens)}
+        return {"reverse_kl_sampled": -spread["advantage_mean"], **spread, **drift(tokens)}

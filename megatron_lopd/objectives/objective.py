@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -88,17 +87,16 @@ class Objective(ABC):
     """A loss and the metrics that belong to it; made by `get_objective` from its Options and the weights.
 
     An objective of its own overrides `token_loss` and `metrics`, and what it needs of these:
-    `name` is what a recipe calls it, `caption` its formula in a line, for help and report, `captions` what
-    metrics of the same name mean under it. `Options` are the keys of the recipe's train.<name>.
-    `needs`: the log-probs the data must hold for it.
+    `name` is what a recipe calls it, `caption` its formula in a line, for help and report. `Options` are the
+    keys of the recipe's train.<name>. `needs`: the log-probs the data must hold for it. A metric's name says
+    what it is whatever the objective: one that is another quantity has another name.
     """
 
     name: ClassVar[str]
     caption: ClassVar[str]
-    captions: ClassVar[Mapping[str, str]] = {}
     Options: ClassVar[type[Options]] = Options
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ()
-    metric_names: ClassVar[tuple[str, ...]] = ()
+    metric_names: tuple[str, ...] = ()
 
     def __init_subclass__(cls) -> None:
         check_options(cls, Options)

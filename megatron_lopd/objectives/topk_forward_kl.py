@@ -17,17 +17,17 @@ class TopKForwardKl(Distillation):
 
     TopKReverseKl with the roles swapped, on the same K and tail, and so never below 0 and
     at most the whole KL(pi_T || pi_theta). The gradient with respect to logit v is `p_v - p_T,v` in K and
-    `p_v (1 - p_T,tail / p_tail)` outside it. Metrics are of a_t, but forward_kl, the loss's mean.
+    `p_v (1 - p_T,tail / p_tail)` outside it. Metrics are of a_t, but forward_kl_top_k, the loss's mean.
     """
 
     name: ClassVar[str] = "topk_forward_kl"
     caption: ClassVar[str] = f"KL(π_T ‖ π) {OVER_EVENTS}: never below 0"
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ("teacher", "behaviour", "top_k")
-    metric_names: ClassVar[tuple[str, ...]] = ("forward_kl", *Distillation.metric_names)
+    metric_names: tuple[str, ...] = ("forward_kl_top_k", *Distillation.metric_names)
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         student, teacher = over_events(tokens)
         return divergence(teacher, student)
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
-        return super().metrics(tokens, loss) | {"forward_kl": loss.double().mean().item()}
+        return super().metrics(tokens, loss) | {"forward_kl_top_k": loss.double().mean().item()}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_lopd.config import NotNegative, Options, Recipe, key, require
+from megatron_lopd.config import NotNegative, Options, Recipe, WeightsConfig, key, require
 from megatron_lopd.objectives.distillation import Distillation
 from megatron_lopd.objectives.events import OVER_EVENTS, divergence, entropy, over_events
 from megatron_lopd.objectives.objective import KeptLogProbs, TokenLogProbs
@@ -49,10 +48,18 @@ class TopKReverseKl(Distillation):
 
     name: ClassVar[str] = "topk_reverse_kl"
     caption: ClassVar[str] = f"KL(π ‖ π_T) {OVER_EVENTS}: never below 0"
-    captions: ClassVar[Mapping[str, str]] = {"reverse_kl": caption}
     Options: ClassVar[type[Options]] = TopKReverseKlOptions
     options: TopKReverseKlOptions
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ("teacher", "behaviour", "top_k")
+
+    metric_names: tuple[str, ...] = ("reverse_kl_top_k", *Distillation.metric_names)
+
+    def __init__(self, options: Any = None, weights: WeightsConfig | None = None) -> None:
+        super().__init__(options, weights)
+        if (
+            self.options.entropy is not None
+        ):  # the loss has the forward KL in it, and does not show the reverse
+            self.metric_names = Distillation.metric_names
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         student, teacher = over_events(tokens)
@@ -62,11 +69,7 @@ class TopKReverseKl(Distillation):
         return reverse + (entropy(teacher) > self.options.entropy) * divergence(teacher, student)
 
     def metrics(self, tokens: TokenLogProbs, loss: Tensor) -> dict[str, float]:
-        """reverse_kl: the loss's mean over tokens, exact over K and the tail; the rest is of a_t alone.
-
-        With `entropy` the loss has the forward KL in it, and reverse_kl is of a_t too.
-        """
+        """reverse_kl_top_k: the mean loss of the tokens, exact over K and the tail; the rest is of a_t."""
         found = super().metrics(tokens, loss)
-        return (
-            found if self.options.entropy is not None else found | {"reverse_kl": loss.double().mean().item()}
-        )
+        own = {"reverse_kl_top_k": loss.double().mean().item()} if self.options.entropy is None else {}
+        return found | own

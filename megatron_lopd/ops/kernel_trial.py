@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_lopd.ops.softmax import LOG_ZERO, WIDTH_MULTIPLE, Sums
+from megatron_lopd.runtime.display import say
 
 NO_GPU = "there is no GPU"
 _agreed: dict[str, str] = {}  # by type of device: why not, "" if they can
@@ -31,11 +31,10 @@ def agree(device: torch.device) -> None:
     dist.all_gather_object(reasons, trial(device.type))
     why = next(filter(None, reasons), "")
     if dist.get_rank() == 0 and why not in ("", NO_GPU, _agreed.get(device.type)):
-        print(
+        say(
             "lopd: log-probs and SwiGLU are made by torch's own operations, which takes longer, as Triton's "
             f"kernels cannot be used: {why}",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
     _agreed[device.type] = why
 

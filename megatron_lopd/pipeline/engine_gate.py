@@ -25,6 +25,7 @@ from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.mcore.precision import check_precision
 from megatron_lopd.runtime.claims import make_once
+from megatron_lopd.runtime.display import say
 from megatron_lopd.training.preflight import TOLERANCES, Spread
 
 AGREEMENT_FILE = "agreement.json"
@@ -95,10 +96,9 @@ def _agreement(
     found = compare(first, second)
     names = f"{_described(scoring.engine)} and {_described(agreement.engine)}"
     _refuse(found, tolerance, f"{names} disagree on {count} rollouts")
-    print(
+    say(
         f"lopd: score: {names} agree on {count} rollouts within {found.own.mean:.2g} nats on average (99% of "
-        f"tokens within {found.own.p99:.2g}, the largest {found.own.max:.2g})",
-        flush=True,
+        f"tokens within {found.own.p99:.2g}, the largest {found.own.max:.2g})"
     )
     return {"samples": count, "tolerance": asdict(tolerance), **asdict(found)}
 

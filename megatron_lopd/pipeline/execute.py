@@ -28,7 +28,7 @@ from megatron_lopd.artifacts.unchanged import remember
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
 from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import atomic_write_json, open_to_append
-from megatron_lopd.pipeline.plan_file import begin, begun_plan, refuse_change
+from megatron_lopd.pipeline.plan_file import begin, begun_plan, has_parts, refuse_change
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, SharedStage, Stage
 from megatron_lopd.pipeline.verified import verify_unless_told
@@ -65,7 +65,7 @@ def execute(stage: Stage, run: ResolvedRun) -> bool:
         plan = stage.plan(run)
         with _sole_worker(directory):
             clear_temporaries(directory)
-            begin(stage.name, directory, plan)
+            begin(stage.name, directory, plan, alone=True)
             _verify_together(run, plan)
             _make(stage, run, plan, time.monotonic())
     return True
@@ -113,9 +113,11 @@ def _require_models(plan: Plan) -> None:
 def _execute_shared(stage: SharedStage, run: ResolvedRun, plan: Plan) -> None:
     """As one worker of however many there are: return once the stage is committed, by whichever of them."""
     directory, started = run.directory_of(stage.name), time.monotonic()
-    with stopping_at_once(f"{stage.name}: stopped on request: the shards that were whole are kept"):
-        _open_lock(directory).close()
-        begin(stage.name, directory, plan)
+    with (
+        stopping_at_once(f"{stage.name}: stopped on request: the shards that were whole are kept"),
+        _open_lock(directory) as lock,
+    ):
+        _begin_among_workers(stage.name, directory, plan, lock)
         verify_unless_told(parents_of(run, plan))
         try:
             stage.share(run, plan)
@@ -158,6 +160,20 @@ def _sole_worker(directory: Path) -> Iterator[None]:
         yield
 
 
+def _begin_among_workers(stage: str, directory: Path, plan: Plan, lock: IO[str]) -> None:
+    """`begin`, as one worker of several. Each shares the lock until it ends: who has it alone is alone."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # once another has begun
+        begin(stage, directory, plan, alone=False)
+    except OSError:  # a file system without locks, where nobody is known to be alone
+        begin(stage, directory, plan, alone=False)
+    else:
+        begin(stage, directory, plan, alone=True)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+
 def _open_lock(directory: Path) -> IO[str]:
     """The stage's lock file, its directory made if need be. ConfigError where that cannot be written."""
     try:
@@ -183,20 +199,11 @@ def check_unchanged(stage: Stage, run: ResolvedRun) -> None:
 
 
 def check_begun(stage: Stage, run: ResolvedRun) -> None:
-    """What was begun of a stage must be what the recipe would make now. Raises LineageError or DataError."""
+    """What was made of a stage must be what the recipe would make now. Raises LineageError or DataError."""
     directory = run.directory_of(stage.name)
-    begun = begun_plan(directory)
+    begun = begun_plan(directory) if has_parts(directory) else None
     if begun is not None:
         refuse_change(stage.name, directory, begun.config, begun.parents, stage.plan(run))
-
-
-def why_changed(stage: Stage, run: ResolvedRun) -> LopdError | None:
-    """What `check_unchanged` would raise of a committed stage; None where it is as the recipe says."""
-    try:
-        check_unchanged(stage, run)
-    except LopdError as error:
-        return error
-    return None
 
 
 def is_main_rank() -> bool:

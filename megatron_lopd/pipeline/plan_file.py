@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lopd.artifacts.lineage import short
-from megatron_lopd.artifacts.manifest import Parent, problem_of
+from megatron_lopd.artifacts.manifest import Parent, is_committed, problem_of
 from megatron_lopd.errors import DataError, LineageError
 from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json, publish
 from megatron_lopd.pipeline.stage import Plan
+from megatron_lopd.runtime.claims import remove_claims
 
 PLAN_FILE = "plan.json"
 
 
-def begin(stage: str, directory: Path, plan: Plan) -> None:
-    """Note what is being made, or check that what was begun here before is the same thing."""
+def begin(stage: str, directory: Path, plan: Plan, *, alone: bool) -> None:
+    """Note what is being made, or check that what was begun here before is the same thing.
+
+    What was begun without a part of it being made binds nobody: where this process is `alone` in the
+    directory, that is forgotten.
+    """
+    if alone and not has_parts(directory):
+        remove_claims(directory)
+        (directory / PLAN_FILE).unlink(missing_ok=True)
     if begun_plan(directory) is None:
         parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
         private = directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
@@ -28,6 +36,12 @@ def begin(stage: str, directory: Path, plan: Plan) -> None:
     begun = begun_plan(directory)
     if begun is not None:
         refuse_change(stage, directory, begun.config, begun.parents, plan)
+
+
+def has_parts(directory: Path) -> bool:
+    """Whether anything is there that a later attempt would go on from: a shard, or a whole checkpoint."""
+    shards = (name for _, _, names in os.walk(directory) for name in names if name.endswith(".arrow"))
+    return any(shards) or any(is_committed(path) for path in (directory / "checkpoints").glob("*"))
 
 
 def begun_plan(directory: Path) -> Plan | None:

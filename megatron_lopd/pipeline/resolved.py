@@ -5,7 +5,8 @@ What stages make on the way (the student after SFT, a round's artifacts) is look
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,21 +58,24 @@ class Model:
     def architecture(self) -> Architecture:
         """Its shape. ConfigError where it has none that can be trained."""
         self.require()
-        return read_architecture(self.directory)
+        with self.naming():
+            return read_architecture(self.directory)
 
     @property
     def parent(self) -> Parent:
         """It as a parent, fingerprinted now. LineageError when its own lineage file speaks of others."""
         self.require()
-        require_listed(self.directory)
-        read_model_lineage(self.directory)
-        parent = model_parent(self.directory, fingerprint_model(self.directory))
-        return replace(parent, digests={**parent.digests, **date_told(self.directory)})
+        with self.naming():
+            require_listed(self.directory)
+            read_model_lineage(self.directory)
+            parent = model_parent(self.directory, fingerprint_model(self.directory))
+            return replace(parent, digests={**parent.digests, **date_told(self.directory)})
 
     def parent_without_weights(self, weights: str) -> Parent:
         """As `parent`, of a model whose weights are not read: `weights` is said of them."""
         self.require()
-        parts = fingerprint_model(self.directory, weights=False).parts() | date_told(self.directory)
+        with self.naming():
+            parts = fingerprint_model(self.directory, weights=False).parts() | date_told(self.directory)
         return Parent("model", str(self.directory), parts | {"weights": weights})
 
     def require(self) -> None:
@@ -87,8 +91,22 @@ class Model:
         from megatron_lopd.data.chat import Chat
 
         self.require()
-        Chat(str(self.directory))
-        read_architecture(self.directory)
+        with self.naming():
+            Chat(str(self.directory))
+            read_architecture(self.directory)
+
+    @contextmanager
+    def naming(self, kinds: tuple[type[LopdError], ...] = (ConfigError, DataError)) -> Iterator[None]:
+        """What is wrong with its files, found in the block, is told with the recipe's key for it.
+
+        `kinds`: the errors that are of its files; by default both that a user's files raise.
+        """
+        try:
+            yield
+        except kinds as error:
+            if not self.key or str(error).startswith(self.key):
+                raise
+            raise type(error)(f"{self.key}: {error}") from error.__cause__
 
 
 def date_told(directory: Path) -> dict[str, str]:
@@ -318,7 +336,9 @@ class ResolvedRun:
         trust = part.config.engine.trust_remote_code
         key = part.name, model.directory, trust, part.limit(model)
         if key not in self._encoded:
-            self._encoded[key] = encode(part.prompts.prompts, model.directory, part.limit(model), trust)
+            limit = part.limit(model)
+            with model.naming((ConfigError,)):  # of its tokenizer; a prompt's are DataErrors
+                self._encoded[key] = encode(part.prompts.prompts, model.directory, limit, trust)
         return self._encoded[key]
 
 
@@ -349,6 +369,8 @@ class Answering:
     def limit(self, model: Model) -> int:
         """Tokens that a prompt may have for `model`. ConfigError when that leaves none."""
         model.require()
+        with model.naming():
+            read_architecture(model.directory)
         return longest_prompt(model.directory, self.config.sampling, self.training)
 
     def check(self) -> list[str]:

@@ -30,6 +30,7 @@ from megatron_lopd.pipeline.resolved import Answering
 from megatron_lopd.pipeline.stage import Output, Plan, identity_of
 from megatron_lopd.pipeline.workers import Count, Part, Work
 from megatron_lopd.prompts.prompt import Prompt
+from megatron_lopd.runtime.display import say
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,9 @@ def say_cut(label: str, counts: Mapping[str, int], section: str, sampling: Sampl
     """Print what share of the answers of `counts` was cut at the horizon, and what to set; or nothing."""
     cut, samples, horizon = counts["cut_at_horizon"], counts["samples"], sampling.max_new_tokens
     if cut:
-        print(
+        say(
             f"lopd: {label}: {cut:,} of {samples:,} answers ({100 * cut / samples:.1f} %) were cut at the "
-            f"horizon of {horizon:,} tokens: raise {section}.sampling.max_new_tokens to let them end",
-            flush=True,
+            f"horizon of {horizon:,} tokens: raise {section}.sampling.max_new_tokens to let them end"
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from megatron_lopd.data.end_tokens import end_tokens, write_end_tokens
 from megatron_lopd.data.vocabulary import load_tokenizer
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import check_layout
+from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.loggers import METRICS_FILE, require_every_step
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
@@ -25,6 +28,7 @@ from megatron_lopd.mcore.precision import check_precision, packed_padding
 from megatron_lopd.mcore.recompute import check_recompute
 from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, identity_of
+from megatron_lopd.runtime.display import say
 from megatron_lopd.training.checkpoints import checkpoint_name
 from megatron_lopd.training.data_sources import DataSource
 from megatron_lopd.training.job import ModelSetup, Segment, TrainingJob
@@ -125,7 +129,7 @@ def listed_metrics(directory: Path, steps: int) -> list[str]:
     try:
         require_every_step(directory, steps)
     except DataError as error:
-        print(f"lopd: {error}: it is no part of the artifact, and the report is drawn without it", flush=True)
+        say(f"lopd: {error}: it is no part of the artifact, and the report is drawn without it")
         return []
     return [METRICS_FILE]
 
@@ -148,10 +152,19 @@ def write_student(
 
 def seal_model(out_dir: Path, lineage: ModelLineage) -> list[str]:
     """Write the lineage of the model in `out_dir`, with its fingerprint; returns its files, relative."""
+    _forget_place(out_dir / "config.json")
     model = fingerprint_model(out_dir).parts()
     write_model_lineage(out_dir, ModelLineage(**(vars(lineage) | {"model": model})))
     files = (path for path in out_dir.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(out_dir)) for path in files)
+
+
+def _forget_place(config: Path) -> None:
+    """Leave the name alone of what a library has noted in a config.json as the place that it read it from."""
+    noted = read_object(config)
+    place = noted.get("_name_or_path")
+    if isinstance(place, str) and os.path.isabs(place):
+        atomic_write_json(config, noted | {"_name_or_path": Path(place).name})
 
 
 def lineage_of(
@@ -160,6 +173,12 @@ def lineage_of(
     """What a model made by `stage` will say of itself, but for its own fingerprint."""
     chain: dict[str, dict[str, Any]] = {}
     for name, manifest in ancestors.items():
-        parents = {role: asdict(parent) for role, parent in manifest.parents.items()}
+        parents = {role: asdict(_named(parent)) for role, parent in manifest.parents.items()}
         chain[name] = {"id": manifest.id, "lineage": manifest.lineage, "parents": parents}
-    return ModelLineage(model={}, made_by=stage, status=plan_lineage, teacher=teacher, chain=chain)
+    named = teacher and _named(teacher)
+    return ModelLineage(model={}, made_by=stage, status=plan_lineage, teacher=named, chain=chain)
+
+
+def _named(parent: Parent) -> Parent:
+    """A parent by its name alone: a model is given away, and its maker's folders are nobody's business."""
+    return parent if parent.kind == "artifact" else replace(parent, path=Path(parent.path).name)

@@ -36,7 +36,7 @@ from megatron_lopd.runtime.claims import (
     announce,
     pause,
 )
-from megatron_lopd.runtime.display import ProgressDisplay
+from megatron_lopd.runtime.display import Pace, ProgressDisplay
 
 R = TypeVar("R", Rollout, Score)
 # Passes records on, and counts them.
@@ -253,7 +253,7 @@ class _Progress:
         self.label = label
         self.done = done
         self._made = self._tokens = 0
-        self._began = time.monotonic()
+        self._began, self._pace = time.monotonic(), Pace()  # of this worker's own
         self._display = ProgressDisplay(label, "sample")
         self._display.begin(done, total)
 
@@ -262,10 +262,11 @@ class _Progress:
             self.done += 1
             self._tokens += 0 if record.log_probs is None else len(record.log_probs)
             self._made += 1
+            self._pace.count(self._made)
             seconds = time.monotonic() - self._began
             rate = self._tokens / seconds
-            self._display.update(self.done, f"{rate:,.0f} tokens/s")
-            claim.progress(number, samples, rate, self._made / seconds)
+            self._display.update(self.done, f"{rate:,.0f} response tokens/s")
+            claim.progress(number, samples, rate, self._pace.per_second or 0.0)
             yield record
 
     def note(self, text: str) -> None:

@@ -11,13 +11,15 @@ from megatron_lopd.evaluation.estimates import percent
 from megatron_lopd.report.figures import Accuracy, Figure, accuracy_figure
 
 MODELS = {"base": "Base", "sft": "SFT", "lightning_opd": "Lightning OPD", "teacher": "Teacher"}
+SIGNIFICANT = 0.05  # what a change comes by chance less often than, to be called one
 Rows = Mapping[str, Mapping[str, Any]]  # of a set: the model -> its Grades, plain
 
 CAPTION = (
     "avg@k: the mean over prompts of the share of a prompt's k samples that are right; pass@k: of prompts "
     "with a right one among k samples, unbiased (Chen et al. 2021); maj@k: of prompts whose commonest answer "
     "is right. In %, ± one standard error over prompts. Entropy: nats a token. Length: tokens. Cut: the "
-    "responses cut at the horizon, in %. Ungraded: those the grader failed at. Both count as wrong."
+    "responses cut at the horizon, in %. Ungraded: those the grader failed at. Both count as wrong. p: the "
+    "exact two-sided sign test's, over the problems that the two students differ on."
 )
 
 
@@ -42,13 +44,17 @@ def accuracy_sets(measured: Mapping[str, Rows]) -> dict[str, dict[str, Mapping[s
     return sets
 
 
-def headline(sets: Mapping[str, Rows]) -> str:
-    """What OPD did to the first set's sampled accuracy."""
+def headline(sets: Mapping[str, Rows], compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """What OPD did to the first set's sampled accuracy, as far as its problems can tell.
+
+    `compared`: of each set, how the two models do on the same problems (estimates.Paired, plain).
+    """
     name, rows = next(iter(sets.items()))
-    before, after = rows["sft"], rows["lightning_opd"]
+    if name not in compared:
+        raise DataError(f"summary.json: paired.{name} is missing: run lopd evaluate first")
+    before, after, test = rows["sft"], rows["lightning_opd"], compared[name]
     gain = round(100 * after["sampled"], 1) - round(100 * before["sampled"], 1)
-    verb = "raised" if gain > 0 else "lowered" if gain < 0 else "left"
-    change = f" ({gain:+.1f} points)" if gain else " (no change)"
+    is_told = test["p"] < SIGNIFICANT and gain * (test["better"] - test["worse"]) > 0
 
     def share(row: Mapping[str, Any]) -> str:
         error = row["sampled_error"]
@@ -56,7 +62,15 @@ def headline(sets: Mapping[str, Rows]) -> str:
         return f"{100 * row['sampled']:.1f}\u00a0% (n\u00a0=\u00a0{row['n']:,}{spread})"
 
     where = f" on {name}" if len(sets) > 1 else ""
-    return f"Lightning OPD {verb} sampled accuracy{where} from {share(before)} to {share(after)}{change}"
+    change = f"from {share(before)} to {share(after)}"
+    chance = "p < 0.001" if test["p"] < 0.001 else f"p = {test['p']:.2g}"
+    if not is_told:
+        return (
+            f"Lightning OPD and sampled accuracy{where}: {change}: no difference that {test['problems']:,} "
+            f"problems can show ({chance})"
+        )
+    verb = "raised" if gain > 0 else "lowered"
+    return f"Lightning OPD {verb} sampled accuracy{where} {change} ({gain:+.1f} points, {chance})"
 
 
 @dataclass(frozen=True)

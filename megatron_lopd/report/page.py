@@ -10,8 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_lopd.artifacts.lineage import worst
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.objectives.events import OVER_EVENTS
 from megatron_lopd.registry import OBJECTIVES
 from megatron_lopd.report.accuracy import CAPTION, accuracy_section, accuracy_sets, headline
+from megatron_lopd.report.examples import Examples
 from megatron_lopd.report.figures import (
     Curve,
     Figure,
@@ -42,7 +44,27 @@ CURVES = {
     ),
     "train": (
         Curve("loss", "OPD loss", "", ""),
-        Curve("reverse_kl", "Reverse KL", "nats per token", "", (0.0,)),
+        Curve(
+            "reverse_kl_top_k",
+            "Reverse KL over the top k",
+            "nats per token",
+            f"KL(π ‖ π_T) {OVER_EVENTS}",
+            (0.0,),
+        ),
+        Curve(
+            "reverse_kl_sampled",
+            "Reverse KL of the tokens drawn",
+            "nats per token",
+            "mean of log π - log π_T of the token that was drawn",
+            (0.0,),
+        ),
+        Curve(
+            "forward_kl_top_k",
+            "Forward KL over the top k",
+            "nats per token",
+            f"KL(π_T ‖ π) {OVER_EVENTS}",
+            (0.0,),
+        ),
         Curve(
             "drift_kl",
             "Drift KL",
@@ -85,15 +107,19 @@ class TrainingFigures:
 
 
 def render_page(
-    summary: dict[str, Any], histories: dict[str, list[dict[str, Any]]], lineage: LineageGraph
+    summary: dict[str, Any],
+    histories: dict[str, list[dict[str, Any]]],
+    lineage: LineageGraph,
+    answers: Sequence[Examples] = (),
 ) -> str:
     """The report of a run as HTML, byte-identical for the same arguments.
 
     `summary` is summary.json: `accuracy` (of each set of prompts: sft and lightning_opd, optionally base and
-    teacher: their Grades), `seconds` and `tokens` by stage, `lineage`, `seed`, optionally `settings` and
-    `objective`. `histories` holds the rows of metrics.jsonl by stage (`sft`, `train`); a stage or a metric
-    that is not there has no figure. Raises DataError naming the key of `summary` that is missing or out of
-    range, or when its lineage claims more than the proofs.
+    teacher: their Grades), `paired` (of each set: their Paired), `seconds` and `tokens` by stage, `lineage`,
+    `seed`, optionally `settings` and `objective`. `histories` holds the rows of metrics.jsonl by stage
+    (`sft`, `train`); a stage or a metric that is not there has no figure. `answers`: some of each model's.
+    Raises DataError naming the key of `summary` that is missing or out of range, or when its lineage claims
+    more than the proofs.
     """
     sets = accuracy_sets(_need(summary, "accuracy"))
     status = _need(summary, "lineage")
@@ -107,7 +133,7 @@ def render_page(
             )
     seconds, tokens = _by_stage(_need(summary, "seconds")), _by_stage(_need(summary, "tokens"))
     return _TEMPLATES.get_template("page.html.j2").render(
-        title=headline(sets),
+        title=headline(sets, _need(summary, "paired")),
         colours=css_variables(),
         status=status,
         marks=MARKS,
@@ -116,6 +142,7 @@ def render_page(
         seed=_need(summary, "seed"),
         accuracy=accuracy_section(sets),
         accuracy_caption=CAPTION,
+        answers=answers,
         training=_training(histories, summary.get("objective", "")),
         cost=_cost(seconds, tokens),
         lineage_figure=_drawn(lineage),
@@ -137,14 +164,14 @@ def _by_stage(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _caption(stage: str, curve: Curve, objective: str) -> str:
-    """The curve's own, or where it is a loss or a measure that `objective` defines, what that says of it."""
-    if stage != "train" or curve.caption:
+    """The curve's own, or of the loss that `objective` defines, what that says of it."""
+    if stage != "train" or curve.key != "loss":
         return curve.caption
     try:
         known = OBJECTIVES[objective.partition(" ")[0]]  # a user's has its file's digest after it
     except ConfigError:  # an earlier release's, or a user's that this command does not import
         return ""
-    return str(known.caption if curve.key == "loss" else known.captions.get(curve.key, ""))
+    return str(known.caption)
 
 
 def _training(histories: Mapping[str, History], objective: str) -> list[TrainingFigures]:

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import threading
 import time
 import uuid
@@ -32,7 +31,7 @@ from typing import Literal
 from megatron_lopd.errors import DataError, LopdError, StopRequested
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import TEMPORARY_PREFIX
-from megatron_lopd.runtime.display import duration
+from megatron_lopd.runtime.display import duration, say
 from megatron_lopd.runtime.owner import Owner
 
 CLAIMS = ".claims"
@@ -128,7 +127,7 @@ def claimed_places(directory: Path) -> list[Path]:
 
 def end_process(message: str) -> None:
     """End this process, whose main thread is stuck, from another one: to be run again, as after a stop."""
-    print(message, file=sys.stderr, flush=True)
+    say(message, error=True)
     os._exit(StopRequested.exit_code)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from megatron_lopd.artifacts.digest_cache import CACHE_VARIABLE, user_cache
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.runtime.display import say
 
 # What tells a process that it is a rank, from torchrun or from runtime/launch.py.
 RANK_VARIABLES = (
@@ -203,5 +203,5 @@ def _scratch(folder: str, variable: str, place: str) -> str:
         path = Path(tempfile.mkdtemp(prefix="lopd-"), folder)
         path.mkdir()
     if os.environ.get("RANK", "0") == "0":
-        print(f"lopd: {variable}: {place} cannot be written: {path} is used instead", file=sys.stderr)
+        say(f"lopd: {variable}: {place} cannot be written: {path} is used instead", error=True)
     return str(path)

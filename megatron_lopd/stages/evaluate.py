@@ -12,6 +12,7 @@ from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
 from megatron_lopd.pipeline.text_checks import check_evaluated
+from megatron_lopd.runtime.display import say
 
 if TYPE_CHECKING:
     from megatron_lopd.graders import Grader
@@ -65,32 +66,46 @@ class EvaluateStage(SharedStage):
         make_parts(works)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
+        from megatron_lopd.evaluation.answers import ANSWERS
+        from megatron_lopd.evaluation.estimates import paired
         from megatron_lopd.evaluation.grading import answers_in, grade_answers
         from megatron_lopd.graders import open_grader
         from megatron_lopd.pipeline.shard_jobs import count_rollouts, say_cut
 
         settings, directory = run.recipe.evaluate, run.directory_of(self.name)
         accuracy: dict[str, dict[str, Any]] = {}
+        compared: dict[str, dict[str, Any]] = {}
         counts: Counter[str] = Counter()
         files: list[str] = []
         with open_grader(settings.grader) as grader:
             for name, each in run.evaluation_sets.items():
                 counts["prompts"] += len(each.prompts)
                 accuracy[name] = {}
+                shares: dict[str, list[float]] = {}
                 for model, where in models_of(run).items():
                     place = directory / model / name
                     answers = answers_in(place, each.prompts, settings, identity_of(plan))
-                    grades = grade_answers(answers, where.directory, each.prompts, settings, grader)
-                    print(f"lopd: {model} on {name}: {grades}", flush=True)
+                    grades, shares[model] = grade_answers(
+                        answers, place, where.directory, each.prompts, settings, grader
+                    )
+                    say(f"lopd: {model} on {name}: {grades}")
                     accuracy[name][model] = asdict(grades)
                     counts["ungraded"] += grades.ungraded
+                    files.append(str((place / ANSWERS).relative_to(directory)))
                     for mode, reader in answers.items():
                         made = count_rollouts(reader)
                         counts["tokens"] += made["tokens"]
                         files += [str(path.relative_to(directory)) for path in reader.paths]
                         say_cut(f"{model} on {name}, {mode}", made, self.name, settings.sampling)
+                if "lightning_opd" in shares:
+                    compared[name] = asdict(paired(shares["sft"], shares["lightning_opd"]))
             of_teacher = _teacher_answers(run, grader)
-        results = {"accuracy": accuracy, "grader": settings.grader, "teacher_answers": of_teacher}
+        results = {
+            "accuracy": accuracy,
+            "paired": compared,
+            "grader": settings.grader,
+            "teacher_answers": of_teacher,
+        }
         atomic_write_json(directory / RESULTS, results)
         return Output([*files, RESULTS], dict(counts), kind_of(settings.engine).versions(settings.engine))
 

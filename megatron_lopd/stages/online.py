@@ -17,6 +17,7 @@ from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 from megatron_lopd.pipeline.text_checks import check_evaluated, check_top_k, check_vocabularies
 from megatron_lopd.registry import ENGINES
+from megatron_lopd.runtime.display import say
 
 if TYPE_CHECKING:
     from megatron_lopd.training.live import LiveData
@@ -172,7 +173,7 @@ def _graded(run: ResolvedRun, plan: Plan, model: Path, directory: Path) -> list[
             )
             files += [str(path.relative_to(directory)) for path in shards]
             accuracy[name] = {"online_opd": asdict(grades)}
-            print(f"lopd: {label}: {grades}", flush=True)
+            say(f"lopd: {label}: {grades}")
     atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
     return files
 

@@ -18,6 +18,7 @@ from megatron_lopd.pipeline.stage import Output, Plan, Stage
 from megatron_lopd.stages.evaluate import models_of
 
 if TYPE_CHECKING:
+    from megatron_lopd.report.examples import Examples
     from megatron_lopd.report.lineage_graph import LineageGraph
 
 SUMMARY, PAGE = "summary.json", "index.html"
@@ -56,7 +57,7 @@ class ReportStage(Stage):
             for stage in ("sft", "train")
             if stage in manifests
         }
-        page = render_page(summary, histories, _graph(run, manifests, proofs))
+        page = render_page(summary, histories, _graph(run, manifests, proofs), _answers(run))
         atomic_write_json(directory / SUMMARY, summary)
         with atomic_file(directory / PAGE, "w") as stream:
             stream.write(page)
@@ -114,6 +115,7 @@ def _summary(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proo
             tokens[_work(stage)] += manifest.counts["tokens"]
     return {
         "accuracy": _in_order(run, results["accuracy"]),
+        "paired": _in_order(run, results["paired"]),
         "unproved": ["seconds"],  # no manifest lists what a clock gave
         "seconds": {work: round(spent, 2) for work, spent in seconds.items()},
         "tokens": dict(tokens),
@@ -124,6 +126,23 @@ def _summary(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proo
         "objective": manifests["train"].config["objective"] if "train" in manifests else "",
         "settings": _settings(run, manifests, results["teacher_answers"]),
     }
+
+
+def _answers(run: ResolvedRun) -> list[Examples]:
+    """Some of what each model answered to each set."""
+    from megatron_lopd.evaluation.answers import ANSWERS, read_answers
+    from megatron_lopd.report.accuracy import MODELS
+    from megatron_lopd.report.examples import examples
+
+    directory, sets = run.directory_of("evaluate"), run.recipe.prompts.eval or {}
+    return [
+        examples(
+            f"{MODELS.get(model, model)}{f' on {name}' if len(sets) > 1 else ''}",
+            read_answers(directory / model / name / ANSWERS),
+        )
+        for name in sets
+        for model in models_of(run)
+    ]
 
 
 def _work(stage: str) -> str:

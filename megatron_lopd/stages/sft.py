@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.artifacts.lineage import artifact_parent, read_model_lineage
 from megatron_lopd.artifacts.manifest import copy_committed
-from megatron_lopd.config import SftConfig
+from megatron_lopd.config import SftConfig, TrainingConfig
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.foreseen import foresee, plan_elsewhere
-from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.resolved import Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
 from megatron_lopd.pipeline.text_checks import check_vocabularies
+from megatron_lopd.runtime.display import say
 
 if TYPE_CHECKING:
     from megatron_lopd.training.job import TrainingJob
@@ -35,13 +38,18 @@ class SftStage(Stage):
         from megatron_lopd.pipeline.students import check_budget, check_trainable, length_of
 
         config = run.sft
+        if config.teacher is not None:
+            Model(Path(config.teacher), "sft.teacher").check()
         if config.checkpoint is not None:
             _check_elsewhere(run, config)
             foresee(run, self.name)
-            return [f"take {config.checkpoint} as the student after SFT"]
+            idle = ", ".join(f"sft.{name}" for name in _idle_keys(config))
+            said = f"; nothing is trained: {idle} will do nothing" if idle else ""
+            return [f"take {config.checkpoint} as the student after SFT, as it is{said}"]
         student = run.student
         student.require()
-        Chat(str(student.directory))
+        with student.naming():
+            Chat(str(student.directory))
         check_vocabularies(run)
         check_trainable(student, run.recipe, run.student_config.init)
         check_budget(run.recipe, config)
@@ -144,7 +152,17 @@ def _say_cut(config: SftConfig, counts: Mapping[str, int]) -> None:
     if not config.leave_out_cut:
         stopping = " and no other shows the student how to stop" if cut == samples else ""
         done = f"they are trained on as they are{stopping} (sft.leave_out_cut=true leaves them out)"
-    print(f"lopd: sft: {cut:,} of {samples:,} answers were cut and have no end: {done}", flush=True)
+    say(f"lopd: sft: {cut:,} of {samples:,} answers were cut and have no end: {done}")
+
+
+def _idle_keys(config: SftConfig) -> list[str]:
+    """The keys that were given for the training which a checkpoint made elsewhere stands in for."""
+    plain = SftConfig(checkpoint=config.checkpoint)
+    return [
+        item.name
+        for item in fields(TrainingConfig)
+        if getattr(config, item.name) != getattr(plain, item.name)
+    ]
 
 
 def _data_stage(config: SftConfig) -> str:

@@ -39,8 +39,9 @@ def check_skipped(skipped_steps: int, max_skipped_steps: int, step: int, grad_no
     if skipped_steps > max_skipped_steps:
         raise NumericsError(
             f"step {step}: the gradient norm is {grad_norm}, and {skipped_steps} steps were skipped so, "
-            f"above max_skipped_steps={max_skipped_steps}: lower optimizer.lr, raise optimizer.warmup_steps "
-            "or train in fp32; if it was so from the first step on, check the starting model's weights"
+            f"above max_skipped_steps={max_skipped_steps}: in another run_dir, lower optimizer.lr, raise "
+            "optimizer.warmup_steps or train in fp32; if it was so from the first step on, check the "
+            "starting model's weights"
         )
 
 
@@ -81,8 +82,8 @@ def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_goo
             raise DriftError(
                 f"step {step}: the student has drifted from the one that made the rollouts: {metric} is "
                 f"{value:.3g} over {guard.window} steps, past {key}={bound:g}: the last good "
-                f"weights are {last_good}; set train.objective=topk_reverse_kl (with score.top_k), "
-                "train.refresh_every, train.optimizer.warmup_steps or a lower train.optimizer.lr, or, to go "
-                f"on all the same, another {key}",
+                f"weights are {last_good}; in another run_dir set train.objective=topk_reverse_kl (with "
+                "score.top_k), train.refresh_every, train.optimizer.warmup_steps or a lower "
+                f"train.optimizer.lr, or, to go on here all the same, another {key}",
                 last_good,
             )

@@ -281,7 +281,7 @@ class _Run:
             }
         )
         check_skipped(progress.skipped_steps, config.max_skipped_steps, progress.step, grad_norm)
-        if guard is not None:
+        if guard is not None and progress.step < self.total_steps:  # there is nothing left to stop
             last_good = self._last_good(progress.step - guard.window)
             check_drift(progress.recent_drift, guard, progress.step, last_good)
         return progress

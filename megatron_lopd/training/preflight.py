@@ -69,7 +69,7 @@ class Agreement(Objective):
     """An objective whose loss is `|log pi_theta - log pi_behaviour|` of each token."""
 
     needs: ClassVar[tuple[KeptLogProbs, ...]] = ("behaviour",)
-    metric_names: ClassVar[tuple[str, ...]] = ("p99", "max")
+    metric_names: tuple[str, ...] = ("p99", "max")
 
     def token_loss(self, tokens: TokenLogProbs) -> Tensor:
         if tokens.behaviour is None:

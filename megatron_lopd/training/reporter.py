@@ -46,10 +46,11 @@ class Reporter:
             self._loggers.open(self._directory, done_steps, self._label)
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """Record a step; `metrics` has at least step, loss and tokens_per_s."""
+        """Record a step; `metrics` has at least step, loss, response_tokens and seconds."""
         if self._display is not None and self._loggers is not None:
             self._loggers.write(metrics)
-            detail = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+            rate = metrics["response_tokens"] / metrics["seconds"]
+            detail = f"loss {metrics['loss']:.4f}, {rate:,.0f} response tokens/s"
             self._display.update(int(metrics["step"]), detail)
 
     def sync(self) -> None:

@@ -106,7 +106,8 @@ def test_the_tutorial_runs_from_its_first_line_to_its_last(house: Path) -> None:
     assert lines[0] == "make quickstart"
     for line in lines:
         ended = main(line.replace("make quickstart", "lopd run examples/quickstart/recipe.yaml"), house)
-        assert ended.returncode == 0, (line, ended.stderr[-2000:])
+        refused = "train.steps=50" in line  # which the page says
+        assert ended.returncode == (3 if refused else 0), (line, ended.stderr[-2000:])
     (program,) = fenced(TUTORIAL, "python")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program], cwd=house, env=environment, check=True, timeout=200)

@@ -66,7 +66,7 @@ def test_top_k_scores_from_rollouts_to_the_trainer(
     split = ["parallel.context=2", "parallel.processes=2"]
     assert main(["run", recipe, *OVERRIDES, *split]) == 0
     steps = [json.loads(line) for line in Path("run/train/metrics.jsonl").read_text().splitlines()]
-    assert steps[-1]["reverse_kl"] < steps[0]["reverse_kl"]
+    assert steps[-1]["reverse_kl_top_k"] < steps[0]["reverse_kl_top_k"]
     assert Path("run/report/summary.json").is_file()
 
 

@@ -343,7 +343,7 @@ def test_running_out_of_memory_says_what_to_lower(engine: Engine, monkeypatch: p
     monkeypatch.setattr(engine, "_hidden", fail)
     with pytest.raises(EngineError, match=r"out of memory .*batch_size=7\): lower engine\.batch_size$"):
         list(engine.score([unsampled("s", *prompts(2))]))
-    with pytest.raises(EngineError, match=r"lower engine\.batch_size or sampling.max_new_tokens"):
+    with pytest.raises(EngineError, match=r"lower engine\.batch_size \(or sampling.max_new_tokens"):
         list(engine.generate(requests(1), Sampling(max_new_tokens=2), END))
 
 

@@ -142,6 +142,28 @@ def test_greedy_is_the_other_engines_and_has_the_log_probs_of_temperature_1(
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=NATS, rtol=0)
 
 
+@pytest.mark.nightly  # a start of vLLM, for a model with long prompts
+def test_long_prompts_that_no_step_holds_together_are_sampled_by_their_seeds(tmp_path: Path) -> None:
+    """64 prompts of 40 to 900 tokens, and one as long as the model's positions let it be."""
+    positions, new = 3000, 4
+    make_model_dir(tmp_path, vocab_size=VOCABULARY, max_position_embeddings=positions, head_dim=HEAD)
+    rng = np.random.default_rng(7)
+    lengths = [*rng.integers(40, 900, 64), positions - new]
+    asked = [
+        Prompted(f"s{at}", rng.integers(1, VOCABULARY, length, dtype=np.int32), seed=at)
+        for at, length in enumerate(lengths)
+    ]
+    sampling = Sampling(max_new_tokens=new)
+    with closing(open_engine(replace(CONFIG, batch_size=64), str(tmp_path))) as opened:
+        together = list(opened.generate(asked, sampling, END))
+        for at in (0, 31, 64):
+            (alone,) = opened.generate([asked[at]], sampling, END)
+            np.testing.assert_array_equal(alone.response_tokens, together[at].response_tokens)
+        scores = opened.score(together)
+        for rollout, score in zip(together, scores, strict=True):
+            np.testing.assert_allclose(rollout.log_probs, score.log_probs, atol=NATS, rtol=0)
+
+
 @pytest.mark.nightly  # a start of vLLM for each model
 def test_a_real_model_is_scored_as_by_transformers(
     smollm2: Path, smollm2_asked: list[Rollout], smollm2_scores: list[Score]

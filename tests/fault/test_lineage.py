@@ -17,12 +17,16 @@ from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import OVERRIDE, artifact_parent, model_parent, read_model_lineage
 from megatron_lopd.artifacts.manifest import load_manifest, write_manifest
 from megatron_lopd.cli import main
+from megatron_lopd.config import load_recipe
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.dataset import open_shards
 from megatron_lopd.data.schemas import ROLLOUTS
+from megatron_lopd.evaluation.answers import read_answers
+from megatron_lopd.files.reading import read_object
+from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.prompts.arithmetic import problems
 from tests.model_zoo import make_model_dir
-from tests.pipeline import SMALL
+from tests.pipeline import SMALL, write_recipe
 
 AFTER_ROLLOUT = ("score", "train", "export", "evaluate", "report")
 
@@ -352,7 +356,32 @@ def test_inspect_shows_what_was_sampled(root: Path, capsys: pytest.CaptureFixtur
         assert shown in out
     assert main(["inspect", "run/score/scores-00000.arrow"]) == 0
     assert rollout.sample_id in capsys.readouterr().out
-    refused(capsys, ["inspect", "teacher"], 1, "teacher", "neither")
+    refused(capsys, ["inspect", "teacher"], 1, "teacher", "nothing to inspect")
+    assert main(["inspect", "run"]) == 0
+    out = capsys.readouterr().out
+    for stage in ("generate: rollouts, proved", "train: checkpoint, proved", "evaluate: evaluation, proved"):
+        assert f"  {stage}" in out
+
+
+def test_an_evaluation_can_be_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ResolvedRun(load_recipe("recipe.yaml")).evaluation_sets["eval"].prompts
+    results = read_object(root / "run/evaluate/results.json")
+    for model in ("sft", "lightning_opd"):
+        answers = list(read_answers(root / f"run/evaluate/{model}/eval/answers.jsonl"))
+        assert [each.id for each in answers] == [f"{prompt.id}/0" for prompt in prompts] * 2
+        assert [each.gold for each in answers] == [prompt.answer for prompt in prompts] * 2
+        right = [each.verdict == "right" for each in answers if each.mode == "sampled"]
+        assert sum(right) / len(right) == results["accuracy"]["eval"][model]["sampled"]
+    assert results["paired"]["eval"]["problems"] == len(prompts)
+    assert main(["inspect", "run/evaluate", "--samples", "1"]) == 0
+    out = capsys.readouterr().out
+    for shown in (
+        f"{prompts[0].id}/0 (sampled): ",
+        repr(prompts[0].messages[0]["content"]),
+        "right answer: ",
+    ):
+        assert shown in out
+    assert prompts[1].id not in out
 
 
 def test_doctor_names_versions_and_the_plan(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,3 +392,24 @@ def test_doctor_names_versions_and_the_plan(root: Path, capsys: pytest.CaptureFi
     refused(
         capsys, ["doctor", "recipe.yaml", "run_dir=new", "parallel.tensor=3", "parallel.processes=3"], 2, "3"
     )
+
+
+def test_a_model_that_is_given_away_names_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "somebody's home"
+    root.mkdir()
+    recipe = write_recipe(root)
+    (root / "sft.jsonl").write_text("".join(f'{{"prompt": "{at}+2*3"}}\n' for at in range(1, 9)))
+    config = json.loads((root / "student/config.json").read_text())  # as libraries have written it
+    (root / "student/config.json").write_text(json.dumps(config | {"_name_or_path": f"{root}/student"}))
+    monkeypatch.chdir(tmp_path)
+    places = {"run_dir": "run", "teacher.model": "teacher", "student.model": "student"}
+    absolute = [f"{key}={json.dumps(f'{root}/{name}')}" for key, name in places.items()]
+    prompts = "prompts.sft=" + json.dumps({"path": f"{root}/sft.jsonl"})
+    for stage in ("generate", "sft"):
+        assert main([stage, str(recipe), *absolute, prompts, "sft.steps=1"]) == 0
+    model = root / "run/sft/model"
+    for path in model.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    lineage = json.loads((model / "lopd_lineage.json").read_text())
+    assert lineage["teacher"]["path"] == "teacher"
+    assert lineage["chain"]["generate"]["parents"]["prompts"]["path"] == "sft.jsonl"

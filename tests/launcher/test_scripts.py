@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import yaml
 
 from megatron_lopd.config import load_cluster, load_recipe
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.launchers import Job, Slurm, Submission
+from megatron_lopd.launchers import Job, Slurm, Submission, slurm
 from megatron_lopd.launchers.checks import check_cluster, check_recipe
 from megatron_lopd.launchers.jobs import jobs_of
 from megatron_lopd.launchers.slurm import _gpus
@@ -99,6 +102,78 @@ def test_what_a_cluster_file_gets_wrong(changes: dict[str, Any], message: str, t
         plan(tmp_path, RECIPE | {"parallel": {"tensor": 2, "processes": 2}}, BARE | changes)
 
 
+def test_all_that_a_recipe_reads_is_to_be_seen_in_the_container(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    where = Submission("slurm", tmp_path / "a/run", tmp_path / "a", tmp_path / "a/recipe.yaml", [])
+    mount = f"{tmp_path}/a:{tmp_path}/a"
+    (tmp_path / "cluster.yaml").write_text(
+        yaml.safe_dump(BARE | {"cpus_per_node": 16, "container": {"image": "r#i", "mounts": [mount]}})
+    )
+    cluster = load_cluster(tmp_path / "cluster.yaml")
+    inside = RECIPE | {"teacher": {"model": "t"}, "student": {"model": "s"}}
+    inside |= {"prompts": {name: {"path": f"{name}.jsonl"} for name in ("sft", "opd", "eval")}}
+    changes: dict[str, dict[str, Any]] = {
+        "": {},
+        "teacher.model": {"teacher": {"model": "/else/where"}},
+        "prompts.eval.path": {"prompts": inside["prompts"] | {"eval": {"path": "../eval.jsonl"}}},
+        "sft.data": {"sft": {"steps": 3, "data": "/else/where.jsonl"}},
+        "train.checkpoint": {"train": {"steps": 3, "checkpoint": "/else/where"}},
+    }
+    for key, change in changes.items():
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(inside | change))
+        recipe = load_recipe(tmp_path / "recipe.yaml")
+        if not key:
+            check_cluster(cluster, where, recipe)
+            continue
+        with pytest.raises(
+            ConfigError, match=rf"container\.mounts: {key} is .*, which the container does not"
+        ):
+            check_cluster(cluster, where, recipe)
+
+
+def test_secrets_are_in_no_file_that_others_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor in any, where the cluster file names them alone: the job takes them from where it was submitted."""
+    monkeypatch.setattr(slurm, "_ask", lambda *command: "17")
+    umask = os.umask(0o022)
+    try:
+        (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(BARE | {"env": ["TOKEN=hush 'x'", "BY_NAME"]}))
+        cluster = load_cluster(tmp_path / "cluster.yaml")
+        where = Submission("slurm", tmp_path / "run", tmp_path, tmp_path / "recipe.yaml", [])
+        job = Job("sft", "sft", 1, 0, 1, 0, 5, None)
+        (tmp_path / "run/slurm").mkdir(parents=True)
+        (tmp_path / "run/slurm/sft.sbatch").write_text("of a submission before")  # as everybody may read
+        Slurm().submit([job], cluster, where)
+    finally:
+        os.umask(umask)
+    script = tmp_path / "run/slurm/sft.sbatch"
+    assert stat.S_IMODE(script.stat().st_mode) == 0o600
+    text = script.read_text()
+    setup = text[text.index("setup() {") : text.index("}\n", text.index("    :")) + 2]
+
+    def told(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        lines = setup.replace("source /shared/venv/bin/activate", "true")
+        return subprocess.run(
+            ["bash", "-c", f'{lines}\nsetup && printf "%s %s" "$TOKEN" "$BY_NAME"'],
+            env={"PATH": os.environ["PATH"]} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert told({"BY_NAME": "kept $HOME"}).stdout == "hush 'x' kept $HOME"
+    assert "BY_NAME: did not come along" in told({}).stderr
+
+
+@pytest.mark.parametrize("value", ["A B=hush", "=hush", "A-B=hush", "A=hush\0x"])
+def test_a_value_that_may_be_a_secret_is_in_no_message(tmp_path: Path, value: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(BARE | {"env": [value]}))
+    with pytest.raises(ConfigError, match="env: ") as caught:
+        load_cluster(tmp_path / "cluster.yaml")
+    assert "hush" not in str(caught.value)
+
+
 def test_workers_that_a_node_has_no_gpus_for(tmp_path: Path) -> None:
     greedy = {"rollout": {"engine": {"name": "vllm", "vllm": {"tensor": 4}, "workers": 4}}}
     with pytest.raises(ConfigError, match=r"rollout\.engine: .* takes 16 GPUs, and gpus_per_node is 8"):
@@ -111,7 +186,7 @@ def test_what_only_the_nodes_have_is_left_to_them(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     inside = ["rollout.engine.name=vllm", "rollout.engine.vllm.python=/inside/python"]
     (note,) = checked(inside)
-    assert note.startswith("rollout: not checked here, the nodes will: engine.vllm.python: /inside/python")
+    assert note.startswith("rollout: not checked here, the nodes will: rollout.engine.vllm.python: /in")
     with pytest.raises(ConfigError, match="max_new_tokens"):
         checked([*inside, "rollout.sampling.max_new_tokens=640"])
 
@@ -138,21 +213,26 @@ def test_fp8_layers_are_looked_for_on_the_nodes_wherever_the_recipe_asks_for_the
         ({"mounts": ["/etc:/etc"]}, r"run_dir is /a/run, which the container does not see .* add /a:/a"),
         ({"mounts": ["/:/host"]}, "run_dir is /a/run, which the container does not see under that path"),
         ({"mounts": ["/:/"]}, ""),
+        ({"mounts": ["/work:/a"]}, "run_dir is /a/run, which the container does not see under that path"),
+        ({"env": ["NOT_SET_HERE"]}, "env: NOT_SET_HERE is not set here"),
         ({"mounts": ["/:/"], "workdir": "/elsewhere"}, "would move run_dir"),
     ],
 )
 def test_a_cluster_that_cannot_be(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
-    plain = {"cpus_per_node": 16} | {key: keys[key] for key in keys if key.endswith("_node")}
-    container = {key: keys[key] for key in keys if not key.endswith("_node")}
+    outside = [key for key in keys if key.endswith("_node") or key == "env"]
+    plain = {"cpus_per_node": 16} | {key: keys[key] for key in outside}
+    container = {key: keys[key] for key in keys if key not in outside}
     image = {"container": {"image": "registry#image", **container}} if container else {}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(BARE | plain | image))
     cluster = load_cluster(tmp_path / "cluster.yaml")
     where = Submission("slurm", Path("/a/run"), Path("/a"), Path("/a/recipe.yaml"), [], is_from_root=False)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
     if not message:
-        check_cluster(cluster, where)
+        check_cluster(cluster, where, recipe)
         return
     with pytest.raises(ConfigError, match=message):
-        check_cluster(cluster, where)
+        check_cluster(cluster, where, recipe)
 
 
 def checked(overrides: list[str]) -> list[str]:

@@ -71,6 +71,18 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
         ["teacher.model: nowhere", "give a"],
     ),
     "no such student": (lambda: None, ["student.model=nowhere"], 2, ["student.model: nowhere"]),
+    "no such declared teacher": (
+        lambda: None,
+        ["sft.checkpoint=student", "sft.teacher=nowhere"],
+        2,
+        ["sft.teacher: nowhere", "give a"],
+    ),
+    "no config": (
+        lambda: Path("teacher/config.json").unlink(),
+        [],
+        2,
+        ["teacher.model: teacher/config.json"],
+    ),
     "no such prompts": (lambda: None, [FROM_FILE], 1, ["prompts.opd.path: p.jsonl", "No such file"]),
     "empty prompts": (write("p.jsonl", ""), [FROM_FILE], 1, ["p.jsonl", "empty"]),
     "malformed line": (write("p.jsonl", GOOD_LINE + "{oops\n"), [FROM_FILE], 1, ["p.jsonl:2", "JSON"]),
@@ -104,7 +116,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
         lambda: Path("teacher/chat_template.jinja").unlink(),
         [],
         2,
-        ["teacher", "chat template"],
+        ["teacher.model: teacher", "chat template"],
     ),
     "no end token": (no_end_token, [], 2, ["teacher", "end token"]),
     "heads do not divide": (lambda: None, ["parallel.tensor=3", "parallel.processes=3"], 2, ["tensor", "3"]),
@@ -209,13 +221,6 @@ def test_stages_out_of_order_say_which_to_run(root: Path, capsys: pytest.Capture
         assert "run the stage that makes it" in capsys.readouterr().err
 
 
-def test_too_few_processes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "recipe.yaml"]) == 0
-    assert main(["sft", "recipe.yaml", "parallel.tensor=2", "parallel.processes=2"]) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "needs a multiple of 2 processes, not 1" in message
-
-
 def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +230,14 @@ def test_dry_run_prints_the_recipe_and_the_plan_and_does_nothing(
     for stage in ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report"):
         assert f"  {stage}" in out
     assert not (root / "run").exists()
+
+
+def test_keys_that_will_do_nothing_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["run", "recipe.yaml", "--dry-run", "sft.checkpoint=student", "sft.teacher=teacher"]
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    assert "nothing is trained: sft.steps, sft.global_batch_size, " in out
+    assert "sft.max_skipped_steps" not in out
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["fly", "recipe.yaml"], ["run", "recipe.yaml", "--fast"]])

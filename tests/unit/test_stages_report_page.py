@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 
 from megatron_lopd.artifacts.lineage import Proof
 from megatron_lopd.errors import DataError
+from megatron_lopd.evaluation.answers import GradedAnswer
 from megatron_lopd.registry import OBJECTIVES
 from megatron_lopd.report import theme
+from megatron_lopd.report.examples import examples
 from megatron_lopd.report.figures import smooth
 from megatron_lopd.report.lineage_graph import (
     GAP,
@@ -38,6 +40,8 @@ from megatron_lopd.report.page import render_page
 from megatron_lopd.report.spacing import spread
 
 HOSTILE = "<script>alert('x')</script> \" onload=\"y & $z_1$ #1f2430"
+
+PAIRED = {"problems": 2048, "better": 400, "worse": 200, "p": 1e-9}
 
 
 def grades(
@@ -70,6 +74,7 @@ def summary() -> dict[str, Any]:
                 "lightning_opd": grades(0.941, 0.0074, 0.972, 0.0052, 1024),
             }
         },
+        "paired": {"eval": PAIRED},
         "seconds": {"train": 130.4, "generate": 42.3, "export": 0.6},
         "tokens": {"train": 1812345, "generate": 612345},
         "lineage": "proved",
@@ -80,7 +85,7 @@ def summary() -> dict[str, Any]:
 
 def rows(count: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
-    keys = ["loss", "reverse_kl", "drift_kl", "effective_sample_size", "entropy"]
+    keys = ["loss", "reverse_kl_sampled", "drift_kl", "effective_sample_size", "entropy"]
     keys += ["advantage_mean", "advantage_p05", "advantage_p95"]
     return [
         {"step": step, "skipped": 0, **{key: float(rng.random()) for key in keys}}
@@ -122,7 +127,7 @@ def test_says_what_was_gained(html: str) -> None:
     assert headline is not None
     assert headline[1].replace("\u00a0", " ") == (
         "Lightning OPD raised sampled accuracy from 82.3 % (n = 2,048, standard error 0.8) "
-        "to 94.1 % (n = 1,024, standard error 0.7) (+11.8 points)"
+        "to 94.1 % (n = 1,024, standard error 0.7) (+11.8 points, p &lt; 0.001)"
     )
     text = Page(html).text
     for label in ("sampled 82.3 ± 0.8", "greedy 90.2 ± 0.7", "sampled 94.1 ± 0.7", "greedy 97.2 ± 0.5"):
@@ -141,17 +146,45 @@ def test_says_what_was_gained(html: str) -> None:
     assert table.index("generate") < table.index("train") < table.index("export")  # not the dict's order
 
 
-@pytest.mark.parametrize(("after", "says"), [(0.7, "lowered"), (0.823, "left")])
-def test_does_not_call_a_loss_a_gain(after: float, says: str) -> None:
-    worse = summary()
-    worse["accuracy"]["eval"]["lightning_opd"]["sampled"] = after
-    assert f"Lightning OPD {says} sampled accuracy" in render_page(worse, {}, graph())
+def test_a_change_is_called_one_only_where_the_paired_test_says_so() -> None:
+    def says(after: float, **test: float) -> str:
+        other = summary()
+        other["accuracy"]["eval"]["lightning_opd"]["sampled"] = after
+        other["paired"]["eval"] = PAIRED | test
+        return Page(render_page(other, {}, graph())).text
+
+    assert "Lightning OPD lowered sampled accuracy" in says(0.7, better=200, worse=400)
+    none = "no difference that 2,048 problems can show (p = 0.38)"
+    for after in (0.7, 0.823, 0.9):
+        text = says(after, better=10, worse=7, p=0.38)
+        assert none in text
+        assert not re.search("raised|lowered", text)
+    # More problems got worse than better, and the mean rose all the same: neither is claimed.
+    assert "no difference" in says(0.9, better=200, worse=400)
+
+
+def test_a_few_answers_are_shown_and_a_long_one_cut() -> None:
+    def answer(at: int, verdict: Any, text: str = "so 7") -> GradedAnswer:
+        return GradedAnswer(
+            f"p{at}/0", "sampled", [{"role": "user", "content": "3+4"}], "7", text, "7", verdict
+        )
+
+    given = [answer(at, "right") for at in range(5)] + [answer(9, "cut", f"{HOSTILE}{'x' * 9_999}END")]
+    found = examples("SFT", iter(given))
+    assert [row[0] for row in found.rows] == ["right", "right", "cut"]
+    html = render_page(summary(), {}, graph(), [found])
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert HOSTILE in page.text
+    assert "xEND" in page.text
+    assert len(html) < len(render_page(summary(), {}, graph())) + 3_000
 
 
 def test_several_sets_each_have_a_chart_and_a_table() -> None:
     several = summary()
     rows_of = several["accuracy"].pop("eval")
     teacher = grades(0.97, None, 1.0, None, 1) | {"majority": None}  # one prompt: no error to give
+    several["paired"] = {"math500": PAIRED}
     several["accuracy"] = {"math500": rows_of, "aime24": {"teacher": teacher, **rows_of}}
     page = Page(render_page(several, {}, graph()))
     assert "raised sampled accuracy on math500 from" in page.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from itertools import combinations
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lopd.evaluation.estimates import estimate, ks_of, majority, pass_at_k
+from megatron_lopd.evaluation.estimates import estimate, ks_of, majority, paired, pass_at_k
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
@@ -54,3 +55,21 @@ def test_the_error_is_over_prompts() -> None:
 )
 def test_majority(answers: list[tuple[str | None, bool]], right: bool) -> None:
     assert majority(answers) is right
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_the_sign_test_is_the_binomials_own(pairs: list[tuple[bool, bool]]) -> None:
+    found = paired([before for before, _ in pairs], [after for _, after in pairs])
+    better, worse = pairs.count((False, True)), pairs.count((True, False))
+    assert (found.problems, found.better, found.worse) == (len(pairs), better, worse)
+    differ = better + worse
+    tail = sum(math.comb(differ, wins) for wins in range(min(better, worse) + 1)) / 2**differ
+    assert found.p == pytest.approx(min(1, 2 * tail), rel=1e-9)
+
+
+def test_the_sign_test_of_more_pairs_than_a_float_has_ways_for() -> None:
+    shares = [0.0] * 60_000 + [1.0] * 40_000
+    assert paired(shares, [1 - each for each in shares]).p < 1e-300
+    assert paired(shares[:50_000] * 2, [0.5] * 100_000).p < 1e-300
+    even = [0.0, 1.0] * 5_000
+    assert paired(even, even[::-1]).p == 1

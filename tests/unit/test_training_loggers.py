@@ -14,7 +14,7 @@ from megatron_lopd.errors import ConfigError, DataError, LoggerError
 from megatron_lopd.loggers import METRICS_FILE, Logger, Loggers, read_steps
 from megatron_lopd.registry import LOGGERS
 from megatron_lopd.runtime import display as progress
-from megatron_lopd.runtime.display import ProgressDisplay, duration
+from megatron_lopd.runtime.display import Pace, ProgressDisplay, duration
 
 
 def lines(directory: Path) -> list[dict[str, float | None]]:
@@ -111,16 +111,36 @@ def test_durations_read_back(seconds: int) -> None:
     assert total == seconds if seconds < 3600 else 0 <= seconds - total < 60
 
 
-def test_plain_lines_tell_detail_and_time_left(
+def test_plain_lines_tell_detail_and_no_time_left_that_nothing_is_known_of(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
     display = ProgressDisplay("sft", "step")
     display.begin(10, 12)
-    display.update(11, "loss 1.5, 5,300 tokens/s")
-    display.update(12, "loss 1.2, 5,300 tokens/s")
+    display.update(11, "loss 1.5")
+    display.update(12, "loss 1.2\x1b[2J")
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("sft: step 11/12")
-    assert "loss 1.5, 5,300 tokens/s" in said[0]
-    assert said[0].endswith(" left")
-    assert said[1].endswith("0s left"), "the last step is always told"
+    assert said == ["sft: step 11/12  loss 1.5", "sft: step 12/12  loss 1.2\\x1b[2J"]
+
+
+@pytest.mark.parametrize(
+    ("loading", "between", "batch"), [(60, 3, 64), (0, 0.3, 1), (300, 20, 4096), (0, 0.01, 1), (90, 2, 1)]
+)
+def test_the_time_left_is_right_from_the_first_that_is_said(
+    loading: float, between: float, batch: int
+) -> None:
+    """Of batches, each given at once, one after the other, behind a start that is no part of the rate."""
+    now = 0.0
+    pace = Pace(lambda: now)
+    pace.start(7)
+    now, done, said = loading, 7, 0
+    for _ in range(40 if between >= 1 else 2_000):
+        now += between
+        for _ in range(batch):
+            done += 1
+            now += 1e-6
+            pace.count(done)
+            if pace.per_second is not None:
+                said += 1
+                assert pace.per_second == pytest.approx(batch / between, rel=0.02)
+    assert said

@@ -21,7 +21,10 @@ refuses to go on with another value.
 
 Where a key takes the name of something (an objective, an engine), it also takes `module:name`, an import path
 of your own: see [extending](extending.md). Its options stand in a section of its name, beside the key.
-Paths are relative to the directory that `lopd` is started in.
+Paths are relative to the directory that `lopd` is started in. In a path `~`, `$NAME` and `${NAME}` stand for
+what they do in a shell, on the machine that reads the recipe; `--dry-run` prints it written out, and a name
+that is not set is refused. A count may be written `1e3` or `1_000`; dates and words such as `yes` are text.
+Aliases (`*name`) are copies; merging (`<<`) and tags are refused.
 """
 CLUSTER = """
 # Cluster file

@@ -1,0 +1,75 @@
+"""answers.jsonl: each graded response as text, beside its prompt, the right answer and the verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_lopd.errors import DataError
+from megatron_lopd.files.reading import parse_json, read_lines
+from megatron_lopd.files.writing import atomic_file
+
+if TYPE_CHECKING:  # `lopd inspect` reads answers, and need not wait for what writes them
+    from megatron_lopd.data.chat import Chat
+    from megatron_lopd.data.records import Rollout
+    from megatron_lopd.data.shards import ShardReader
+    from megatron_lopd.graders import Verdict
+    from megatron_lopd.prompts.prompt import Message, Prompt
+
+ANSWERS = "answers.jsonl"
+MODES = ("sampled", "greedy")
+
+
+@dataclass(frozen=True)
+class GradedAnswer:
+    """A response to a prompt. `gold` is the answer that the prompt came with, `answer` the one in `text`.
+
+    `verdict`: "cut" at the horizon and "ungraded", where the grader failed, count as wrong. `answer` is None
+    where the grader reads none.
+    """
+
+    id: str
+    mode: str
+    prompt: Sequence[Message]
+    gold: str | None
+    text: str
+    answer: str | None
+    verdict: Literal["right", "wrong", "cut", "ungraded"]
+
+
+def write_answers(
+    directory: Path,
+    answers: Mapping[str, ShardReader[Rollout]],
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    verdicts: Mapping[str, Mapping[str, list[Verdict]]],
+) -> None:
+    """Write `answers`, by mode, to `directory` as text; `verdicts` by mode, then by prompt's id."""
+    by_id = {prompt.id: prompt for prompt in prompts}
+    with atomic_file(directory / ANSWERS, "w") as stream:
+        for mode in MODES:
+            left = {name: iter(of_prompt) for name, of_prompt in verdicts[mode].items()}
+            for rollout in answers[mode]:
+                prompt = by_id[rollout.sample_id.rpartition("/")[0]]
+                answer = _graded(rollout, mode, prompt, next(left[prompt.id]), chat)
+                stream.write(json.dumps(asdict(answer)) + "\n")
+
+
+def _graded(rollout: Rollout, mode: str, prompt: Prompt, verdict: Verdict, chat: Chat) -> GradedAnswer:
+    failed = "ungraded" if verdict.ungraded else "wrong"
+    word: Any = "right" if verdict.right else "cut" if rollout.finish_reason == "length" else failed
+    text = chat.decode(rollout.response_tokens)
+    return GradedAnswer(rollout.sample_id, mode, prompt.messages, prompt.answer, text, verdict.answer, word)
+
+
+def read_answers(path: Path) -> Iterator[GradedAnswer]:
+    """What `write_answers` wrote, one at a time. DataError naming the line that is damaged."""
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        try:
+            yield GradedAnswer(**parse_json(line, where))
+        except TypeError:
+            raise DataError(f"{where}: damaged: it is no graded answer") from None
