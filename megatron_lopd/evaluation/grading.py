@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_lopd.config import EvaluateConfig
-from megatron_lopd.data.dataset import open_shards
+from megatron_lopd.data.dataset import open_shards, shard_paths
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.evaluation.verdicts import Marker
@@ -33,7 +34,7 @@ class Grades:
     `entropy`: nats a token, the mean of `-log pi(a_t | s_t)` over the sampled tokens, which estimates the
     sampler's entropy where it samples. `length`: tokens a sampled response, end token included. `cut`: share
     of sampled responses that were cut at the horizon. `ungraded`: responses, sampled and greedy, that the
-    grader failed at; they count as wrong.
+    grader failed at; they count as wrong. `late`: those of them that it had no time for.
     """
 
     n: int
@@ -49,6 +50,11 @@ class Grades:
     length: float
     cut: float
     ungraded: int
+    late: int
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; `late` only where any was."""
+        return {name: value for name, value in asdict(self).items() if name != "late" or value}
 
     def __str__(self) -> str:
         """In a line, in percent."""
@@ -59,7 +65,9 @@ class Grades:
             "greedy": percent(self.greedy, self.greedy_error),
         }
         text = ", ".join(f"{name} {value} %" for name, value in measures.items())
-        return f"{text} of {self.n:,} prompts" + (f"; {self.ungraded:,} ungraded" if self.ungraded else "")
+        ungraded = f"; {self.ungraded:,} ungraded, taken for wrong" if self.ungraded else ""
+        late = f", {self.late:,} of them for want of time (evaluate.grading_minutes)" if self.late else ""
+        return f"{text} of {self.n:,} prompts{ungraded}{late}"
 
 
 def check_sets(run: ResolvedRun) -> dict[str, list[Prompt]]:
@@ -86,7 +94,7 @@ def answering(
     greedy = replace(settings.sampling, temperature=0.0, samples_per_prompt=1)
     limit = longest_prompt(model_dir, settings.sampling, None)
     encoded = encode(prompts, model_dir, limit, settings.engine.trust_remote_code)
-    marker = Marker(prompts, model_dir, settings.engine.trust_remote_code)
+    marker = _marker(prompts, model_dir, settings, _responses(prompts, settings))
     for mode, sampling in (("sampled", settings.sampling), ("greedy", greedy)):
         job = SamplingJob(
             model_dir=model_dir,
@@ -125,21 +133,35 @@ def grade_model(
 def grade_answers(
     directory: Path, model_dir: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader
 ) -> Grades:
-    """The grades of what `answering` left in `directory`."""
-    trust = settings.engine.trust_remote_code
+    """The grades of what `answering` left in `directory`: of verdicts that were kept, and others made."""
+    marker = _marker(prompts, model_dir, settings, _responses(prompts, settings))
+    sampled, greedy = (directory / mode for mode in ("sampled", "greedy"))
     return _grades(
-        directory,
-        graded(directory / "sampled", model_dir, prompts, grader, trust),
-        graded(directory / "greedy", model_dir, prompts, grader, trust),
+        directory, marker.by_prompt(sampled, grader, sampled), marker.by_prompt(greedy, grader, greedy)
     )
 
 
-def share_right(
-    directory: Path, voice_dir: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader
-) -> float:
-    """The share of the responses in a directory of rollouts that are right, in [0, 1]."""
-    verdicts = graded(directory, voice_dir, prompts, grader, settings.engine.trust_remote_code)
-    return float(np.mean([verdict.right for of_prompt in verdicts.values() for verdict in of_prompt]))
+def grading_of(
+    rollouts: Path, voice_dir: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, directory: Path
+) -> Work:
+    """The work of grading rollouts that are there already; the verdicts are kept in `directory`."""
+    shards = shard_paths(ROLLOUTS, rollouts)
+    marker = _marker(prompts, voice_dir, settings, len(open_shards(ROLLOUTS, rollouts)))
+    parts = [marker.part(shard, settings.grader, directory) for shard in shards]
+    return Work(f"grade {rollouts.name}", None, voice_dir, parts)
+
+
+def verdicts_on(
+    rollouts: Path,
+    voice_dir: Path,
+    prompts: Sequence[Prompt],
+    settings: EvaluateConfig,
+    grader: Grader,
+    directory: Path,
+) -> list[Verdict]:
+    """On each response, after `grading_of` into `directory`."""
+    marker = _marker(prompts, voice_dir, settings, len(open_shards(ROLLOUTS, rollouts)))
+    return [verdict for each in marker.by_prompt(rollouts, grader, directory).values() for verdict in each]
 
 
 def graded(
@@ -153,10 +175,22 @@ def graded(
     return Marker(prompts, voice_dir, trust_remote_code).by_prompt(directory, grader, directory)
 
 
+def _responses(prompts: Sequence[Prompt], settings: EvaluateConfig) -> int:
+    """How many `answering` asks for, sampled and greedy."""
+    return len(prompts) * (settings.sampling.samples_per_prompt + 1)
+
+
+def _marker(prompts: Sequence[Prompt], voice_dir: Path, settings: EvaluateConfig, responses: int) -> Marker:
+    """What grades so many responses within the recipe's time for them together."""
+    seconds = 60 * settings.grading_minutes
+    return Marker(prompts, voice_dir, settings.engine.trust_remote_code, seconds / max(responses, 1))
+
+
 def _grades(directory: Path, sampled: dict[str, list[Verdict]], greedy: dict[str, list[Verdict]]) -> Grades:
     responses = open_shards(ROLLOUTS, directory / "sampled")
     log_probs = [record.log_probs for record in responses if record.log_probs is not None]
     right = [[verdict.right for verdict in of_prompt] for of_prompt in sampled.values()]
+    verdicts = [verdict for each in (*sampled.values(), *greedy.values()) for verdict in each]
     k = len(right[0])
     average = estimate([float(np.mean(each)) for each in right])
     likeliest = estimate([of_prompt[0].right for of_prompt in greedy.values()])
@@ -173,7 +207,8 @@ def _grades(directory: Path, sampled: dict[str, list[Verdict]], greedy: dict[str
         entropy=float(-np.concatenate(log_probs).astype(np.float64).mean()),
         length=float(responses.lengths("response_tokens").mean()),
         cut=float(np.mean([record.finish_reason == "length" for record in responses])),
-        ungraded=sum(v.ungraded for each in (*sampled.values(), *greedy.values()) for v in each),
+        ungraded=sum(v.ungraded for v in verdicts),
+        late=sum(v.late for v in verdicts),
     )
 
 

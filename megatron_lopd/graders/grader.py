@@ -17,7 +17,7 @@ class Verdict:
 
     `answer`: equal for responses that give the same answer, so that they can vote; None where there is none,
     or the grader does not extract one. `ungraded`: the comparison failed, and the response counts as wrong;
-    `late`: because its time was up, so that a faster machine might have graded it. It is a verdict like others.
+    `late`: because its time was up, so that a faster machine might have graded it.
     """
 
     right: bool

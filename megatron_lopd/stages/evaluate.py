@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.config import deciding
@@ -15,6 +15,7 @@ from megatron_lopd.pipeline.stage import Output, Plan, SharedStage
 if TYPE_CHECKING:
     from megatron_lopd.graders import Grader
     from megatron_lopd.pipeline.workers import Work
+    from megatron_lopd.prompts.prompt import Prompt
 
 RESULTS = "results.json"
 
@@ -57,7 +58,7 @@ class EvaluateStage(SharedStage):
             for name, each in run.evaluation_sets.items():
                 place, label = directory / model / name, f"{model} on {name}"
                 works += answering(where.directory, each.prompts, settings, seed, place, label)
-        make_parts(works)
+        make_parts(works + _teacher_grading(run))
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.evaluation.grading import grade_answers
@@ -75,7 +76,7 @@ class EvaluateStage(SharedStage):
                     place = directory / model / name
                     grades = grade_answers(place, where.directory, each.prompts, settings, grader)
                     print(f"lopd: {model} on {name}: {grades}", flush=True)
-                    accuracy[name][model] = asdict(grades)
+                    accuracy[name][model] = grades.plain()
                     counts["ungraded"] += grades.ungraded
                     for mode in ("sampled", "greedy"):
                         counts["tokens"] += count_rollouts(place / mode)["tokens"]
@@ -101,19 +102,49 @@ def models_of(run: ResolvedRun) -> dict[str, Model]:
     return models
 
 
-def _teacher_answers(run: ResolvedRun, grader: Grader) -> dict[str, Any] | None:
-    """How often the teacher's answers that SFT learned from are right; None unless generate ran.
-
-    None too where the SFT prompts come without answers to grade by.
-    """
-    from megatron_lopd.data.dataset import open_shards
-    from megatron_lopd.data.schemas import ROLLOUTS
-    from megatron_lopd.evaluation.grading import share_right
-
+def _teacher_prompts(run: ResolvedRun) -> list[Prompt]:
+    """The prompts of what SFT learned from, the teacher's answers; none where they cannot be graded."""
     if run.recipe.prompts.sft is None or not run.is_committed("generate"):
+        return []
+    prompts = run.sft_prompts.prompts
+    return [] if any(prompt.answer is None for prompt in prompts) else prompts
+
+
+def _teacher_grading(run: ResolvedRun) -> list[Work]:
+    """The work of grading the teacher's answers; none where they cannot be."""
+    from megatron_lopd.evaluation.grading import grading_of
+
+    prompts, rollouts = _teacher_prompts(run), run.directory_of("generate")
+    if not prompts:
+        return []
+    place = run.directory_of("evaluate")
+    return [grading_of(rollouts, rollouts / "tokenizer", prompts, run.recipe.evaluate, place)]
+
+
+def _teacher_answers(run: ResolvedRun, grader: Grader) -> dict[str, Any] | None:
+    """How often the teacher's answers that SFT learned from are right; None where they cannot be graded.
+
+    Generate did not run, or its prompts have no answers to grade by: all of them, or some, which is told.
+    """
+    from megatron_lopd.evaluation.grading import verdicts_on
+
+    prompts, rollouts = _teacher_prompts(run), run.directory_of("generate")
+    if not prompts:
+        if run.recipe.prompts.sft is not None and run.is_committed("generate"):
+            _say_lacking(run.sft_prompts.prompts)
         return None
-    prompts, directory = run.sft_prompts.prompts, run.directory_of("generate")
-    if any(prompt.answer is None for prompt in prompts):
-        return None
-    share = share_right(directory, directory / "tokenizer", prompts, run.recipe.evaluate, grader)
-    return {"sampled": share, "n": len(open_shards(ROLLOUTS, directory))}
+    place = run.directory_of("evaluate")
+    found = verdicts_on(rollouts, rollouts / "tokenizer", prompts, run.recipe.evaluate, grader, place)
+    ungraded = sum(each.ungraded for each in found)
+    share = sum(each.right for each in found) / len(found)
+    return {"sampled": share, "n": len(found)} | ({"ungraded": ungraded} if ungraded else {})
+
+
+def _say_lacking(prompts: Sequence[Prompt]) -> None:
+    lacking = [prompt for prompt in prompts if prompt.answer is None]
+    if len(lacking) < len(prompts):
+        print(
+            f"lopd: what generate answered is not graded: {len(lacking):,} of {len(prompts):,} prompts of "
+            f"prompts.sft have no answer to grade by, first {lacking[0].id}",
+            flush=True,
+        )

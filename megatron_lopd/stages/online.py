@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,7 +159,7 @@ def _graded(run: ResolvedRun, model: Path, directory: Path) -> list[str]:
         for name, each in run.evaluation_sets.items():
             place, label = directory / "graded" / name, f"online on {name}"
             grades = grade_model(model, each.prompts, settings, seed, place, label, grader)
-            accuracy[name] = {"online_opd": asdict(grades)}
+            accuracy[name] = {"online_opd": grades.plain()}
             print(f"lopd: {label}: {grades}", flush=True)
     atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
     shards = (directory / "graded").rglob("*.arrow")
