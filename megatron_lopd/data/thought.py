@@ -30,7 +30,7 @@ _MARK = re.compile(
     r"(?:_(?:begin|start|end))?\W+",
     re.IGNORECASE,
 )
-_TAIL = 16  # tokens at a prompt's end that a mark is looked for in
+_TAIL = 32  # tokens at a prompt's end that a mark is looked for in
 
 
 class ThoughtMarks:

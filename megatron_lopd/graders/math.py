@@ -74,6 +74,14 @@ def answer_in(response: str) -> str | None:
     return rf"\boxed{{{boxed}}}" if boxed and len(boxed) <= TAIL else None
 
 
+def prepare() -> None:
+    """Have all that is made at its first use: grammars, patterns, and what sympy imports late."""
+    compare(r"\frac{1}{2}", r"\boxed{0.25+0.25}")
+    compare("x^2+1", r"\boxed{(x+1)^2-2x}")
+    compare("[1,2)", r"\boxed{\{1,2\}}")
+    compare(r"\sqrt{2}", "It is $2$, or 3.")
+
+
 def is_readable(gold: str) -> bool:
     """Whether `gold`, a right answer as a file gives it, is found equal to itself. Raises as `compare`."""
     return compare(gold, rf"\boxed{{{_gold_text(gold)}}}").right

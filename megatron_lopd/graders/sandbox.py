@@ -1,9 +1,9 @@
 """A module's functions in a process of its own, which what a model wrote may hang, crash or fill.
 
-Started as `python -c`, that process imports the module and calls nothing of it: it forks one that does, and
-another, within milliseconds, for one that has died. Each call has so much processor time and memory; the
-kernel ends what takes more, in the midst of a C function too. Processor time, not the clock's: how busy the
-machine is must not decide what is right.
+Started as `python -c`, that process imports the module, calls its `prepare` where it has one, and nothing
+more: it forks one that answers calls, and another, within milliseconds, for one that has died. Each call has
+so much processor time and memory; the kernel ends what takes more, in the midst of a C function too.
+Processor time, not the clock's: how busy the machine is must not decide what is right.
 
 It keeps the run from accidents, not from an attack: the process may read, write and connect as the run may.
 """
@@ -144,6 +144,7 @@ def _main() -> None:
         signal.signal(number, signal.SIG_IGN)
     name, descriptor, memory_bytes = sys.argv[1:]
     module = importlib.import_module(name)
+    getattr(module, "prepare", lambda: None)()
     fork: tuple[int, Connection] | None = None
     with Connection(int(descriptor)) as pipe:
         while True:

@@ -15,7 +15,7 @@ from megatron_lopd.errors import ConfigError, DataError, EngineError
 from megatron_lopd.graders import Sandbox, Verdict, open_grader
 from megatron_lopd.graders.math import answer_in, last_boxed
 from megatron_lopd.graders.math_grader import MathGrader
-from megatron_lopd.graders.sandbox import CPU_SECONDS, MEMORY_BYTES
+from megatron_lopd.graders.sandbox import CPU_SECONDS, MEMORY_BYTES, Outcome, Ration
 from megatron_lopd.prompts.prompt import Prompt
 
 
@@ -120,6 +120,35 @@ def test_a_hang_is_ungraded_and_the_next_is_graded(grader: MathGrader, response:
     assert verdict(grader, "5", response) == Verdict(False, None, ungraded=True)
     assert time.monotonic() - began < 20 * CPU_SECONDS  # its limit is of processor time
     assert verdict(grader, "5", r"\boxed{5}").right
+
+
+def test_hostile_answers_leave_the_others_their_time() -> None:
+    """Together they keep to what they are given, and those it does not reach are late."""
+    asked = [(Prompt("q", (), "5"), said) for said in [HANGS[0]] * 20 + [r"\boxed{4}", r"\boxed{5}"]]
+    began = os.times()
+    with MathGrader() as fresh:
+        *hung, wrong, right = fresh.grade_all(asked, seconds=3)
+    took = os.times().children_user - began.children_user
+    assert {(each.right, each.ungraded, each.late) for each in hung} == {(False, True, True)}
+    assert (wrong.ungraded, wrong.right, right.right) == (False, False, True)
+    assert took < 20  # the start takes some; each of them alone might take CPU_SECONDS
+
+
+def test_a_ration_is_kept_to_and_everyone_has_half_a_part() -> None:
+    ration, allowed = Ration(seconds=10, calls=100, most=3), []
+
+    def take_all(seconds: float) -> Outcome:
+        allowed.append(seconds)
+        return Outcome(None, late=True, seconds=seconds)
+
+    for _ in range(100):
+        ration.spend(take_all)
+    assert sum(allowed) == pytest.approx(10)
+    assert allowed[:2] == pytest.approx([3, 2.1])
+    assert min(allowed) == pytest.approx(0.05)
+    quick = Ration(seconds=10, calls=100, most=3)
+    assert all(quick.spend(lambda seconds: Outcome(1, False, seconds / 1e6)).value for _ in range(99))
+    assert quick.spend(take_all).seconds == pytest.approx(3)  # what they have left is had by the last
 
 
 HOSTILE = {
