@@ -107,9 +107,12 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
         lambda m: rf"{m[1]}{m[3]} \text{{ {CURRENCIES[m[2]]}}}",
     ),
     # Thousands set apart, which are otherwise a product, or a pair: 1 234; (1,000), while (1,200) is a pair.
-    (r"^-?\d{1,3}(?:(?:\\[,!;: ]| )\d{3})+(?:\.\d+)?$", lambda m: re.sub(r"\\[,!;: ]| ", "", m[0])),
+    (
+        r"(^|=\s*)(-?\d{1,3}(?:(?:\\[,!;: ]| )\d{3})+(?:\.\d+)?)$",
+        lambda m: m[1] + re.sub(r"\\[,!;: ]| ", "", m[2]),
+    ),
     (r"^\(\s*([1-9]\d{0,2}(?:,\d{3})*,0\d\d(?:,\d{3})*)\s*\)$", r"\1"),
-    (rf"^-?{_GROUPED}(?![\d,])", lambda m: re.sub(r"[,{}]", "", m[0])),
+    (rf"(?:^|=\s*)-?{_GROUPED}(?![\d,])", lambda m: re.sub(r"[,{}]", "", m[0])),
 )
 _COMPILED = [(re.compile(pattern), instead) for pattern, instead in _RULES]
 
