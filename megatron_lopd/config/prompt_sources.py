@@ -25,7 +25,9 @@ class PromptSource:
         None,
     )
     answer_field: str | None = key(
-        "the file's field with the right answer; empty: the one of answer, expected_answer that is there",
+        "the file's field with the right answer, with dots within another: reward_model.ground_truth, "
+        "answers.0; empty: the one of answer, expected_answer, ground_truth, reward_model.ground_truth that "
+        "is there",
         None,
     )
     extra_fields: tuple[str, ...] = key("further fields of the file that the grader needs", ())

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from megatron_lopd.config.engine import AgreementConfig, EngineConfig, Fp8Config
-from megatron_lopd.config.keys import Count, CountOrZero, FilePath, NotNegative, Share, key, require
+from megatron_lopd.config.keys import Count, CountOrZero, FilePath, NotNegative, Positive, Share, key, require
 from megatron_lopd.config.layout import ParallelConfig
 from megatron_lopd.config.prompt_sources import PromptSources
 from megatron_lopd.config.training import SftConfig, TrainConfig
@@ -93,6 +93,12 @@ class EvaluateConfig:
         door=GRADERS,
     )
     teacher: bool = key("grade the teacher too: the score that the student is distilled towards", False)
+    grading_minutes: Positive = key(
+        "processor time for grading a model's answers to a set, minutes; what is not graded in it counts as "
+        "wrong, and is told",
+        60.0,
+        operational=True,
+    )
     sampling: Sampling = key(
         "how the sampled accuracy is drawn; samples_per_prompt=n gives avg@n and pass@1, 2, 4, ... n",
         factory=Sampling,

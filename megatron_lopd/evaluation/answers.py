@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,6 @@ from megatron_lopd.files.reading import parse_json, read_lines
 from megatron_lopd.files.writing import atomic_file
 
 if TYPE_CHECKING:  # `lopd inspect` reads answers, and need not wait for what writes them
-    from megatron_lopd.data.chat import Chat
     from megatron_lopd.data.records import Rollout
     from megatron_lopd.data.shards import ShardReader
     from megatron_lopd.graders import Verdict
@@ -43,25 +42,24 @@ class GradedAnswer:
 def write_answers(
     directory: Path,
     answers: Mapping[str, ShardReader[Rollout]],
-    chat: Chat,
+    text: Callable[[Rollout], str],
     prompts: Sequence[Prompt],
     verdicts: Mapping[str, Mapping[str, list[Verdict]]],
 ) -> None:
-    """Write `answers`, by mode, to `directory` as text; `verdicts` by mode, then by prompt's id."""
+    """Write `answers`, by mode, to `directory`: `text` of each. `verdicts` by mode, then by prompt's id."""
     by_id = {prompt.id: prompt for prompt in prompts}
     with atomic_file(directory / ANSWERS, "w") as stream:
         for mode in MODES:
             left = {name: iter(of_prompt) for name, of_prompt in verdicts[mode].items()}
             for rollout in answers[mode]:
                 prompt = by_id[rollout.sample_id.rpartition("/")[0]]
-                answer = _graded(rollout, mode, prompt, next(left[prompt.id]), chat)
+                answer = _graded(rollout, mode, prompt, next(left[prompt.id]), text(rollout))
                 stream.write(json.dumps(asdict(answer)) + "\n")
 
 
-def _graded(rollout: Rollout, mode: str, prompt: Prompt, verdict: Verdict, chat: Chat) -> GradedAnswer:
+def _graded(rollout: Rollout, mode: str, prompt: Prompt, verdict: Verdict, text: str) -> GradedAnswer:
     failed = "ungraded" if verdict.ungraded else "wrong"
     word: Any = "right" if verdict.right else "cut" if rollout.finish_reason == "length" else failed
-    text = chat.decode(rollout.response_tokens)
     return GradedAnswer(rollout.sample_id, mode, prompt.messages, prompt.answer, text, verdict.answer, word)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_lopd.artifacts.manifest import require_listed
 from megatron_lopd.config import EvaluateConfig, Sampling
-from megatron_lopd.data.arrow_file import ShardFile
-from megatron_lopd.data.chat import Chat
-from megatron_lopd.data.dataset import listed_shards
+from megatron_lopd.data.dataset import listed_shards, open_shards
 from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import ShardReader
@@ -39,7 +38,7 @@ class Grades:
     `entropy`: nats a token, the mean of `-log pi(a_t | s_t)` over the sampled tokens, which estimates the
     sampler's entropy where it samples. `length`: tokens a sampled response, end token included. `cut`: share
     of sampled responses that were cut at the horizon. `ungraded`: responses, sampled and greedy, that the
-    grader failed at; they count as wrong.
+    grader failed at; they count as wrong. `late`: those of them that it had no time for.
     """
 
     n: int
@@ -55,6 +54,11 @@ class Grades:
     length: float
     cut: float
     ungraded: int
+    late: int
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; `late` only where any was."""
+        return {name: value for name, value in asdict(self).items() if name != "late" or value}
 
     def __str__(self) -> str:
         """In a line, in percent."""
@@ -65,7 +69,9 @@ class Grades:
             "greedy": percent(self.greedy, self.greedy_error),
         }
         text = ", ".join(f"{name} {value} %" for name, value in measures.items())
-        return f"{text} of {self.n:,} prompts" + (f"; {self.ungraded:,} ungraded" if self.ungraded else "")
+        ungraded = f"; {self.ungraded:,} ungraded, taken for wrong" if self.ungraded else ""
+        late = f", {self.late:,} of them for want of time (evaluate.grading_minutes)" if self.late else ""
+        return f"{text} of {self.n:,} prompts{ungraded}{late}"
 
 
 def check_sets(run: ResolvedRun) -> dict[str, list[Prompt]]:
@@ -92,7 +98,7 @@ def answering(
     """
     limit = longest_prompt(model_dir, settings.sampling, None)
     encoded = encode(prompts, model_dir, limit, settings.engine.trust_remote_code)
-    marker = Marker(prompts, model_dir, settings.engine.trust_remote_code)
+    marker = _marker(prompts, model_dir, settings, _responses(prompts, settings))
     for mode, sampling in _modes(settings).items():
         job = SamplingJob(
             model_dir=model_dir,
@@ -157,43 +163,48 @@ def grade_answers(
 ) -> tuple[Grades, list[float]]:
     """The grades of `answers_in`, which are also written to `directory` as text for people.
 
-    And of each prompt, in order, the share of its samples that are right.
+    Verdicts that were kept are taken, others made. And of each prompt, in order, the share of its samples
+    that are right.
     """
-    trust = settings.engine.trust_remote_code
-    verdicts = {
-        mode: graded(answers[mode].paths, directory / mode, model_dir, prompts, grader, trust)
-        for mode in MODES
-    }
-    write_answers(directory, answers, Chat(str(model_dir), trust), prompts, verdicts)
+    marker = _marker(prompts, model_dir, settings, _responses(prompts, settings))
+    verdicts = {mode: marker.by_prompt(answers[mode].paths, grader, directory / mode) for mode in MODES}
+    write_answers(directory, answers, marker.text, prompts, verdicts)
     shares = [float(np.mean([each.right for each in verdicts["sampled"][prompt.id]])) for prompt in prompts]
     return _grades(answers["sampled"], verdicts["sampled"], verdicts["greedy"]), shares
 
 
-def share_right(
-    directory: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader
-) -> float:
-    """The share of the responses in an artifact of rollouts with its tokenizer that are right, in [0, 1]."""
-    shards, _ = listed_shards(ROLLOUTS, directory)
-    require_listed(directory / "tokenizer")
-    trust = settings.engine.trust_remote_code
-    verdicts = graded(shards, directory, directory / "tokenizer", prompts, grader, trust)
-    return float(np.mean([verdict.right for of_prompt in verdicts.values() for verdict in of_prompt]))
+def grading_of(rollouts: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, directory: Path) -> Work:
+    """The work of grading an artifact of rollouts, with its tokenizer; verdicts are kept in `directory`."""
+    shards, _ = listed_shards(ROLLOUTS, rollouts)
+    marker = _marker_of(rollouts, prompts, settings)
+    parts = [marker.part(shard, settings.grader, directory) for shard in shards]
+    return Work(f"grade {rollouts.name}", None, rollouts / "tokenizer", parts)
 
 
-def graded(
-    shards: Sequence[ShardFile],
-    kept_in: Path,
-    voice_dir: Path,
-    prompts: Sequence[Prompt],
-    grader: Grader,
-    trust_remote_code: bool,
-) -> dict[str, list[Verdict]]:
-    """The grader's verdict on each response to each prompt in shards of rollouts, by prompt id.
+def verdicts_on(
+    rollouts: Path, prompts: Sequence[Prompt], settings: EvaluateConfig, grader: Grader, directory: Path
+) -> list[Verdict]:
+    """On each response, after `grading_of` into `directory`."""
+    shards, _ = listed_shards(ROLLOUTS, rollouts)
+    verdicts = _marker_of(rollouts, prompts, settings).by_prompt(shards, grader, directory)
+    return [verdict for each in verdicts.values() for verdict in each]
 
-    Those that workers have kept beside their claims in `kept_in` are taken as they are. `voice_dir` has the
-    tokenizer that turns responses into text.
-    """
-    return Marker(prompts, voice_dir, trust_remote_code).by_prompt(shards, grader, kept_in)
+
+def _responses(prompts: Sequence[Prompt], settings: EvaluateConfig) -> int:
+    """How many `answering` asks for, sampled and greedy."""
+    return len(prompts) * (settings.sampling.samples_per_prompt + 1)
+
+
+def _marker(prompts: Sequence[Prompt], voice_dir: Path, settings: EvaluateConfig, responses: int) -> Marker:
+    """What grades so many responses within the recipe's time for them together."""
+    seconds = 60 * settings.grading_minutes
+    return Marker(prompts, voice_dir, settings.engine.trust_remote_code, seconds / max(responses, 1))
+
+
+def _marker_of(rollouts: Path, prompts: Sequence[Prompt], settings: EvaluateConfig) -> Marker:
+    """As `_marker`, for an artifact of rollouts, with its tokenizer."""
+    require_listed(rollouts / "tokenizer")
+    return _marker(prompts, rollouts / "tokenizer", settings, len(open_shards(ROLLOUTS, rollouts)))
 
 
 def _grades(
@@ -201,6 +212,7 @@ def _grades(
 ) -> Grades:
     log_probs = [record.log_probs for record in responses if record.log_probs is not None]
     right = [[verdict.right for verdict in of_prompt] for of_prompt in sampled.values()]
+    verdicts = [verdict for each in (*sampled.values(), *greedy.values()) for verdict in each]
     k = len(right[0])
     average = estimate([float(np.mean(each)) for each in right])
     likeliest = estimate([of_prompt[0].right for of_prompt in greedy.values()])
@@ -217,7 +229,8 @@ def _grades(
         entropy=float(-np.concatenate(log_probs).astype(np.float64).mean()),
         length=float(responses.lengths("response_tokens").mean()),
         cut=float(np.mean([record.finish_reason == "length" for record in responses])),
-        ungraded=sum(v.ungraded for each in (*sampled.values(), *greedy.values()) for v in each),
+        ungraded=sum(v.ungraded for v in verdicts),
+        late=sum(v.late for v in verdicts),
     )
 
 

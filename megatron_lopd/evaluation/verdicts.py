@@ -9,30 +9,50 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
+from itertools import islice
 from pathlib import Path
 
 from megatron_lopd.data.arrow_file import ShardFile, path_of
 from megatron_lopd.data.chat import Chat
+from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import ShardReader
+from megatron_lopd.data.thought import ThoughtMarks
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import fsync_file
 from megatron_lopd.graders import Grader, Verdict, open_grader
+from megatron_lopd.graders.sandbox import CPU_SECONDS
 from megatron_lopd.pipeline.workers import Derived
 from megatron_lopd.prompts.prompt import Prompt
 from megatron_lopd.runtime.claims import CLAIMS
 
+AT_ONCE = 1024  # responses whose texts are held
+
 
 class Marker:
-    """Grades shards of responses to `prompts`, which the tokenizer in `voice_dir` turns into text."""
+    """Grades shards of responses to `prompts`, which the tokenizer in `voice_dir` turns into text.
 
-    def __init__(self, prompts: Sequence[Prompt], voice_dir: Path, trust_remote_code: bool) -> None:
+    A response may take `seconds_each` on the mean of what is graded together.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        voice_dir: Path,
+        trust_remote_code: bool,
+        seconds_each: float = CPU_SECONDS,
+    ) -> None:
         self._prompts: Mapping[str, Prompt] = {prompt.id: prompt for prompt in prompts}
-        self._chat = Chat(str(voice_dir), trust_remote_code)
+        self._marks = ThoughtMarks(Chat(str(voice_dir), trust_remote_code).tokenizer)
+        self._seconds_each = seconds_each
 
-    def part(self, shard: Path, grader: str, directory: Path) -> Derived:
+    def text(self, rollout: Rollout) -> str:
+        """A response as a grader is shown it."""
+        return self._marks.text(rollout.prompt_tokens, rollout.response_tokens)
+
+    def part(self, shard: ShardFile, grader: str, directory: Path) -> Derived:
         """The verdicts on a shard as a part of the work in `directory`."""
 
         def write(path: Path, tick: Callable[[], None]) -> None:
@@ -43,7 +63,7 @@ class Marker:
                 json.dump({"sha256": sha256_bytes(text), "verdicts": plain}, stream)
             fsync_file(path)
 
-        return Derived(_kept(shard, directory), shard, write)
+        return Derived(_kept(path_of(shard), directory), path_of(shard), write)
 
     def by_prompt(
         self, shards: Sequence[ShardFile], grader: Grader, kept_in: Path
@@ -71,14 +91,19 @@ class Marker:
     def _verdicts(
         self, shard: ShardFile, grader: Grader, tick: Callable[[], None]
     ) -> list[tuple[str, Verdict]]:
-        found = []
-        for rollout in ShardReader(ROLLOUTS, [shard]):
-            tick()
-            verdict = Verdict(False)
-            if rollout.finish_reason == "stop":
-                text = self._chat.decode(rollout.response_tokens)
-                verdict = grader.grade(self._prompt_of(rollout.sample_id), text)
-            found.append((rollout.sample_id, verdict))
+        found: list[tuple[str, Verdict]] = []
+        records = iter(ShardReader(ROLLOUTS, [shard]))
+        while some := list(islice(records, AT_ONCE)):
+            asked = [
+                (self._prompt_of(each.sample_id), self.text(each))
+                for each in some
+                if each.finish_reason == "stop"
+            ]
+            verdicts = iter(grader.grade_all(asked, self._seconds_each * len(asked)))
+            for each in some:
+                tick()
+                verdict = next(verdicts) if each.finish_reason == "stop" else Verdict(False)
+                found.append((each.sample_id, verdict))
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ Row = Mapping[str, Any]
 # What prompt files in the wild call these two.
 PROMPT_FIELDS = ("prompt", "problem", "question", "messages")
 ANSWER_FIELDS = ("answer", "expected_answer")
+# What the answer is taken from where there is neither: dots lead into mappings and lists.
+OTHER_ANSWER_FIELDS = ("ground_truth", "reward_model.ground_truth")
 
 # What other formats call roles that templates know by another name. Some print any role, and so these too.
 _OTHER_NAMES = {
@@ -47,9 +50,10 @@ def read_prompts(
 
     `format` names what reads the file; None goes by its suffix. The prompt, text or a list of messages, is in
     `prompt_field`, or in the one of PROMPT_FIELDS that is there; the answer, which may be absent, in
-    `answer_field`, or in the one of ANSWER_FIELDS; `extra_fields` are kept as Prompt.extra. `count` takes
-    the first so many. An id that is not given is a digest of the messages as they are in the file: `suffix`,
-    which is put after the last message on a line of its own, does not change it.
+    `answer_field`, which may have dots, in the one of ANSWER_FIELDS, or else of OTHER_ANSWER_FIELDS;
+    `extra_fields` are kept as Prompt.extra. `count` takes the first so many. An id that is not given is a
+    digest of the messages as they are in the file: `suffix`, which is put after the last message on a line of
+    its own, does not change it.
 
     Raises DataError naming file and line for a malformed row, a field that is missing or could be either of
     two, a last message that is already an answer, and a prompt or id met twice; when there are fewer than
@@ -155,13 +159,43 @@ def _parse(where: str, row: Row, prompt_field: str | None) -> Prompt:
 
 def _answer(where: str, row: Row, answer_field: str | None) -> str | None:
     field = answer_field or _known_field(where, row, ANSWER_FIELDS, "answer_field")
-    if answer_field is not None and answer_field not in row:
-        raise DataError(f"{where}: must have {answer_field}, which answer_field names")
-    answer = None if field is None else row[field]
+    if field is None:
+        field = next((name for name in OTHER_ANSWER_FIELDS if _has(row, name)), None)
+    if field is None:
+        return None
+    if not _has(row, field):
+        raise DataError(f"{where}: must have {field}, which answer_field names")
+    answer = _at(row, field)
+    if isinstance(answer, Mapping | list) and answer:
+        part = 0 if isinstance(answer, list) else next(iter(answer))
+        raise DataError(
+            f"{where}: {field} must be text or a number, not {type(answer).__name__}: name the part of it "
+            f"that is the answer, such as answer_field={field}.{part}"
+        )
     if answer is not None and (isinstance(answer, bool) or not isinstance(answer, str | int | float)):
         raise DataError(f"{where}: {field} must be text or a number, not {type(answer).__name__}")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise DataError(f"{where}: {field} is {answer}, which is no number to compare with: correct it")
     _require_json(where, field, answer)
     return None if answer is None else str(answer)
+
+
+def _has(row: Any, field: str) -> bool:
+    try:
+        _at(row, field)
+    except (LookupError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _at(row: Any, field: str) -> Any:
+    """The value of a field, or of one within it, as a path with dots. Raises as indexing does without it."""
+    if isinstance(row, Mapping) and field in row:
+        return row[field]
+    first, dot, rest = field.partition(".")
+    if not dot:
+        return row[int(first)] if isinstance(row, list) else row[first]
+    return _at(_at(row, first), rest)
 
 
 def _extra(where: str, row: Row, fields: Sequence[str]) -> dict[str, Any]:

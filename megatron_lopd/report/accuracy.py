@@ -126,7 +126,7 @@ def _measures(row: Mapping[str, Any]) -> dict[str, str]:
         "length": f"{row['length']:,.1f}",
         "entropy": f"{row['entropy']:.3f}",
         "cut": f"{100 * row['cut']:.1f}",
-        "ungraded": f"{row['ungraded']:,}",
+        "ungraded": f"{row['ungraded']:,}" + (f", {row['late']:,} late" if row.get("late") else ""),
     }
 
 

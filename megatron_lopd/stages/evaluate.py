@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from megatron_lopd.runtime.display import say
 if TYPE_CHECKING:
     from megatron_lopd.graders import Grader
     from megatron_lopd.pipeline.workers import Work
+    from megatron_lopd.prompts.prompt import Prompt
 
 RESULTS = "results.json"
 
@@ -63,7 +65,7 @@ class EvaluateStage(SharedStage):
                 works += answering(
                     where.directory, each.prompts, settings, seed, place, label, identity_of(plan)
                 )
-        make_parts(works)
+        make_parts(works + _teacher_grading(run))
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.evaluation.answers import ANSWERS
@@ -89,7 +91,7 @@ class EvaluateStage(SharedStage):
                         answers, place, where.directory, each.prompts, settings, grader
                     )
                     say(f"lopd: {model} on {name}: {grades}")
-                    accuracy[name][model] = asdict(grades)
+                    accuracy[name][model] = grades.plain()
                     counts["ungraded"] += grades.ungraded
                     files.append(str((place / ANSWERS).relative_to(directory)))
                     for mode, reader in answers.items():
@@ -125,19 +127,48 @@ def models_of(run: ResolvedRun) -> dict[str, Model]:
     return models
 
 
-def _teacher_answers(run: ResolvedRun, grader: Grader) -> dict[str, Any] | None:
-    """How often the teacher's answers that SFT learned from are right; None unless generate ran.
-
-    None too where the SFT prompts come without answers to grade by.
-    """
-    from megatron_lopd.data.dataset import open_shards
-    from megatron_lopd.data.schemas import ROLLOUTS
-    from megatron_lopd.evaluation.grading import share_right
-
+def _teacher_prompts(run: ResolvedRun) -> list[Prompt]:
+    """The prompts of what SFT learned from, the teacher's answers; none where they cannot be graded."""
     if run.recipe.prompts.sft is None or not run.is_committed("generate"):
+        return []
+    prompts = run.sft_prompts.prompts
+    return [] if any(prompt.answer is None for prompt in prompts) else prompts
+
+
+def _teacher_grading(run: ResolvedRun) -> list[Work]:
+    """The work of grading the teacher's answers; none where they cannot be."""
+    from megatron_lopd.evaluation.grading import grading_of
+
+    prompts, rollouts = _teacher_prompts(run), run.directory_of("generate")
+    if not prompts:
+        return []
+    place = run.directory_of("evaluate")
+    return [grading_of(rollouts, prompts, run.recipe.evaluate, place)]
+
+
+def _teacher_answers(run: ResolvedRun, grader: Grader) -> dict[str, Any] | None:
+    """How often the teacher's answers that SFT learned from are right; None where they cannot be graded.
+
+    Generate did not run, or its prompts have no answers to grade by: all of them, or some, which is told.
+    """
+    from megatron_lopd.evaluation.grading import verdicts_on
+
+    prompts, rollouts = _teacher_prompts(run), run.directory_of("generate")
+    if not prompts:
+        if run.recipe.prompts.sft is not None and run.is_committed("generate"):
+            _say_lacking(run.sft_prompts.prompts)
         return None
-    prompts, directory = run.sft_prompts.prompts, run.directory_of("generate")
-    if any(prompt.answer is None for prompt in prompts):
-        return None
-    share = share_right(directory, prompts, run.recipe.evaluate, grader)
-    return {"sampled": share, "n": len(open_shards(ROLLOUTS, directory))}
+    place = run.directory_of("evaluate")
+    found = verdicts_on(rollouts, prompts, run.recipe.evaluate, grader, place)
+    ungraded = sum(each.ungraded for each in found)
+    share = sum(each.right for each in found) / len(found)
+    return {"sampled": share, "n": len(found)} | ({"ungraded": ungraded} if ungraded else {})
+
+
+def _say_lacking(prompts: Sequence[Prompt]) -> None:
+    lacking = [prompt for prompt in prompts if prompt.answer is None]
+    if len(lacking) < len(prompts):
+        say(
+            f"lopd: what generate answered is not graded: {len(lacking):,} of {len(prompts):,} prompts of "
+            f"prompts.sft have no answer to grade by, first {lacking[0].id}"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,7 +171,7 @@ def _graded(run: ResolvedRun, plan: Plan, model: Path, directory: Path) -> list[
                 model, each.prompts, settings, seed, place, label, grader, identity_of(plan)
             )
             files += [str(path.relative_to(directory)) for path in shards]
-            accuracy[name] = {"online_opd": asdict(grades)}
+            accuracy[name] = {"online_opd": grades.plain()}
             say(f"lopd: {label}: {grades}")
     atomic_write_json(directory / RESULTS, {"accuracy": accuracy})
     return files

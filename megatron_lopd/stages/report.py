@@ -179,6 +179,8 @@ def _settings(
             settings["refreshes"] = f"{len(refreshes)}, every {every} steps, {sampled} samples in all"
     if answers is not None:
         settings["the teacher's SFT answers"] = f"{100 * answers['sampled']:.1f} % of {answers['n']} right"
+        if ungraded := answers.get("ungraded"):
+            settings["the teacher's SFT answers"] += f", {ungraded:,} ungraded"
     versions = next(iter(manifests.values())).versions
     return settings | {name: text for name, text in versions.items() if text != "absent"}
 

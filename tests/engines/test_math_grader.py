@@ -8,7 +8,8 @@ from megatron_lopd.config import EngineConfig, EvaluateConfig, Sampling
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import ShardReader
-from megatron_lopd.evaluation.grading import grade_model, graded
+from megatron_lopd.evaluation.grading import grade_model
+from megatron_lopd.evaluation.verdicts import Marker
 from megatron_lopd.graders import open_grader
 from megatron_lopd.prompts.arithmetic import problems
 from megatron_lopd.prompts.prompt import Prompt
@@ -31,8 +32,9 @@ def test_two_graders_agree_on_a_trained_models_answers(tmp_path: Path) -> None:
         job = TEACHER, prompts, settings, 1, tmp_path, "teacher", mathematical, "a plan"
         grades, _ = grade_model(*job)
         shards = sorted((tmp_path / "sampled").glob("*.arrow"))
-        found = graded(shards, tmp_path, TEACHER, prompts, mathematical, False)
-        truth = graded(shards, tmp_path, TEACHER, prompts, exact, False)
+        marker = Marker(prompts, TEACHER, False)
+        found = marker.by_prompt(shards, mathematical, tmp_path)
+        truth = marker.by_prompt(shards, exact, tmp_path)
     chat, right = Chat(str(TEACHER)), {True: 0, False: 0}
     texts = {r.sample_id: chat.decode(r.response_tokens) for r in ShardReader(ROLLOUTS, shards)}
     for prompt_id, verdicts in truth.items():

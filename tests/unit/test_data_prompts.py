@@ -66,6 +66,36 @@ def test_fields_that_are_named(tmp_path: Path) -> None:
         read_prompts(path, answer_field="gold")
 
 
+@pytest.mark.parametrize(
+    ("row", "answer_field", "answer"),
+    [
+        ({"reward_model": {"style": "rule", "ground_truth": "2"}}, None, "2"),  # verl
+        ({"ground_truth": 2}, None, "2"),
+        ({"answer": "2", "reward_model": {"ground_truth": "left alone"}}, None, "2"),
+        ({"reward_model": {"style": "model"}}, None, None),
+        ({"answer": {"value": 2.5, "unit": "cm"}}, "answer.value", "2.5"),
+        ({"answers": [["2"], "3"]}, "answers.0.0", "2"),
+        ({"label.gold": 2, "label": {"gold": 3}}, "label.gold", "2"),  # a name with a dot is a name
+        ({"answer": 1e-5}, None, "1e-05"),
+    ],
+)
+def test_answers_within_other_fields(
+    tmp_path: Path, row: dict[str, Any], answer_field: str | None, answer: str | None
+) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1?"} | row)
+    (prompt,) = read_prompts(path, answer_field=answer_field)
+    assert prompt.answer == answer
+
+
+@pytest.mark.parametrize(
+    "field", ["reward_model.gold", "answers.2", "answers.x", "prompt.0", "answers.", "."]
+)
+def test_an_answer_field_that_leads_nowhere(tmp_path: Path, field: str) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1?", "answers": [1, 2], "reward_model": {}})
+    with pytest.raises(DataError, match=r"p\.jsonl:1: must have .*, which answer_field names"):
+        read_prompts(path, answer_field=field)
+
+
 def test_a_suffix_is_a_line_after_the_prompt_and_leaves_its_id(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2+2?"}]
     path = write(tmp_path / "p.jsonl", {"prompt": "1+1?"}, {"messages": messages})
@@ -179,6 +209,8 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
             r"p\.jsonl:2: repeats .*p\.jsonl:1 \(id x\)",
         ),
         ([{"prompt": "a", "answer": [1]}], r"p\.jsonl:1: answer must be text or a number, not list"),
+        ([{"prompt": "a", "answer": ["7"]}], r"p\.jsonl:1: answer must .* such as answer_field=answer\.0$"),
+        ([{"prompt": "a", "answer": {"value": 7}}], r"p\.jsonl:1: .* such as answer_field=answer\.value$"),
         ([{"prompt": "a", "answer": True}], r"p\.jsonl:1: answer must be text or a number, not bool"),
         ([{"prompt": "a", "id": ""}], r"p\.jsonl:1: id must be"),
         (

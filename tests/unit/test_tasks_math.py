@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from megatron_lopd.errors import ConfigError, DataError, EngineError
 from megatron_lopd.graders import Sandbox, Verdict, open_grader
 from megatron_lopd.graders.math import answer_in, last_boxed
 from megatron_lopd.graders.math_grader import MathGrader
-from megatron_lopd.graders.sandbox import CPU_SECONDS, MEMORY_BYTES
+from megatron_lopd.graders.sandbox import CPU_SECONDS, MEMORY_BYTES, Outcome, Ration
 from megatron_lopd.prompts.prompt import Prompt
 
 
@@ -28,66 +29,33 @@ def verdict(grader: MathGrader, gold: str, response: str) -> Verdict:
     return grader.grade(Prompt("q", ({"role": "user", "content": "?"},), gold), response)
 
 
-EQUAL = [
-    ("204", "204"),
-    ("204", "204.0"),
-    ("073", "73"),
-    ("73", "073"),
-    (r"\boxed{204}", "$204$"),
-    ("$204$", r"\text{204}"),
-    ("1/2", r"\frac{1}{2}"),
-    (r"\frac12", "0.5"),
-    (r"\frac{1}{2}", r"\dfrac{2}{4}"),
-    ("-3", r"-\frac{6}{2}"),
-    (r"2\sqrt{3}", r"\sqrt{12}"),
-    ("1,000", "1000"),
-    ("1000", "1{,}000"),
-    ("10000", r"10\,000"),
-    ("1234567", "1 234 567"),
-    (r"[1,2)", r"[1, 2)"),
-    (r"(-\infty,3]", r"\left(-\infty, 3\right]"),
-    (r"\{1,2\}", r"\{2,1\}"),
-    ("1,2", "2, 1"),
-    (r"\left(3,\frac{\pi}{2}\right)", r"(3, \pi/2)"),
-    ("5", r"5\text{ cm}"),
-    ("5", "5 cm"),
-    ("90", r"90^\circ"),
-    (r"18.90", r"\$18.90"),
-    ("5", "x = 5"),
-    ("x^2+1", "1+x^2"),
-    (r"\text{Evelyn}", r"\text{evelyn}"),
-    (r"\text{(C)}", "C"),
-    ("east", r"\text{East}"),
-    ("10^{100}", "10^{100}"),
-]
-UNEQUAL = [
-    ("204", "205"),
-    ("204", "-204"),
-    ("2", "2, 3"),
-    ("3", r"3 \text{ and } 4"),
-    ("(1,2)", "(2,1)"),
-    ("[1,2)", "[1,2]"),
-    (r"\{1,2\}", r"\{1,2,3\}"),
-    ("1/3", "0.333"),
-    (r"\pi", "3.14"),
-    ("1000", "1,0"),
-    ("1000", "1"),
-    ("east", "seat"),  # equal as products of letters
-    (r"\text{Evelyn}", r"\text{Bob}"),
-    ("C", "D"),
-    ("5", ""),
-]
+with (Path(__file__).parent / "disputed_answers.tsv").open(newline="") as table:
+    DISPUTED = list(csv.DictReader(table, delimiter="\t", quoting=csv.QUOTE_NONE))
+# What a gold is not: a sum that is worked out, and text about an answer.
+ANSWERS_ALONE = {"", "3+4=7", "7=7", "7?", r"\text{(3,4)}", r"\text{Yes, it is}"}
 
 
-@pytest.mark.parametrize(("gold", "said"), EQUAL)
-def test_equal(grader: MathGrader, gold: str, said: str) -> None:
-    assert verdict(grader, gold, rf"So it is \boxed{{{said}}}.").right
+@pytest.fixture(scope="module")
+def verdicts(grader: MathGrader) -> dict[tuple[str, str], Verdict]:
+    """By gold and answer: of each row, and of its two sides exchanged."""
+    pairs = [(row["gold"], row["answer"]) for row in DISPUTED]
+    pairs += [(said, gold) for gold, said in pairs if said not in ANSWERS_ALONE]
+    asked = [(Prompt("q", (), gold), rf"So it is \boxed{{{said}}}.") for gold, said in pairs]
+    return dict(zip(pairs, grader.grade_all(asked, seconds=2 * len(asked)), strict=True))
 
 
-@pytest.mark.parametrize(("gold", "said"), UNEQUAL)
-def test_unequal(grader: MathGrader, gold: str, said: str) -> None:
-    found = verdict(grader, gold, rf"So it is \boxed{{{said}}}.")
-    assert (found.right, found.ungraded) == (False, False)
+@pytest.mark.parametrize("kind", dict.fromkeys(row["kind"] for row in DISPUTED))
+def test_disputed_answers(verdicts: dict[tuple[str, str], Verdict], kind: str) -> None:
+    """Each as a careful person would say, for the reason in its row, and from either side."""
+    for row in (row for row in DISPUTED if row["kind"] == kind):
+        sides = [(row["gold"], row["answer"]), (row["answer"], row["gold"])]
+        for found in [verdicts[side] for side in sides if side in verdicts]:
+            assert (found.right, found.ungraded) == (row["verdict"] == "=", False), row
+
+
+def test_a_gold_is_equal_to_itself(grader: MathGrader) -> None:
+    golds = dict.fromkeys(row["gold"] for row in DISPUTED)
+    grader.require([Prompt(str(number), (), gold) for number, gold in enumerate(golds)])
 
 
 @pytest.mark.parametrize(
@@ -104,6 +72,14 @@ def test_unequal(grader: MathGrader, gold: str, said: str) -> None:
         (r"\boxed{7}</think>I do not know", False),  # the template opened it
         (r"<think>\boxed{7}", False),  # still thinking
         (r"</think>a<think>\boxed{7}", False),
+        ("<answer>7</answer>", True),
+        ("<answer> 7 </answer> or 8", True),
+        (r"<answer>It is \boxed{7}.</answer>", True),
+        (r"\boxed{3}<answer>7</answer>", True),
+        (r"<answer>7</answer>, no: \boxed{3}", False),
+        ("<answer>7</answer><answer>3</answer>", False),
+        ("<answer></answer>7", False),
+        ("The answer is 7e3", False),
         ("The answer is 7.", True),
         ("The answer is $7$", True),
         ("7 is a number. The final answer is 3", False),
@@ -144,6 +120,35 @@ def test_a_hang_is_ungraded_and_the_next_is_graded(grader: MathGrader, response:
     assert verdict(grader, "5", response) == Verdict(False, None, ungraded=True)
     assert time.monotonic() - began < 20 * CPU_SECONDS  # its limit is of processor time
     assert verdict(grader, "5", r"\boxed{5}").right
+
+
+def test_hostile_answers_leave_the_others_their_time() -> None:
+    """Together they keep to what they are given, and those it does not reach are late."""
+    asked = [(Prompt("q", (), "5"), said) for said in [HANGS[0]] * 20 + [r"\boxed{4}", r"\boxed{5}"]]
+    began = os.times()
+    with MathGrader() as fresh:
+        *hung, wrong, right = fresh.grade_all(asked, seconds=3)
+    took = os.times().children_user - began.children_user
+    assert {(each.right, each.ungraded, each.late) for each in hung} == {(False, True, True)}
+    assert (wrong.ungraded, wrong.right, right.right) == (False, False, True)
+    assert took < 20  # the start takes some; each of them alone might take CPU_SECONDS
+
+
+def test_a_ration_is_kept_to_and_everyone_has_half_a_part() -> None:
+    ration, allowed = Ration(seconds=10, calls=100, most=3), []
+
+    def take_all(seconds: float) -> Outcome:
+        allowed.append(seconds)
+        return Outcome(None, late=True, seconds=seconds)
+
+    for _ in range(100):
+        ration.spend(take_all)
+    assert sum(allowed) == pytest.approx(10)
+    assert allowed[:2] == pytest.approx([3, 2.1])
+    assert min(allowed) == pytest.approx(0.05)
+    quick = Ration(seconds=10, calls=100, most=3)
+    assert all(quick.spend(lambda seconds: Outcome(1, False, seconds / 1e6)).value for _ in range(99))
+    assert quick.spend(take_all).seconds == pytest.approx(3)  # what they have left is had by the last
 
 
 HOSTILE = {

@@ -1,0 +1,100 @@
+"""Whether two of sympy's objects are equal: math-verify's judgement, without its rounding.
+
+math-verify rounds decimals to six places, and takes for nothing what is below 1e-15: good for homework, but
+as a reward it pays for 0.333333 where 1/3 is asked for, and for 1/2006! where 1/2004! is. Here numbers are
+compared as numbers, and what it finds equal is held to the values at one point.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from math_verify import verify
+from sympy import Basic, Eq, FiniteSet, Float, I, Integer, Interval, Rational, Tuple, simplify
+from sympy.core.expr import Expr, UnevaluatedExpr
+from sympy.core.relational import Relational
+from sympy.matrices import MatrixBase
+
+_DIGITS = 100  # that irrational numbers are computed to
+_EQUAL = Rational(1, 10**90)  # relative difference of those that are equal
+
+
+def exact(thing: Any) -> Any:
+    """The same with decimals as the fractions they are, a percent as a hundredth, and i imaginary."""
+    if isinstance(thing, MatrixBase):
+        return thing.applyfunc(exact)
+    if not isinstance(thing, Basic):
+        return thing
+    if hasattr(thing, "_unsorted_args"):  # math-verify's own sets, which know the order they were written in
+        return thing.func(*map(exact, thing._unsorted_args))
+    instead: dict[Any, Any] = {each: Rational(str(each)) for each in thing.atoms(Float) if each.is_finite}
+    instead |= {each: each.args[0] for each in thing.atoms(UnevaluatedExpr)}
+    instead |= {each: I for each in _free(thing) if each.name == "i" and not each.is_real}
+    return thing.xreplace(instead) if instead else thing
+
+
+def equal(gold: Any, said: Any) -> bool:
+    """Of what `exact` gave. Raises whatever sympy raises, and may take for ever."""
+    if _is_number(gold) and _is_number(said):
+        return _same_number(gold, said)
+    found = verify(gold, said, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+    return bool(found) and not _differ(gold, said)
+
+
+def _free(thing: Any) -> set[Any]:
+    return set(getattr(thing, "free_symbols", ()))
+
+
+def _is_number(thing: Any) -> bool:
+    return isinstance(thing, Expr) and bool(thing.is_number)
+
+
+def _same_number(a: Any, b: Any) -> bool:
+    a, b = a.doit(), b.doit()
+    if a == b:
+        return True
+    if all(isinstance(each, Rational) or each.is_infinite for each in (a, b)):
+        return False
+    if 0 in (a, b):
+        return bool(simplify(a - b) == 0)
+    a, b = a.evalf(_DIGITS), b.evalf(_DIGITS)
+    return bool(abs(a - b) <= _EQUAL * abs(b))
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two that math-verify finds equal have other values: those of their parts, or at a point."""
+    a, b = _value(a, b), _value(b, a)
+    if isinstance(a, MatrixBase) and isinstance(b, MatrixBase):
+        return any(_differ(*each) for each in zip(a.flat(), b.flat(), strict=True))
+    if isinstance(a, Relational) and isinstance(b, Relational):
+        return type(a) is type(b) and a.lhs == b.lhs and _differ(a.rhs, b.rhs)
+    of_a, of_b = _parts(a), _parts(b)
+    if of_a is not None and of_b is not None:
+        if isinstance(a, FiniteSet) and isinstance(b, FiniteSet):
+            return any(all(_differ(one, other) for other in of_b) for one in of_a)
+        return len(of_a) == len(of_b) and any(_differ(*each) for each in zip(of_a, of_b, strict=True))
+    if isinstance(a, Expr) and isinstance(b, Expr):
+        point = _point(a, b)
+        at_a, at_b = a.xreplace(point), b.xreplace(point)
+        return _is_number(at_a) and _is_number(at_b) and not _same_number(at_a, at_b)
+    return False
+
+
+def _value(thing: Any, other: Any) -> Any:
+    """What an unknown is said to be, where the other says no unknown."""
+    return thing.rhs if isinstance(thing, Eq) and not isinstance(other, Relational) else thing
+
+
+def _parts(thing: Any) -> list[Any] | None:
+    if isinstance(thing, Interval):
+        return [thing.start, thing.end]
+    if isinstance(thing, FiniteSet):
+        return list(getattr(thing, "_unsorted_args", thing.args))
+    return list(thing.args) if isinstance(thing, Tuple) else None
+
+
+def _point(*things: Any) -> dict[Any, Any]:
+    """A value for every unknown, of the same name the same: none of them nice."""
+    symbols = {symbol for thing in things for symbol in _free(thing)}
+    names = sorted({symbol.name for symbol in symbols})
+    return {symbol: Integer(17 + 12 * names.index(symbol.name)) / 13 for symbol in symbols}

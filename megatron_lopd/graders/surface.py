@@ -1,0 +1,97 @@
+"""What the texts of two answers decide, and math-verify drops: words, bases, times, units, capitals."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_lopd.graders.notation import COUNTED, DOTS, SPACE, TEXT
+from megatron_lopd.graders.units import unit_of
+
+_WORD = re.compile(rf"{TEXT}\{{\s*([^{{}}\\$]*?)\s*\}}|([A-Za-z][A-Za-z -]{{3,}}|[A-Z][a-z]{{2,}}(?: \d+)?)")
+_SHORT_WORDS = frozenset(["no", "on", "yes", "not", "odd", "all"])
+_NUMERAL = re.compile(r"[\d)]\}?\s*_")
+_GOES_ON = re.compile(rf"\.\d+\s*{DOTS}")
+_TIME = re.compile(rf"(\d{{1,2}}):(\d\d){SPACE}*(?:\\text\{{)?\s*(?:([ap])\.?\s*m\.?)?\s*\}}?", re.I)
+_PRIME = re.compile(r"'|\\prime")
+# Words beside a number that make another thing of it.
+_TURNING = frozenset(
+    [
+        *(
+            "not",
+            "no",
+            "but",
+            "except",
+            "minus",
+            "negative",
+            "plus",
+            "times",
+            "squared",
+            "cubed",
+            "factorial",
+        ),
+        *("twice", "double", "half", "third", "quarter", "least", "most", "less", "more", "greater", "fewer"),
+        *("above", "below", "under", "over", "between", "about"),
+    ]
+)
+_NO_VARIABLE = re.compile(rf"{TEXT}\{{[^{{}}]*\}}|\\[A-Za-z]+|[A-Za-z]{{3,}}")
+
+
+def word(text: str) -> str | None:
+    """An answer that is no formula but a word, in lower case; None for all else."""
+    match = _WORD.fullmatch(text)
+    if match is None:
+        return text.casefold() if text.casefold() in _SHORT_WORDS else None
+    found = " ".join((match[1] or match[2] or "").replace("-", " ").split()).strip(" .()")
+    found = re.sub(r"^(?i:an?|the) ", "", found)
+    return found.casefold() or None
+
+
+def decided(gold: str, said: str) -> bool | None:
+    """Whether two answers are one, as far as their texts can tell; None where they cannot."""
+    if _NUMERAL.search(gold) or _NUMERAL.search(said):
+        return _in_base(gold) == _in_base(said)
+    if (time := _TIME.fullmatch(gold)) is not None and (other := _TIME.fullmatch(said)) is not None:
+        halves = {each[3].lower() for each in (time, other) if each[3]}
+        return _minutes(time) == _minutes(other) and len(halves) < 2
+    if _contradict(gold, said):
+        return False
+    return None
+
+
+def _contradict(gold: str, said: str) -> bool:
+    if (_GOES_ON.search(gold) is None) != (_GOES_ON.search(said) is None):
+        return True
+    if _PRIME.findall(gold) != _PRIME.findall(said) or _turning(gold) != _turning(said):
+        return True
+    units = {unit_of(each) for each in (gold, said)} - {None}
+    brackets = {_brackets(each) for each in (gold, said)}
+    of_gold, of_said = _variables(gold), _variables(said)
+    capitals = of_gold != of_said and {x.lower() for x in of_gold} == {x.lower() for x in of_said}
+    return len(units) > 1 or brackets == {"pair", "set"} or capitals
+
+
+def _turning(text: str) -> frozenset[str]:
+    return _TURNING & set(re.findall(r"(?<![\\A-Za-z])[a-z]+", text.lower()))
+
+
+def _in_base(text: str) -> str:
+    """Numerals with their bases, however those are set; ten goes without saying."""
+    text = re.sub(rf"{TEXT}|\\overline|base|[\s{{}}()$\\,]", "", text)
+    for number, name in enumerate(COUNTED):
+        text = text.replace(f"_{name}", f"_{number}")
+    return re.sub(r"_10(?!\d)", "", text.upper())
+
+
+def _minutes(time: re.Match[str]) -> int:
+    return 60 * int(time[1]) + int(time[2])
+
+
+def _brackets(text: str) -> str | None:
+    text = re.sub(r"\\(?:left|right|big|Big)(?![A-Za-z])|\s", "", text)
+    if re.fullmatch(r"\([^()]*,[^()]*\)", text):
+        return "pair"
+    return "set" if re.fullmatch(r"\\\{[^()]*\\\}", text) or "\\pm" in text else None
+
+
+def _variables(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z]", _NO_VARIABLE.sub(" ", text)))
