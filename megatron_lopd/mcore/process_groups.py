@@ -119,11 +119,8 @@ def _store(rank: int, world_size: int) -> Store:
     """torchrun's rendezvous store, kept for the life of the process, or one in memory."""
     if "RANK" not in os.environ:
         return HashStore()
-    if (
-        rank == 0
-        and os.environ["MASTER_ADDR"] == LOOPBACK
-        and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
-    ):
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which has the store
+    if rank == 0 and os.environ.get("MASTER_ADDR") == LOOPBACK and not has_agent:
         return _store_of_this_machine(world_size)
     store: Store
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
