@@ -7,6 +7,7 @@ on another machine's first look, all is hashed here.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,28 @@ def _place(directory: Path) -> Path:
 
 
 def _kept(directory: Path) -> dict[str, tuple[Stamp, str]]:
-    """By `CommittedFile.key`; nothing where there is none, or it cannot be read."""
+    """By `CommittedFile.key`; nothing where there is none to be read, or others could have made it."""
+    place = _place(directory)
     try:
-        raw: dict[str, Any] = read_object(_place(directory))
+        if not all(map(_is_private, (place.parent, place))):
+            return {}
+        raw: dict[str, Any] = read_object(place, follow_links=False)
         return {key: ((ANY_DEVICE, *stamp), digest) for key, (*stamp, digest) in raw.items()}
-    except (DataError, TypeError, ValueError):
+    except (DataError, OSError, TypeError, ValueError):
         return {}
+
+
+def _is_private(path: Path) -> bool:
+    """Whether this user alone can have written it."""
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022 and not path.is_symlink()
 
 
 def _keep(directory: Path, files: Sequence[CommittedFile], kept: Known) -> None:
     # Without the device: a home that machines share has another number on each.
     known = {file.key: kept[file.key] for file in files if file.key in kept} | known_of(files)
     try:
+        _place(directory).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_write_json(_place(directory), {key: [*at[1:], digest] for key, (at, digest) in known.items()})
     except (OSError, DataError):  # a full or read-only disk: they are hashed again
         return

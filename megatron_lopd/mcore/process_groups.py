@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from datetime import timedelta
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch.distributed import HashStore, PrefixStore, Store
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_lopd.config import ParallelConfig
@@ -110,14 +111,42 @@ def world_store() -> Store:
     return _store(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
+LOOPBACK = "127.0.0.1"
+
+
 @functools.cache
 def _store(rank: int, world_size: int) -> Store:
     """torchrun's rendezvous store, kept for the life of the process, or one in memory."""
     if "RANK" not in os.environ:
         return HashStore()
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which has the store
+    if rank == 0 and os.environ.get("MASTER_ADDR") == LOOPBACK and not has_agent:
+        return _store_of_this_machine(world_size)
     store: Store
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
     return store
+
+
+def _store_of_this_machine(world_size: int) -> Store:
+    """Rank 0's store where all ranks are here, out of other machines' reach: torch's is on every address.
+
+    What ranks send each other over it are pickles, and whoever can write to it could send them one.
+    """
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        listener = socket.create_server((LOOPBACK, port))
+    except OSError as error:
+        raise ConfigError(f"MASTER_PORT={port}: {error.strerror}: choose another") from None
+    descriptor = listener.detach()  # the store's from now on
+    return TCPStore(
+        LOOPBACK,
+        port,
+        world_size,
+        is_master=True,
+        timeout=TIMEOUT,
+        multi_tenant=True,
+        master_listen_fd=descriptor,
+    )
 
 
 def _ranks() -> Ranks:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_a_collective_does_not_wait_for_longer() -> None:
 MEETING = """
 import pathlib, sys, time
 from datetime import timedelta
+from io import FileIO
 from megatron_lopd.config import load_recipe
 from megatron_lopd.mcore import process_groups
 from megatron_lopd.pipeline.execute import execute
@@ -128,27 +130,27 @@ def _train(root: Path) -> Any:
 
 def _find_newest(root: Path) -> tuple[int, list[str]]:
     """The newest checkpoint's step, and the names of the files that this rank hashed, slowly on rank 0."""
-    from megatron_lopd.artifacts import files
+    from megatron_lopd.artifacts import committed
     from megatron_lopd.families.architecture import read_architecture
     from megatron_lopd.mcore.process_groups import model_parallel
     from megatron_lopd.training.checkpoints import Checkpoints
     from megatron_lopd.training.saving import newest_checkpoint
 
     hashed = []
-    sha256_file = files.sha256_file
+    hash_file = committed._hash
 
-    def slow(path: Path) -> str:
+    def slow(stream: FileIO, path: Path) -> str:
         hashed.append(path.name)
         if ranks.rank == 0:
             time.sleep(HASHING_TAKES)
-        return sha256_file(path)
+        return hash_file(stream, path)
 
-    files.sha256_file = slow
+    committed._hash = slow
     architecture = read_architecture(root / "model")
     with model_parallel(DP2, seed=0, timeout=timedelta(seconds=GROUPS_WAIT)) as ranks:
         checkpoints = Checkpoints(root / "run" / "checkpoints", "a job", architecture, "proved", 2)
         newest = newest_checkpoint(checkpoints, lambda text: None)
-    files.sha256_file = sha256_file
+    committed._hash = hash_file
     assert newest is not None
     return newest.progress.step, hashed
 

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_lopd.artifacts import committed
 from megatron_lopd.artifacts.manifest import committed_files, load_manifest
+from megatron_lopd.artifacts.unchanged import verify_unchanged
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes
 from tests.unit.test_artifacts import make_artifact
@@ -141,3 +142,39 @@ def test_a_file_that_is_written_while_it_is_read_is_refused(
     monkeypatch.setattr(committed, "reading", meanwhile)
     with pytest.raises(DataError, match=r"a\.bin: it was written to while it was read"):
         file.check()
+
+
+def test_what_is_unchanged_is_not_read_and_hints_of_others_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOPD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(committed, "_hashed", {})
+    hashed: list[str] = []
+    hash_file = committed._hash
+    monkeypatch.setattr(
+        committed, "_hash", lambda stream, path: hashed.append(path.name) or hash_file(stream, path)
+    )
+    directory = make_artifact(tmp_path / "artifact")
+    manifest = load_manifest(directory)
+
+    def look() -> list[str]:
+        hashed.clear()
+        committed._hashed.clear()  # as in another process
+        verify_unchanged(directory, manifest)
+        return sorted(hashed)
+
+    assert look() == ["a.bin", "b.txt"]
+    assert look() == []
+    times = (directory / "a.bin").stat()
+    (directory / "a.bin").write_bytes((directory / "a.bin").read_bytes())
+    os.utime(directory / "a.bin", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert look() == ["a.bin"]
+    (kept,) = (tmp_path / "cache" / "artifacts").iterdir()
+    for path, mode in ((kept, 0o666), (kept.parent, 0o777)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        assert look() == ["a.bin", "b.txt"], "anybody could have written that"
+        path.chmod(before)
+    kept.unlink()
+    kept.mkdir()
+    assert look() == ["a.bin", "b.txt"], "a hint that cannot be kept is not needed"

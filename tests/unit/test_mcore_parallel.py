@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_lopd.config import ParallelConfig
+from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore import process_groups as parallel
 from megatron_lopd.mcore.process_groups import model_parallel
@@ -19,6 +22,23 @@ pytestmark = pytest.mark.release
 
 class _AskedError(Exception):
     pass
+
+
+def test_no_other_machine_reaches_the_store_of_this_ones_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks send each other over it is unpickled."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+    store = parallel._store.__wrapped__(0, 1)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    tables = (Path("/proc/net", name).read_text() for name in ("tcp", "tcp6"))
+    lines = [line.split() for table in tables for line in table.splitlines()]
+    listening = [fields[1] for fields in lines if fields[1].endswith(f":{port:04X}") and fields[3] == "0A"]
+    assert listening == [f"0100007F:{port:04X}"]
+    with pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: .* choose another"):
+        parallel._store.__wrapped__(0, 1)
 
 
 def test_every_group_waits_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
