@@ -13,7 +13,6 @@ import json
 import os
 import stat
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -137,7 +136,25 @@ def stamps_of(files: Sequence[Path]) -> list[list[Any]]:
 
 
 def _session() -> str:
-    return os.environ.setdefault(SESSION_VARIABLE, uuid.uuid4().hex)
+    """The command's that this process belongs to: of the first of its processes, while that lives.
+
+    An environment outlives a command where a queue keeps it for a job.
+    """
+    name = os.environ.get(SESSION_VARIABLE, "")
+    pid, _, started = name.partition(".")
+    if not (pid.isdecimal() and started and started == _start_of(pid)):
+        name = os.environ[SESSION_VARIABLE] = f"{os.getpid()}.{_start_of(str(os.getpid()))}"
+    return name
+
+
+def _start_of(pid: str) -> str:
+    """What no other process on this machine has with the same number: when it began, and since which boot."""
+    try:
+        after_name = Path("/proc", pid, "stat").read_text().rpartition(")")[2]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""  # it is gone
+    return f"{after_name.split()[19]}.{boot}"
 
 
 def _place(files: Sequence[Path]) -> Path:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +187,9 @@ def settle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def another_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a process that another command starts: it knows what is in files."""
-    monkeypatch.setenv(digest_cache.SESSION_VARIABLE, uuid.uuid4().hex)
+    """As a process that another command starts: it knows what is in files, and has its own start."""
+    start = digest_cache._start_of
+    monkeypatch.setattr(digest_cache, "_start_of", lambda pid: start(pid) + " again")
     digest_cache._kept_here.clear()
 
 
