@@ -13,7 +13,6 @@ import json
 import os
 import stat
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,8 +28,9 @@ CACHE_VARIABLE = "LOPD_CACHE"
 SESSION_VARIABLE = "LOPD_SESSION"  # in the environment of a command's processes: who hashed what for it
 DIRECTORY = "digests"
 # A file that changed less than this before it was hashed could change again within the clock tick of its file
-# system, and bear the same stamp. File systems count in 2 s at the coarsest.
-RACY_SECONDS = 2.0
+# system, and bear the same stamp. Ticks are of milliseconds; where times have no fraction, of 2 s at most.
+TICKS = 0.1
+COARSE_TICKS = 2.0
 _relying: ContextVar[bool] = ContextVar("relying", default=False)
 _kept_here: dict[tuple[str, str], _Entry] = {}  # by this process, wherever it may write
 _hashed: dict[str, list[int]] = {}  # stamps of the files that this process has taken digests of, or was told
@@ -103,10 +103,14 @@ def checked_digest_of(
     else:
         digest, faster = make()
     require_unchanged(before, "hashed")
-    newest = max((max(times[4:]) for times in before), default=0)
-    if newest < (started - RACY_SECONDS) * 1e9:
+    if all(_is_settled(times[-1], started) for times in before):
         _keep(part, files, _Entry(before, digest, faster, _session()))
     return digest
+
+
+def _is_settled(changed: int, started: float) -> bool:
+    """Whether a file that changed then, in nanoseconds, cannot have had that time again after `started`."""
+    return changed / 1e9 < started - (TICKS if changed % 1_000_000_000 else COARSE_TICKS)
 
 
 def is_kept(part: str, files: Sequence[Path]) -> bool:
@@ -137,7 +141,25 @@ def stamps_of(files: Sequence[Path]) -> list[list[Any]]:
 
 
 def _session() -> str:
-    return os.environ.setdefault(SESSION_VARIABLE, uuid.uuid4().hex)
+    """The command's that this process belongs to: of the first of its processes, while that lives.
+
+    An environment outlives a command where a queue keeps it for a job.
+    """
+    name = os.environ.get(SESSION_VARIABLE, "")
+    pid, _, started = name.partition(".")
+    if not (pid.isdecimal() and started and started == _start_of(pid)):
+        name = os.environ[SESSION_VARIABLE] = f"{os.getpid()}.{_start_of(str(os.getpid()))}"
+    return name
+
+
+def _start_of(pid: str) -> str:
+    """What no other process on this machine has with the same number: when it began, and since which boot."""
+    try:
+        after_name = Path("/proc", pid, "stat").read_text().rpartition(")")[2]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""  # it is gone
+    return f"{after_name.split()[19]}.{boot}"
 
 
 def _place(files: Sequence[Path]) -> Path:

@@ -9,16 +9,15 @@ use one that differs, and the trainer would not.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from megatron_lopd.artifacts.digest_cache import checked_digest_of, is_kept
 from megatron_lopd.artifacts.model_files import ModelFiles
@@ -27,11 +26,14 @@ from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import HASHING_THREADS, canonical_json, sha256_bytes
 from megatron_lopd.files.reading import open_file, reading
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 _READ_BYTES = 1 << 20  # at a time, so that what is hashed is still in the processor's cache
 _VALUES = 1 << 22  # compared at a time
-_FLOATS = {
-    name: np.dtype(kind) for name, kind in {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}.items()
-}
+# numpy's names for what is compared by value, little-endian; bfloat16 is the upper half of a float32.
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _PART = "weights"
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
@@ -127,17 +129,21 @@ def _are_equal(head: TensorLocation, embedding: TensorLocation) -> bool:
         return one == other
     if not {head.dtype, embedding.dtype} <= _FLOATS.keys():
         return False
-    count = (head.end - head.start) // _FLOATS[head.dtype].itemsize
+    import numpy as np  # which commands that only ask do without
+
+    count = math.prod(head.shape)
     bounds = pairwise([*range(0, count, _VALUES), count])
     return all(np.array_equal(_values(head, *each), _values(embedding, *each)) for each in bounds)
 
 
 def _values(tensor: TensorLocation, first: int, last: int) -> NDArray[np.float64]:
     """Values [first, last), flat."""
-    kind = _FLOATS[tensor.dtype]
+    import numpy as np
+
+    kind = np.dtype(_FLOATS[tensor.dtype])
     with open_file(tensor.path) as stream, reading(tensor.path):
         stream.seek(tensor.start + first * kind.itemsize)
         raw = np.frombuffer(stream.read((last - first) * kind.itemsize), kind)
-    if tensor.dtype == "BF16":  # the upper half of a float32
+    if tensor.dtype == "BF16":
         raw = (raw.astype("<u4") << 16).view("<f4")
     return raw.astype(np.float64)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +180,15 @@ def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return taken
 
 
-def settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait until the model has not changed for as long as hints need, which is less than elsewhere."""
-    monkeypatch.setattr(digest_cache, "RACY_SECONDS", 0.1)
-    time.sleep(0.15)
+def settle() -> None:
+    """Wait until what was written has been as it is for as long as hints need."""
+    time.sleep(digest_cache.TICKS + 0.05)
 
 
 def another_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a process that another command starts: it knows what is in files."""
-    monkeypatch.setenv(digest_cache.SESSION_VARIABLE, uuid.uuid4().hex)
+    """As a process that another command starts: it knows what is in files, and has its own start."""
+    start = digest_cache._start_of
+    monkeypatch.setattr(digest_cache, "_start_of", lambda pid: start(pid) + " again")
     digest_cache._kept_here.clear()
 
 
@@ -197,10 +196,12 @@ def test_hints_spare_hashing_where_nothing_is_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
 ) -> None:
     model = make_model(tmp_path / "model")
-    fingerprint_model(model)
-    fingerprint_model(model)
-    assert hashed == ["all", "all"], "what was written just now could be written again, and look the same"
-    settle(monkeypatch)
+    with monkeypatch.context() as coarse:
+        coarse.setattr(digest_cache, "TICKS", 3600.0)
+        fingerprint_model(model)
+        fingerprint_model(model)
+    assert hashed == ["all"] * 2, "what was written just now could be written again, and look the same"
+    settle()
     before = fingerprint_model(model)
     assert fingerprint_model(model) == before
     assert len(hashed) == 3, "it was hashed in this session"
@@ -218,7 +219,7 @@ def test_no_stamp_of_before_covers_a_change(
 ) -> None:
     model = make_model(tmp_path / "model")
     weights = model / "model.safetensors"
-    settle(monkeypatch)
+    settle()
     before, times = fingerprint_model(model), weights.stat()
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -233,7 +234,7 @@ def test_an_index_that_changes_alone_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
 ) -> None:
     model = make_model(tmp_path / "model", shards=2)
-    settle(monkeypatch)
+    settle()
     fingerprint_model(model)
     index = model / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
@@ -250,7 +251,7 @@ def test_bits_that_rot_under_an_old_stamp_are_found(
 ) -> None:
     """A disk gives other bytes, and nothing that a file system says of them has changed."""
     model = make_model(tmp_path / "model")
-    settle(monkeypatch)
+    settle()
     before = fingerprint_model(model)
     weights = model / "model.safetensors"
     stamped = digest_cache.stamp(weights)
@@ -269,7 +270,7 @@ def test_hints_are_the_users_own_and_never_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str], spoilt: str
 ) -> None:
     model, cache = make_model(tmp_path / "model"), tmp_path / "cache"
-    settle(monkeypatch)
+    settle()
     if spoilt == "unwritable":
         cache.write_text("a file, as no modes keep root from writing into a folder")
     before = fingerprint_model(model)
