@@ -32,6 +32,8 @@ CONTENT_MARKS = frozenset(
 )
 # Of the processor, that a rendering may take: it takes a tenth of a millisecond.
 TEMPLATE_SECONDS = 10.0
+# Characters that one may have: more than any model reads.
+LONGEST_TEXT = 1 << 24
 # What a template would have another text from each time.
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\b")
 # One that is not in the text splits a control token that is spelled out: no half of it is one.
@@ -200,14 +202,15 @@ class Chat:
         )
 
     def _with_split_tokens(self, name: str, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
-        """`messages` with a mark after the first letter of each control token spelled out in them; the mark.
+        """`messages` with a mark after the first letter of each control token spelled out in them; the mark,
+        which is empty where there is none.
 
         Raises DataError where the assistant's own words spell one out: there it would be trained on.
         """
         texts = [(message, key, text) for message in messages for key, text in leaves(message)]
         found = [(message, key, text) for message, key, text in texts if self._control(message).search(text)]
         if not found:
-            return messages, _SPLITS[0]
+            return messages, ""
         for message, key, text in found:
             if message["role"] == "assistant":
                 token = self._control(message).findall(text)[0]
@@ -265,7 +268,7 @@ class Chat:
 
         Raises DataError for a tokenizer that has no other way to write it.
         """
-        if mark not in rendered:
+        if not mark or mark not in rendered:
             return self._encode(rendered)
         tokens = np.concatenate([self._encode(part) for part in rendered.split(mark)])
         written = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -293,6 +296,8 @@ class Chat:
             add_generation_prompt=open_turn,
             chat_template=self._template,
         )
+        if len(rendered) > LONGEST_TEXT:
+            raise ValueError(f"it makes {len(rendered):,} characters of it, above {LONGEST_TEXT:,}")
         return rendered
 
     def _encode(self, text: str) -> Tokens:

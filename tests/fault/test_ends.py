@@ -1,4 +1,4 @@
-"""Where answers end: every end token goes along; what was cut at the horizon is said, and can be left out."""
+"""Where answers end: all end tokens go along; what was cut at the horizon is said, and can be left out."""
 
 from __future__ import annotations
 

@@ -48,6 +48,7 @@ def write(path: str, text: str) -> Callable[[], None]:
 
 def no_end_token() -> None:
     edit_json("teacher/tokenizer_config.json", eos_token=None)()
+    edit_json("teacher/config.json", eos_token_id=None)()
     Path("teacher/generation_config.json").unlink()
 
 

@@ -134,7 +134,7 @@ def test_what_a_template_leaves_out_is_refused_by_role_and_key(
     before: list[dict[str, Any]], names: str, tmp_path: Path
 ) -> None:
     chat = Chat(str(model_dir(tmp_path, KNOWS_FEW)))
-    assert len(chat.prompt([QUESTION], "fine", 100))
+    assert len(chat.prompt([{"role": "user", "content": " 1 \ue000 "}], "fine", 100))
     with pytest.raises(DataError, match=f"s7: the chat template does not print {names}"):
         chat.prompt([*before, QUESTION], "s7", 1000)
 
