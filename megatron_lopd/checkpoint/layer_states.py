@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from megatron_lopd.errors import DataError
+from megatron_lopd.mcore.private import tensor_rebuilders
 
 _SUFFIX = "_extra_state"
 _RECIPES = "transformer_engine.common.recipe"
-_REBUILDERS = ("_rebuild_tensor_v2", "_rebuild_tensor_v3")
 
 
 def require_plain(directory: Path, states: Mapping[str, Any]) -> None:
@@ -49,8 +49,8 @@ class _NameChecker(pickle.Unpickler):
     """Resolves tensors and FP8 recipes, nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in _REBUILDERS:
-            return getattr(torch._utils, name)
+        if module == "torch._utils" and name in tensor_rebuilders:
+            return tensor_rebuilders[name]
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _load_storage
         if (module, name) == ("collections", "OrderedDict"):

@@ -18,6 +18,8 @@ from sympy.matrices import MatrixBase
 _DIGITS = 100  # that irrational numbers are computed to
 _EQUAL = Rational(1, 10**90)  # relative difference of those that are equal
 
+_AS_WRITTEN = "_unsorted_args"  # of math-verify's own sets: their members, in the order they were written in
+
 
 def exact(thing: Any) -> Any:
     """The same with decimals as the fractions they are, a percent as a hundredth, and i imaginary."""
@@ -25,8 +27,8 @@ def exact(thing: Any) -> Any:
         return thing.applyfunc(exact)
     if not isinstance(thing, Basic):
         return thing
-    if hasattr(thing, "_unsorted_args"):  # math-verify's own sets, which know the order they were written in
-        return thing.func(*map(exact, thing._unsorted_args))
+    if hasattr(thing, _AS_WRITTEN):
+        return thing.func(*map(exact, getattr(thing, _AS_WRITTEN)))
     instead: dict[Any, Any] = {each: Rational(str(each)) for each in thing.atoms(Float) if each.is_finite}
     instead |= {each: each.args[0] for each in thing.atoms(UnevaluatedExpr)}
     instead |= {each: I for each in _free(thing) if each.name == "i" and not each.is_real}
@@ -89,7 +91,7 @@ def _parts(thing: Any) -> list[Any] | None:
     if isinstance(thing, Interval):
         return [thing.start, thing.end]
     if isinstance(thing, FiniteSet):
-        return list(getattr(thing, "_unsorted_args", thing.args))
+        return list(getattr(thing, _AS_WRITTEN, thing.args))
     return list(thing.args) if isinstance(thing, Tuple) else None
 
 

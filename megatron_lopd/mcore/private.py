@@ -27,6 +27,8 @@ NAMES = (
     Reliance("checkpoint/torch_dist.py", f"{_FORMAT}.metadata:TensorProperties", "", _READS),
     Reliance("checkpoint/torch_dist.py", f"{_FORMAT}.planner:SavePlan", "", _READS),
     Reliance("checkpoint/torch_dist.py", "torch.serialization:_get_layout", "", _READS),
+    Reliance("checkpoint/layer_states.py", "torch._utils:_rebuild_tensor_v2", "", _READS),
+    Reliance("checkpoint/layer_states.py", "torch._utils:_rebuild_tensor_v3", "", _READS),
     Reliance("checkpoint/sharded.py", f"{_SHARDS}.core:CONFIG_FNAME", "", _SAVES),
     Reliance("checkpoint/sharded.py", f"{_SHARDS}.core:CheckpointingConfig", "", _SAVES),
     Reliance("convert/torch_dist_reader.py", f"{_SHARDS}.core:save_config", "", _SAVES),
@@ -67,6 +69,7 @@ __all__ = [
     "state_of",
     "state_range",
     "stretch_rotary",
+    "tensor_rebuilders",
 ]
 
 INDEX_MODULES = (metadata, planner, filesystem)
@@ -74,6 +77,12 @@ INDEX_MODULES = (metadata, planner, filesystem)
 
 get_layout = torch.serialization._get_layout
 """By which an index names a tensor's layout."""
+
+
+tensor_rebuilders = {
+    name: getattr(torch._utils, name) for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3")
+}
+"""What the pickle of a tensor names, of torch._utils."""
 
 
 def state_range(optimizer: Any, parameter: Tensor) -> Any:

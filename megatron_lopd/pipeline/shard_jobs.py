@@ -161,7 +161,7 @@ def finished_rollouts(
         if found != asked:
             raise DataError(
                 f"{reader.path(min(index, len(reader) - 1))}: sample {index} is {found}, and {asked} was "
-                f"asked for there: set engine.shard_samples as it was, or remove {directory} to make it again"
+                f"asked for there: remove {directory} to make it again"
             )
     return reader
 

@@ -276,7 +276,7 @@ def test_help_has_the_keys_of_engines_once_with_their_places(capsys: pytest.Capt
     assert shown.count("shard_samples (") == 1
     assert f"\n{places}:\n" in shown
     options = ", ".join(f"{place}.vllm" for place in places.split(", "))
-    assert f" {options}: python (str; empty) " in " ".join(shown.split())
+    assert f" {options}: python (path; empty) " in " ".join(shown.split())
 
 
 def test_the_schema_has_every_key_and_its_range() -> None:

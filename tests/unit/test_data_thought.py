@@ -76,9 +76,10 @@ def test_what_is_thought_is_not_answered(tmp_path: Path, grader: MathGrader, nam
         )
         for case, (prompt, response, _) in asked.items()
     ]
-    write_shard(tmp_path / shard_name(ROLLOUTS, 0), ROLLOUTS, records)
+    shard = tmp_path / shard_name(ROLLOUTS, 0)
+    write_shard(shard, ROLLOUTS, records, plan="")
     marker = Marker(prompts, tmp_path / "voice", trust_remote_code=False)
-    found = marker.by_prompt(tmp_path, grader, tmp_path)
+    found = marker.by_prompt([shard], grader, tmp_path)
     assert {case: found[case][0].right for case in asked} == {
         case: said for case, (_, _, said) in asked.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def _train(root: Path, options: dict[str, Any]) -> Any:
 
 
 class NormWithHistory(RMSNorm):
-    """A fake of Transformer Engine's norm: the native one, with a history in `_extra_state`."""
+    """A fake of Transformer Engine's norm: the native one, with a history in `_extra_state`, pickled."""
 
     history = 0
 
@@ -119,11 +120,11 @@ class NormWithHistory(RMSNorm):
         return super().forward(hidden)
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor([self.history])
+        return torch.frombuffer(bytearray(pickle.dumps(self.history)), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         assert isinstance(state, torch.Tensor), "what it cannot read must not be handed over"
-        self.history = int(state)
+        self.history = pickle.loads(state.numpy().tobytes())
 
 
 class NormWithNone(RMSNorm):
