@@ -22,7 +22,7 @@ from megatron_lopd.files.writing import fsync_file
 from megatron_lopd.graders import Grader, Verdict, open_grader
 from megatron_lopd.pipeline.workers import Derived
 from megatron_lopd.prompts.prompt import Prompt
-from megatron_lopd.runtime.claims import CLAIMS
+from megatron_lopd.runtime.claim_files import CLAIMS
 
 
 class Marker:
