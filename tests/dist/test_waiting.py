@@ -128,14 +128,14 @@ def _train(root: Path) -> Any:
 
 def _find_newest(root: Path) -> tuple[int, list[str]]:
     """The newest checkpoint's step, and the names of the files that this rank hashed, slowly on rank 0."""
-    from megatron_lopd.artifacts import files
     from megatron_lopd.families.architecture import read_architecture
+    from megatron_lopd.files import digests
     from megatron_lopd.mcore.process_groups import model_parallel
     from megatron_lopd.training.checkpoints import Checkpoints
     from megatron_lopd.training.saving import newest_checkpoint
 
     hashed = []
-    sha256_file = files.sha256_file
+    sha256_file = digests.sha256_file
 
     def slow(path: Path) -> str:
         hashed.append(path.name)
@@ -143,12 +143,12 @@ def _find_newest(root: Path) -> tuple[int, list[str]]:
             time.sleep(HASHING_TAKES)
         return sha256_file(path)
 
-    files.sha256_file = slow
+    digests.sha256_file = slow
     architecture = read_architecture(root / "model")
     with model_parallel(DP2, seed=0, timeout=timedelta(seconds=GROUPS_WAIT)) as ranks:
         checkpoints = Checkpoints(root / "run" / "checkpoints", "a job", architecture, "proved", 2)
         newest = newest_checkpoint(checkpoints, lambda text: None)
-    files.sha256_file = sha256_file
+    digests.sha256_file = sha256_file
     assert newest is not None
     return newest.progress.step, hashed
 
