@@ -147,6 +147,7 @@ def rank_at_work(job: Command, root: Path, number: int) -> psutil.Process:
     return rank
 
 
+@pytest.mark.nightly
 def test_a_suspended_rank_is_woken_to_be_stopped(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     job = start(tmp_path, "sft.steps=5000", *TWO_RANKS)

@@ -154,7 +154,9 @@ def stale(directory: Path) -> None:
         read_json(directory / "always.json")
 
 
-@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "number", [NO_LOCKS[0], *(pytest.param(each, marks=pytest.mark.nightly) for each in NO_LOCKS[1:])]
+)
 def test_without_locks_a_stage_is_held_all_the_same(tmp_path: Path, library: Path, number: int) -> None:
     """Against a second run while the first lives, and not once it is dead."""
     faults = Faults(tmp_path, failing=(Failing("flock", number),))
