@@ -15,7 +15,7 @@ from megatron_lopd.pipeline.judgement import judge
 from megatron_lopd.pipeline.plan_file import PLAN_FILE
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import SharedStage, Stage
-from megatron_lopd.runtime.claims import ClaimState, announced, claim_path, claimed_places, read_claims
+from megatron_lopd.runtime.claim_files import ClaimState, announced, claim_path, claimed_places, read_claims
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.runtime.owner import Owner
 from megatron_lopd.stages.table import STAGES

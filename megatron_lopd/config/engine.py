@@ -56,10 +56,21 @@ class EngineConfig:
         1,
         operational=True,
     )
+    patience_minutes: Positive = key(
+        "minutes without an answer after which the engine counts as hung: it may load a big model for long, "
+        "or give all of a shard at its end",
+        120.0,
+        operational=True,
+    )
     shard_samples: Count = key("samples in a shard: what a killed worker can lose at most", 4096)
     trust_remote_code: bool = key("run code that comes with the model", False)
     fp8: Fp8Config | None = key("FP8 layers, of an engine that has them (dtype=bf16); empty: none", None)
     options: Any = options_of("name")  # an EngineOptions
+
+    @property
+    def patience_seconds(self) -> float:
+        """`patience_minutes`, in seconds."""
+        return 60 * self.patience_minutes
 
     def __post_init__(self) -> None:
         settle_options(self)

@@ -29,7 +29,6 @@ from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied, EngineError
 from megatron_lopd.registry import allowing_user_code
 from megatron_lopd.runtime import environment
-from megatron_lopd.runtime.claims import PATIENCE_SECONDS
 from megatron_lopd.runtime.display import duration
 
 # A process whose pipe has closed is as good as gone: how long its exit code may take to appear.
@@ -47,7 +46,7 @@ class EngineProcess:
     """
 
     def __init__(self, name: str, config: EngineConfig, model_dir: str, threads: int) -> None:
-        self._name = name
+        self._name, self._patience = name, config.patience_seconds
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -99,7 +98,7 @@ class EngineProcess:
 
     def score(self, rollouts: Sequence[Rollout], top_k: int = 0) -> Iterator[Score]:
         """As `Engine.score`. Raises EngineDied too, when a signal killed the process, or no answer came from
-        it for PATIENCE_SECONDS."""
+        it for engine.patience_minutes."""
         return self._ask("score", list(rollouts), top_k)
 
     def generate(
@@ -131,11 +130,11 @@ class EngineProcess:
 
     def _receive(self) -> Any:
         try:
-            if not self._pipe.poll(PATIENCE_SECONDS):
+            if not self._pipe.poll(self._patience):
                 self._kill()
                 raise EngineDied(
                     f"{self._name}'s process (pid {self.pid}) has not answered in "
-                    f"{duration(PATIENCE_SECONDS)}, and was killed"
+                    f"{duration(self._patience)} (engine.patience_minutes), and was killed"
                 )
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):

@@ -24,7 +24,7 @@ from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.shard_jobs import SamplingJob, finished_rollouts, rollout_work, sample_names
 from megatron_lopd.pipeline.workers import Work, make_parts
 from megatron_lopd.prompts.prompt import Prompt
-from megatron_lopd.runtime.claims import remove_claims
+from megatron_lopd.runtime.claim_files import remove_claims
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from megatron_lopd.graders import Grader, Verdict, open_grader
 from megatron_lopd.graders.sandbox import CPU_SECONDS
 from megatron_lopd.pipeline.workers import Derived
 from megatron_lopd.prompts.prompt import Prompt
-from megatron_lopd.runtime.claims import CLAIMS
+from megatron_lopd.runtime.claim_files import CLAIMS
 
 AT_ONCE = 1024  # responses whose texts are held
 

@@ -23,6 +23,7 @@ from megatron_lopd.errors import DataError, LopdError, Unreadable
 TEXT_LIMIT = 128 << 20
 LINE_LIMIT = 32 << 20  # a sample of a million tokens has a tenth of it
 DIGITS_LIMIT = 1000
+STALE_TRIES = 5  # of a file that is being replaced, over NFS
 DEPTH_LIMIT = 100  # brackets within brackets: this program's own functions walk such values by recursion
 
 _KINDS = {
@@ -87,9 +88,18 @@ def reading(path: Path, error: type[LopdError] = DataError) -> Iterator[None]:
 def read_bytes(
     path: Path, *, limit: int = TEXT_LIMIT, error: type[LopdError] = DataError, follow_links: bool = True
 ) -> bytes:
-    """All bytes of a file of at most `limit`. Raises as `open_file`, and `error` where there are more."""
-    with open_file(path, error=error, follow_links=follow_links) as stream, reading(path, error):
-        data = stream.read(limit + 1)
+    """All bytes of a file of at most `limit`. Raises as `open_file`, and `error` where there are more.
+
+    One that is replaced meanwhile, which over NFS takes away what is open, is read anew.
+    """
+    for tries_left in reversed(range(STALE_TRIES)):
+        try:
+            with open_file(path, error=error, follow_links=follow_links) as stream, reading(path, error):
+                data = stream.read(limit + 1)
+            break
+        except error as failure:
+            if not tries_left or getattr(failure.__cause__, "errno", None) != errno.ESTALE:
+                raise
     if len(data) > limit:
         raise error(f"{path}: above {limit:,} bytes, the most that such a file may have")
     return data

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_lopd.errors import DataError, LopdError
+from megatron_lopd.files.exclusive import take_name
 from megatron_lopd.files.reading import open_file, reading, require_regular
 
 TEMPORARY_PREFIX = ".tmp-"
+# What a file system says that does not flush directories; EACCES: of one that cannot be listed.
+_NOT_FLUSHED = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def remove(path: Path) -> None:
@@ -32,12 +35,20 @@ def remove(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make renames inside `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make renames inside `path` survive a power cut.
+
+    Where the file system flushes no directory by itself, all there is to be flushed on this machine is.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FLUSHED:
+            raise
+        os.sync()
 
 
 def fsync_file(path: Path) -> None:
@@ -94,11 +105,20 @@ def temporary_file(path: Path, mode: str = "wb", permissions: int = 0o666) -> It
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            written = os.fstat(stream.fileno())
+        _replace(temporary, path, written)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def _replace(temporary: Path, path: Path, written: os.stat_result) -> None:
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:  # of a request that was sent twice, over NFS, the second answer came
+        if not (path.exists() and os.path.samestat(path.stat(), written)):
+            raise
 
 
 def temporary_name(path: Path) -> Path:
@@ -109,11 +129,13 @@ def temporary_name(path: Path) -> Path:
 def publish(private: Path, path: Path) -> bool:
     """Give a whole file its final name unless that is taken; the private name goes. Whether it got it.
 
-    Not where the private file is gone: whoever took the work over has committed, and cleared up.
+    Not where the private file is gone: whoever took the work over has committed, and cleared up. Raises as
+    `take_name`.
     """
     try:
-        os.link(private, path)
-    except (FileExistsError, FileNotFoundError):
+        if not take_name(private, path):
+            return False
+    except FileNotFoundError:
         return False
     finally:
         private.unlink(missing_ok=True)

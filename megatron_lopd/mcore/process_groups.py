@@ -20,10 +20,12 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat, transformer_engine
+from megatron_lopd.runtime import heartbeats
 
 # How long a collective, or the ranks' first meeting, waits for the last rank. What may take long on one rank
-# is waited for outside of collectives; this is for what nobody thought of, and for a disk that hangs.
-TIMEOUT = timedelta(hours=2)
+# is waited for outside of collectives, and ranks that stop are missed sooner (runtime/heartbeats.py); this is
+# for what nobody thought of, and above what an engine is waited for.
+TIMEOUT = timedelta(hours=3)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def _store(rank: int, world_size: int) -> Store:
         return _store_of_this_machine(world_size)
     store: Store
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    if world_size > 1:
+        heartbeats.join(rank, store, os.environ["MASTER_ADDR"])
     return store
 
 

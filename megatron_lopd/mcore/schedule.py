@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_lopd.data.collate import MicroBatch
 from megatron_lopd.mcore.experts import forget_routing
 from megatron_lopd.mcore.model import PackedGPTModel
+from megatron_lopd.runtime import heartbeats
 
 V = TypeVar("V")
 
@@ -37,6 +38,7 @@ def run_schedule(
     def forward_step(
         batches: Iterator[MicroBatch], chunk: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, V]]]:
+        heartbeats.moved()
         batch = _to_device(next(batches), device)
         hidden = chunk(batch.tokens, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
         model = chunk if isinstance(chunk, PackedGPTModel) else chunk.module

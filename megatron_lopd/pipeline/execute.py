@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
@@ -32,12 +33,15 @@ from megatron_lopd.pipeline.plan_file import begin, begun_plan, has_parts, refus
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, SharedStage, Stage
 from megatron_lopd.pipeline.verified import verify_unless_told
-from megatron_lopd.runtime.claims import make_once, remove_claims
+from megatron_lopd.runtime.claim_files import claimed_places, remove_claims
+from megatron_lopd.runtime.claims import commit_once, hold
 from megatron_lopd.runtime.signals import stopping_at_once
 
 TIMING_FILE = "timing.json"
 LOCK_FILE = ".lock"
 LONGEST_SECONDS = 1e10  # three centuries: a number beyond is no time that a stage took
+# What a file system says that has no locks, or whose lock server is not there: NFS, Lustre without -o flock.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def execute(stage: Stage, run: ResolvedRun) -> bool:
@@ -50,6 +54,8 @@ def execute(stage: Stage, run: ResolvedRun) -> bool:
     if is_committed(directory):
         if is_main_rank():
             check_unchanged(stage, run)
+            if isinstance(stage, SharedStage) and claimed_places(directory):  # who committed was killed then
+                _clear(directory)
         return False
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from megatron_lopd.training.consensus import meet
@@ -68,6 +74,7 @@ def execute(stage: Stage, run: ResolvedRun) -> bool:
             begin(stage.name, directory, plan, alone=True)
             _verify_together(run, plan)
             _make(stage, run, plan, time.monotonic())
+        remove_claims(directory)
     return True
 
 
@@ -117,16 +124,29 @@ def _execute_shared(stage: SharedStage, run: ResolvedRun, plan: Plan) -> None:
         stopping_at_once(f"{stage.name}: stopped on request: the shards that were whole are kept"),
         _open_lock(directory) as lock,
     ):
-        _begin_among_workers(stage.name, directory, plan, lock)
-        verify_unless_told(parents_of(run, plan))
         try:
+            _begin_among_workers(stage.name, directory, plan, lock)
+            verify_unless_told(parents_of(run, plan))
             stage.share(run, plan)
         except StopRequested:
-            _record_seconds(directory, time.monotonic() - started)
+            with suppress(DataError):  # the disk is full; another has committed, and cleared up
+                _record_seconds(directory, time.monotonic() - started)
             raise
-        make_once(directory / MANIFEST, lambda: _make(stage, run, plan, started))
-    remove_claims(directory)
+        except DataError:
+            if not is_committed(directory):  # else what was in the way is what the others have done
+                raise
+            check_unchanged(stage, run)
+        commit_once(
+            directory / MANIFEST,
+            lambda: _make(stage, run, plan, started),
+            lambda: _clear(directory),
+        )
+
+
+def _clear(directory: Path) -> None:
+    """Remove what workers leave beside a committed artifact; last the claims, which say that there is any."""
     clear_temporaries(directory)
+    remove_claims(directory)
 
 
 def parents_of(run: ResolvedRun, plan: Plan) -> dict[Path, Manifest]:
@@ -151,12 +171,19 @@ def _verify_together(run: ResolvedRun, plan: Plan) -> Plan:
 
 @contextmanager
 def _sole_worker(directory: Path) -> Iterator[None]:
-    """Hold the stage's directory against a second run of it. The lock goes with the process."""
-    with _open_lock(directory) as stream:
+    """Hold the stage's directory against a second run of it. The lock goes with the process.
+
+    Where the file system has no locks a claim takes its place, whose heartbeat tells that this process lives.
+    """
+    with _open_lock(directory) as stream, ExitStack() as held:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LopdError(f"{directory}: another lopd is at work here: wait for it, or end it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise ConfigError(f"run_dir: {directory} cannot be locked: {error.strerror}") from None
+            held.enter_context(hold(directory, LOCK_FILE))
         yield
 
 

@@ -14,7 +14,7 @@ from megatron_lopd.errors import DataError, LineageError
 from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json, publish
 from megatron_lopd.pipeline.stage import Plan
-from megatron_lopd.runtime.claims import remove_claims
+from megatron_lopd.runtime.claim_files import remove_claims
 
 PLAN_FILE = "plan.json"
 

@@ -21,23 +21,23 @@ from megatron_lopd.data.arrow_file import require_plan
 from megatron_lopd.data.records import Rollout, Score
 from megatron_lopd.engines import open_engine
 from megatron_lopd.engines.protocol import Engine
-from megatron_lopd.errors import EngineDied, LopdError, StopRequested
+from megatron_lopd.errors import EngineDied, LopdError, StopRequested, Unreadable
 from megatron_lopd.files.reading import require_regular
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, publish
+from megatron_lopd.runtime.claim_files import CLAIMS, announce
 from megatron_lopd.runtime.claims import (
     ATTEMPTS,
-    CLAIMS,
     LEASE_SECONDS,
-    PATIENCE_SECONDS,
     Claim,
     ClaimLost,
     Claims,
     PartFailed,
-    announce,
     pause,
 )
 from megatron_lopd.runtime.display import Pace, ProgressDisplay
 
+# For one response, where no engine is at work.
+GRADING_SECONDS = 2 * 60 * 60.0
 R = TypeVar("R", Rollout, Score)
 # Passes records on, and counts them.
 Count = Callable[[Iterable[R]], Iterator[R]]
@@ -120,7 +120,10 @@ class _Share:
         """Tell which shards there are to be, and take part in the claims on them."""
         shards = {part.path.name: part.samples for part in self.work.parts if isinstance(part, Part)}
         announce(self.work.directory, shards)
-        self.claims = Claims(self.work.directory, patience=PATIENCE_SECONDS + LEASE_SECONDS)
+        engine = self.work.engine
+        patience = GRADING_SECONDS if engine is None else engine.patience_seconds
+        # The lease too: an engine's own process is given up first, which says what it was.
+        self.claims = Claims(self.work.directory, patience=patience + LEASE_SECONDS)
         begin = random.randrange(len(self.left) + 1)  # all from the front, they would meet at every part
         self.left = self.left[begin:] + self.left[:begin]
 
@@ -197,20 +200,17 @@ class _Worker:
         private = part.path.with_name(f"{TEMPORARY_PREFIX}{claim.token}")
         progress = self._shown(share)
         try:
-            if isinstance(part, Part):
-                samples = part.samples
-                part.write(
-                    self._engine(share.work), private, lambda records: progress.count(records, samples, claim)
-                )
-            else:
-                part.write(private, lambda: claim.progress(0, 0, 0.0, 0.0))
-            if not claim.is_lost():
-                publish(private, part.path)
-                claim.made()
+            try:
+                self._write(share, part, private, progress, claim)
+                if not claim.is_lost():
+                    publish(private, part.path)
+                    claim.made()
+            finally:
+                private.unlink(missing_ok=True)  # whoever has committed has cleared up, and will not again
             self._failed.clear()
         except ClaimLost as lost:
             progress.note(f"{lost}: dropped here")
-        except (EngineDied, OSError) as error:
+        except (EngineDied, Unreadable, OSError) as error:
             self._close_engine()
             if claim.is_lost():
                 progress.note(f"{part.path.name}: {error}: left to who took it over")
@@ -228,6 +228,17 @@ class _Worker:
         except LopdError:
             if not claim.is_lost():  # else what was in the way is what the others have done
                 raise
+
+    def _write(
+        self, share: _Share, part: Part | Derived, private: Path, progress: _Progress, claim: Claim
+    ) -> None:
+        if isinstance(part, Part):
+            samples, engine = part.samples, self._engine(share.work)
+            if claim.is_lost():  # while the engine was loaded
+                raise ClaimLost(f"{part.path.name}: taken over by another worker")
+            part.write(engine, private, lambda records: progress.count(records, samples, claim))
+        else:
+            part.write(private, lambda: claim.progress(0, 0, 0.0, 0.0))
 
     def _engine(self, work: Work) -> Engine:
         assert work.engine is not None  # it has a Part

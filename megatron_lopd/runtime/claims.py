@@ -16,56 +16,39 @@ before the first claim: a worker that finds it gone knows that there is nothing 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import shutil
 import threading
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_lopd.errors import DataError, LopdError, StopRequested
-from megatron_lopd.files.reading import read_json
-from megatron_lopd.files.writing import TEMPORARY_PREFIX
+from megatron_lopd.runtime.claim_files import (
+    CLAIMS,
+    ClaimState,
+    claim_path,
+    claimed_places,
+    claims_on,
+    create_claim,
+    make_claims_directory,
+    newest,
+    rewrite,
+    text_of,
+)
 from megatron_lopd.runtime.display import duration, say
 from megatron_lopd.runtime.owner import Owner
 
-CLAIMS = ".claims"
-PARTS = "parts"  # no dot in it, as there is in every claim
 # A heartbeat seen over NFS may be as old as a client keeps a directory's entries (nfs(5): acdirmax, 60 s by
 # default), and is as old again when two looks meet it badly: three times that is silence.
 LEASE_SECONDS = 180.0
 BEATS_A_LEASE = 12
-# Without a record for so long an engine counts as hung. A big model may load for half an hour, and an engine
-# may give all the answers of a shard at its end.
-PATIENCE_SECONDS = 2 * 60 * 60.0
 POLL_SECONDS = 1.0  # between two looks at what others have claimed
 # A part that failed this often fails for good. Deaths do not count: a lost node is no fault of the part.
 ATTEMPTS = 3
 BACKOFF_SECONDS = 5.0  # after the first failure; twice as long after each further one
-
-
-@dataclass(frozen=True)
-class ClaimState:
-    """What a claim's file says.
-
-    `beat` counts heartbeats; `done` of `total` samples are made, at `rate` tokens/s and `done_per_second`.
-    """
-
-    part: str
-    generation: int
-    owner: Owner
-    status: Literal["working", "released", "failed"] = "working"
-    beat: int = 0
-    done: int = 0
-    total: int = 0
-    rate: float = 0.0
-    done_per_second: float = 0.0
-    error: str = ""
 
 
 class ClaimLost(LopdError):  # noqa: N818 - what happened, as StopRequested
@@ -74,24 +57,6 @@ class ClaimLost(LopdError):  # noqa: N818 - what happened, as StopRequested
 
 class PartFailed(LopdError):  # noqa: N818
     """A part, or a worker at one part after another, has failed as often as it may."""
-
-
-def read_claims(directory: Path) -> dict[str, list[ClaimState]]:
-    """The claims on each part of the artifact in `directory`, oldest first. DataError for a damaged one."""
-    return {part: states for part in sorted(_newest(directory)) if (states := _claims_on(directory, part))}
-
-
-def announce(directory: Path, samples: Mapping[str, int]) -> None:
-    """Tell whoever looks on which parts there are to be, with the samples of each."""
-    _make_directory(directory)
-    with contextlib.suppress(FileNotFoundError):  # committed, this moment
-        _write(directory, directory / CLAIMS / PARTS, json.dumps(dict(samples)))
-
-
-def announced(directory: Path) -> dict[str, int]:
-    """What `announce` told of the artifact in `directory`; nothing where nobody works."""
-    path = directory / CLAIMS / PARTS
-    return dict(read_json(path)) if path.is_file() else {}
 
 
 def pause() -> None:
@@ -109,20 +74,68 @@ def make_once(path: Path, make: Callable[[], None]) -> None:
             pause()
             continue
         with claim:
-            if not path.is_file():
+            if not _is_listed(path):
                 make()
 
 
-def remove_claims(directory: Path) -> None:
-    """Forget all claims on the parts of an artifact, once it is committed. Several may do so at once."""
-    for place in claimed_places(directory):
-        shutil.rmtree(place / CLAIMS, ignore_errors=True)
+def commit_once(path: Path, commit: Callable[[], None], clear: Callable[[], None]) -> None:
+    """Return once `path`, which says that all is made, is there, and nothing of the workers' is left.
+
+    By `commit()` here and then `clear()`, which may remove all claims and whatever has a temporary name: one
+    worker does both. The others stay until it has, or do what it did not come to.
+    """
+    claims = None
+    while not path.is_file() or claimed_places(path.parent):
+        if claims is None or (claims.is_over() and (path.is_file() or not _is_listed(path))):
+            claims = Claims(path.parent)
+        claim = claims.take(path.name)
+        if claim is None:
+            pause()
+            continue
+        with claim:
+            try:
+                if not _is_listed(path):
+                    commit()
+            except DataError:
+                if not _is_listed(path):  # else what was in the way is what another has done, or cleared
+                    raise
+            claim.let_go()  # what it said last would come after the clearing
+            clear()
+            return
 
 
-def claimed_places(directory: Path) -> list[Path]:
-    """`directory` and those below it in which parts are claimed, by name."""
-    # Not Path.rglob: it stumbles over what goes while it looks.
-    return sorted(Path(place) for place, names, _ in os.walk(directory) if CLAIMS in names)
+def _is_listed(path: Path) -> bool:
+    """Whether `path` is there for certain: of a name a client of NFS may have kept for a minute that it is
+    not; a directory's list it looks at anew."""
+    try:
+        return path.name in os.listdir(path.parent)
+    except FileNotFoundError:
+        return False
+
+
+def hold(directory: Path, part: str) -> Claim:
+    """Claim `part` for this process alone, for as long as it works, where no lock of the system's can be had.
+
+    Waits for as long as a claim of a process that may be dead needs to show no sign of life. Raises LopdError
+    where one that lives has it. When it is lost all the same, to one that took this process for dead, the
+    process ends.
+    """
+
+    def lost() -> None:
+        end_process(
+            f"lopd: {directory}: this process was not heard of for {duration(LEASE_SECONDS)}, and another "
+            "has taken its work over: it ends"
+        )
+
+    claims = Claims(directory, lost=lost)
+    heard: set[tuple[int, int]] = set()
+    while (claim := claims.take(part)) is None:
+        states = claims_on(directory, part)
+        heard |= {(states[-1].generation, states[-1].beat)} if states else set()
+        if len(heard) > 1 or (states and states[-1].owner.is_here(claims.owner)):
+            raise LopdError(f"{directory}: another lopd is at work here: wait for it, or end it")
+        pause()
+    return claim
 
 
 def end_process(message: str) -> None:
@@ -136,17 +149,24 @@ class Claim:
 
     After `made` there is nothing to give back; after `fail` it comes back as failed, to be tried again in a
     while. `seconds` lie between two heartbeats. When `patience` seconds go by without a `progress` the claim
-    fails by itself, and `hung` is called with a line that says so.
+    fails by itself, and `hung` is called with a line that says so; `lost` is called when a heartbeat finds
+    that another has the part.
     """
 
     def __init__(
-        self, directory: Path, state: ClaimState, seconds: float, patience: float, hung: Callable[[str], None]
+        self,
+        directory: Path,
+        state: ClaimState,
+        seconds: float,
+        patience: float,
+        hung: Callable[[str], None],
+        lost: Callable[[], None],
     ) -> None:
         self._directory = directory
         self._state = state
         self._path = claim_path(directory, state.part, state.generation)
         self._next = claim_path(directory, state.part, state.generation + 1)
-        self._seconds, self._patience, self._hung = seconds, patience, hung
+        self._seconds, self._patience, self._hung, self._on_loss = seconds, patience, hung, lost
         self._lock = threading.Lock()
         self._lost = self._is_made = self._has_moved = False
         self._ended = threading.Event()
@@ -176,7 +196,8 @@ class Claim:
 
     def is_lost(self) -> bool:
         """Whether another worker has taken the part over, or has committed the whole artifact."""
-        self._lost = self._lost or self._next.exists() or not self._path.exists()
+        with contextlib.suppress(OSError):  # nothing can be seen now
+            self._lost = self._lost or _is_there(self._next) or not _is_there(self._path)
         return self._lost
 
     def made(self) -> None:
@@ -187,11 +208,15 @@ class Claim:
         """Give the part back as failed, with the one line that says why."""
         self._end("failed", error)
 
+    def let_go(self) -> None:
+        """End the heartbeat, without a last word."""
+        self._ended.set()
+        self._thread.join()
+
     def _end(self, status: Literal["released", "failed"], error: str) -> None:
         if self._ended.is_set():
             return
-        self._ended.set()
-        self._thread.join()
+        self.let_go()
         self._say(status, error)
 
     def _beat(self) -> None:
@@ -205,7 +230,8 @@ class Claim:
                 self._state = replace(self._state, beat=self._state.beat + 1)
             before = now
             if self.is_lost():
-                continue
+                self._on_loss()
+                return
             if quiet >= self._patience:
                 self._give_up(duration(quiet))
                 return
@@ -234,7 +260,7 @@ class Claim:
         # Once the artifact is committed the directory is gone, and with it all there was to say. On a full
         # disk nothing can be said: the work will tell of it, and the next heartbeat may get through.
         with contextlib.suppress(OSError):
-            _write(self._directory, self._path, _text(self._state))
+            rewrite(self._directory, self._path, text_of(self._state))
 
 
 @dataclass(frozen=True)
@@ -251,7 +277,8 @@ class _Watched:
 class Claims:
     """The claims on the parts of the artifact in `directory`, as one worker sees them.
 
-    `patience`: seconds without progress after which a claim taken here is given up, and `hung` is called.
+    `patience`: seconds without progress after which a claim taken here is given up, and `hung` is called;
+    `lost` when a heartbeat finds one taken over.
     """
 
     directory: Path
@@ -260,11 +287,12 @@ class Claims:
     owner: Owner = field(default_factory=Owner.here)
     patience: float = math.inf
     hung: Callable[[str], None] = end_process
+    lost: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._watched: dict[str, _Watched] = {}
-        _make_directory(self.directory)
-        self._at_start = _newest(self.directory)
+        make_claims_directory(self.directory)
+        self._at_start = newest(self.directory)
 
     def is_over(self) -> bool:
         """Whether the artifact is committed, which takes its claims away."""
@@ -275,13 +303,14 @@ class Claims:
 
         Raises PartFailed when it has failed ATTEMPTS times, DataError where claims cannot be made.
         """
-        states = _claims_on(self.directory, part)
+        states = claims_on(self.directory, part)
         if states and not self._is_free(states):
             return None
         state = ClaimState(part, len(states) + 1, self.owner)
         if not self._create(state):
             return None
-        return Claim(self.directory, state, self.lease / BEATS_A_LEASE, self.patience, self.hung)
+        beat = self.lease / BEATS_A_LEASE
+        return Claim(self.directory, state, beat, self.patience, self.hung, self.lost)
 
     def delay(self, failures: int) -> float:
         """Seconds to wait before trying again what has failed so often: twice as long each time."""
@@ -318,74 +347,13 @@ class Claims:
 
     def _create(self, state: ClaimState) -> bool:
         """Whether this process, and no other, made the claim's file."""
-        try:
-            temporary = _temporary(self.directory, _text(state))
-            try:
-                os.link(temporary, claim_path(self.directory, state.part, state.generation))
-            finally:
-                temporary.unlink()
-        except (FileExistsError, FileNotFoundError):  # another was faster; the artifact has been committed
-            return False
-        except OSError as error:
-            raise DataError(
-                f"{self.directory / CLAIMS}: a claim cannot be made: {error.strerror}: choose a run_dir on a "
-                "file system with hard links that can be written"
-            ) from None
-        return True
+        return create_claim(self.directory, state)
 
 
-def _claims_on(directory: Path, part: str) -> list[ClaimState]:
-    states: list[ClaimState] = []
-    while True:
-        path = claim_path(directory, part, len(states) + 1)
-        try:
-            plain = json.loads(path.read_bytes())
-            states.append(ClaimState(**plain | {"owner": Owner(**plain["owner"])}))
-        except FileNotFoundError:
-            return states
-        except (ValueError, TypeError, KeyError):
-            raise DataError(
-                f"{path}: damaged: end all workers of {directory}, remove {path.parent} and start them again"
-            ) from None
-
-
-def claim_path(directory: Path, part: str, generation: int) -> Path:
-    """The file of one claim."""
-    return directory / CLAIMS / f"{part}.{generation}"
-
-
-def _newest(directory: Path) -> dict[str, int]:
-    """The highest generation of claim on each part, from the files' names alone."""
-    newest: dict[str, int] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(directory / CLAIMS):
-            part, _, generation = name.rpartition(".")
-            if generation.isdecimal() and not name.startswith(TEMPORARY_PREFIX):
-                newest[part] = max(newest.get(part, 0), int(generation))
-    return newest
-
-
-def _make_directory(directory: Path) -> None:
-    # "It is there already", and then it is not, when the artifact is committed this moment.
-    with contextlib.suppress(FileExistsError):
-        (directory / CLAIMS).mkdir(parents=True, exist_ok=True)
-
-
-def _text(state: ClaimState) -> str:
-    return json.dumps(vars(state) | {"owner": vars(state.owner)})
-
-
-def _write(directory: Path, path: Path, text: str) -> None:
-    """Put `text` into a file of the claims' directory, whole, whatever is there. Raises OSError."""
-    os.replace(_temporary(directory, text), path)
-
-
-def _temporary(directory: Path, text: str) -> Path:
-    """The text in a file of a name of its own, whole."""
-    path = directory / CLAIMS / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+def _is_there(path: Path) -> bool:
+    """As `os.path.lexists`, but raises OSError where it cannot be seen."""
     try:
-        path.write_text(text)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return path
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True

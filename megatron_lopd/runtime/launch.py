@@ -20,7 +20,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.runtime import environment
+from megatron_lopd.runtime import environment, heartbeats
+from megatron_lopd.runtime.display import duration
+from megatron_lopd.runtime.owner import is_suspended
 from megatron_lopd.runtime.signals import STOP_SIGNALS
 
 T = TypeVar("T")
@@ -35,8 +37,9 @@ def launch(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
 
     Returns the first exit code that is not 0, and whether a stop signal came.
 
-    Stop signals are passed on to every rank. When a rank fails, the others are ended. 128 + n stands for a
-    rank that signal n killed.
+    Stop signals are passed on to every rank, and wake one that is suspended. When a rank fails, the others
+    are ended; so is one that stays suspended, which of several ranks they notice themselves. 128 + n stands
+    for a rank that signal n killed.
     """
     port = _free_port()
     environments = [environment.for_rank(rank, processes, port, os.environ) for rank in range(processes)]
@@ -46,8 +49,9 @@ def launch(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
 def launch_workers(arguments: Sequence[str], workers: int) -> int:
     """Run `python -m megatron_lopd.cli *arguments` in `workers` processes, each with its share of the GPUs.
 
-    They know of each other by the stage's directory alone: when one ends the others go on. Returns 0 when one
-    of them ended so, else the first exit code. Raises ConfigError when the GPUs do not divide.
+    They know of each other by the stage's directory alone: when one ends the others go on. One that stays
+    suspended is ended. Returns 0 when one of them ended so, else the first exit code. Raises ConfigError when
+    the GPUs do not divide.
     """
     gpus = environment.visible_gpus()
     if gpus and len(gpus) % workers:
@@ -88,10 +92,12 @@ def _run(
         asked.append(number)
         for rank in ranks:
             rank.send_signal(number)
+            rank.send_signal(signal.SIGCONT)  # one that is suspended could do nothing about it
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        code = _wait(ranks) if all_or_none else _wait_for_one(ranks)
+        watch = _Suspensions(ranks, "rank" if all_or_none else "worker")
+        code = _wait(ranks, watch) if all_or_none else _wait_for_one(ranks, watch)
         return code, bool(asked)
     finally:
         for number, handler in before.items():
@@ -101,9 +107,42 @@ def _run(
             rank.wait()
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+class _Suspensions:
+    """Ends the processes that have been suspended for too long: they hold what others wait for."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], kind: str) -> None:
+        self._processes, self._kind = processes, kind
+        self._limit = heartbeats.silence_seconds()
+        self._seconds = dict.fromkeys(range(len(processes)), 0.0)
+        self._looked = time.monotonic()
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < self._limit / heartbeats.BEATS_A_SILENCE:
+            return
+        # This process may have been suspended too, by a scheduler, say.
+        passed = min(now - self._looked, 2 * self._limit / heartbeats.BEATS_A_SILENCE)
+        self._looked = now
+        for number, process in enumerate(self._processes):
+            if process.poll() is not None or not is_suspended(process.pid):
+                self._seconds[number] = 0.0
+                continue
+            self._seconds[number] += passed
+            if self._seconds[number] >= self._limit:
+                print(
+                    f"lopd: {self._kind} {number} (pid {process.pid} on {socket.gethostname()}) has been "
+                    f"suspended for {duration(self._limit)}, and is ended: run the same command again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                process.kill()
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], watch: _Suspensions) -> int:
     deadline = float("inf")
     while True:
+        if len(ranks) == 1:  # several watch each other
+            watch.look()
         codes = [rank.poll() for rank in ranks]
         failed = next((code for code in codes if code), 0)
         if None not in codes or time.monotonic() > deadline:
@@ -113,7 +152,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(POLL_SECONDS)
 
 
-def _wait_for_one(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait_for_one(workers: Sequence[subprocess.Popen[bytes]], watch: _Suspensions) -> int:
+    while any(worker.poll() is None for worker in workers):
+        watch.look()
+        time.sleep(POLL_SECONDS)
     codes = [worker.wait() for worker in workers]
     failed = 0 if 0 in codes else codes[0]
     return failed if failed >= 0 else 128 - failed

@@ -31,15 +31,34 @@ class Owner:
 
     def is_gone(self, watcher: Owner) -> bool:
         """Whether the process has ended for certain, which only one that can see it may say."""
-        if (self.host, self.boot, self.pid_namespace) != (watcher.host, watcher.boot, watcher.pid_namespace):
-            return False
-        return _start_of(self.pid) != self.started
+        return self._is_seen_by(watcher) and _start_of(self.pid) != self.started
+
+    def is_here(self, watcher: Owner) -> bool:
+        """Whether the process is there for certain, as `watcher` can see."""
+        return self._is_seen_by(watcher) and _start_of(self.pid) == self.started
+
+    def _is_seen_by(self, watcher: Owner) -> bool:
+        return (self.host, self.boot, self.pid_namespace) == (
+            watcher.host,
+            watcher.boot,
+            watcher.pid_namespace,
+        )
+
+
+def is_suspended(pid: int) -> bool:
+    """Whether a process of this machine has been stopped by a signal, and not by a debugger."""
+    return _state_of(pid)[:1] == ["T"]
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process began, in clock ticks after boot (Linux's proc(5)); None when it has ended."""
+    """When a process began, in clock ticks after boot; None when it has ended."""
+    fields = _state_of(pid)
+    return int(fields[19]) if fields and fields[0] not in "ZX" else None
+
+
+def _state_of(pid: int) -> list[str]:
+    """The fields of Linux's proc(5) from the process's state on; none when it is gone."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state in "ZX" else int(fields[18])
+        return []

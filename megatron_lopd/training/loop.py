@@ -39,6 +39,7 @@ from megatron_lopd.mcore.process_groups import Ranks, model_parallel
 from megatron_lopd.mcore.recompute import check_recompute
 from megatron_lopd.objectives import get_objective
 from megatron_lopd.ops.kernel_trial import agree
+from megatron_lopd.runtime import heartbeats
 from megatron_lopd.runtime.signals import StopSignals
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
 from megatron_lopd.training.consensus import any_rank
@@ -74,6 +75,7 @@ def _run_training(job: TrainingJob) -> Progress:
     require_usable()
     require_one_kind(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))))
     compat.prepare()
+    heartbeats.at(f"setting up {job.name}")
     setup = job.model
     architecture = read_architecture(setup.directory)
     _check_data(job, architecture)
@@ -204,6 +206,7 @@ class _Run:
             stopping = any_rank(self.stop.requested, self.device) and progress.step < self.total_steps
             at_end = progress.step == self.part.end_step
             due = progress.step % self.job.config.checkpoint_every == 0 or at_end
+            heartbeats.at(f"after step {progress.step}")  # to write a checkpoint, say
             if due or stopping:
                 self.reporter.sync()
                 self.saver.start(progress)
@@ -233,6 +236,7 @@ class _Run:
 
     def _step(self, before: Progress, batches: Batches) -> Progress:
         began = time.perf_counter()
+        heartbeats.at(f"step {before.step + 1}", before.step + 1 if self.job.segment.data.is_alone else -1)
         config, guard, trainer = self.job.config, self.job.guard, self.trainer
         micro_batches = batches.get(before.step)
         data_wait = max(0.0, time.perf_counter() - began - sum(batches.seconds.values()))

@@ -132,6 +132,7 @@ def _find_newest(root: Path) -> tuple[int, list[str]]:
     """The newest checkpoint's step, and the names of the files that this rank hashed, slowly on rank 0."""
     from megatron_lopd.artifacts import committed
     from megatron_lopd.families.architecture import read_architecture
+    from megatron_lopd.files import digests
     from megatron_lopd.mcore.process_groups import model_parallel
     from megatron_lopd.training.checkpoints import Checkpoints
     from megatron_lopd.training.saving import newest_checkpoint

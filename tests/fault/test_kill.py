@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
+from megatron_lopd.runtime import heartbeats
 from tests.forks import Command
 from tests.pipeline import write_recipe
 
@@ -105,6 +107,56 @@ def test_sigterm_saves_a_checkpoint_and_asks_to_be_run_again(tmp_path: Path, lay
     assert "Traceback" not in log
     done = lines(tmp_path / "run/sft/metrics.jsonl")
     assert (tmp_path / f"run/sft/checkpoints/step_{done:08d}/manifest.json").exists()
+
+
+def test_a_rank_that_is_suspended_ends_the_job_with_its_number_and_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(heartbeats.SILENCE, "5")
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    write_recipe(undisturbed, train=None, prompts={"sft": {"task": "arithmetic", "count": 40}})
+    shutil.copytree(undisturbed, disturbed)
+    layout = ("sft.steps=12", *TWO_RANKS)
+    with ExitStack() as stack:
+        jobs = {root: start(root, *layout) for root in (undisturbed, disturbed)}
+        for job in jobs.values():
+            stack.callback(job.kill)
+        rank = rank_at_work(jobs[disturbed], disturbed, number=1)
+        rank.suspend()
+        assert jobs[disturbed].wait(SECONDS) == 1
+        log = (disturbed / "log").read_text()
+        assert f"lopd: rank 1 (pid {rank.pid} on " in log
+        assert "no sign of life for 5s: the job ends" in log
+        assert not rank.is_running()
+        assert jobs[undisturbed].wait(SECONDS) == 0
+    assert start(disturbed, *layout).wait(SECONDS) == 0, (disturbed / "log").read_text()
+    model = Path("run/sft/model/model.safetensors")
+    assert (disturbed / model).read_bytes() == (undisturbed / model).read_bytes()
+
+
+def rank_at_work(job: Command, root: Path, number: int) -> psutil.Process:
+    """A rank of the launcher `job`, once it has come to the third step."""
+    deadline = time.monotonic() + SECONDS
+    while lines(root / "run/sft/metrics.jsonl") < 3:
+        assert job.poll() is None, (root / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    (rank,) = (
+        each for each in psutil.Process(job.pid).children() if each.environ().get("RANK") == str(number)
+    )
+    return rank
+
+
+@pytest.mark.nightly
+def test_a_suspended_rank_is_woken_to_be_stopped(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    job = start(tmp_path, "sft.steps=5000", *TWO_RANKS)
+    with ExitStack() as stack:
+        stack.callback(job.kill)
+        rank_at_work(job, tmp_path, number=0).suspend()
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(SECONDS) == 75
+    assert "with the checkpoint saved" in (tmp_path / "log").read_text()
 
 
 def test_kill_9_of_the_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from megatron_lopd.engines.transformers_engine import TransformersEngine
 from megatron_lopd.errors import EngineDied
 from megatron_lopd.pipeline import workers as sharing
 from megatron_lopd.runtime import claims as claims_module
-from megatron_lopd.runtime.claims import Claims, read_claims
+from megatron_lopd.runtime.claim_files import read_claims
+from megatron_lopd.runtime.claims import Claims
 from tests.forks import CONTEXT
 from tests.pipeline import write_recipe
 
@@ -90,11 +91,12 @@ def work(root: Path, stage: str, lease: float | None = None, slow: bool = False,
         TransformersEngine.generate = slowly  # type: ignore[method-assign]
     claims_module.POLL_SECONDS = 0.02
     if hangs:
-        sharing.PATIENCE_SECONDS = sharing.LEASE_SECONDS = 0.5
+        sharing.LEASE_SECONDS = 0.5
     if lease is not None:
         sharing.Claims = functools.partial(Claims, lease=lease)  # type: ignore[assignment,misc]
+    overrides = [f"{stage}.engine.patience_minutes=0.01"] if hangs else []
     with Path("log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        code = main([stage, "recipe.yaml"])
+        code = main([stage, "recipe.yaml", *overrides])
     sys.exit(code)
 
 

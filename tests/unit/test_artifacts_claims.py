@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import re
 import resource
 import signal
 import time
@@ -15,18 +16,19 @@ from typing import Any
 import pytest
 
 from megatron_lopd.errors import DataError
+from megatron_lopd.runtime import claim_files
 from megatron_lopd.runtime import claims as claims_module
-from megatron_lopd.runtime.claims import (
-    ATTEMPTS,
+from megatron_lopd.runtime.claim_files import (
     CLAIMS,
-    ClaimLost,
-    Claims,
+    PARTS,
     ClaimState,
-    PartFailed,
+    announce,
+    announced,
     claim_path,
     read_claims,
     remove_claims,
 )
+from megatron_lopd.runtime.claims import ATTEMPTS, BEATS_A_LEASE, LEASE_SECONDS, ClaimLost, Claims, PartFailed
 from megatron_lopd.runtime.owner import Owner
 
 CONTEXT = mp.get_context("fork")
@@ -222,12 +224,76 @@ def test_a_full_disk_hides_no_error_of_the_work_and_ends_no_heartbeat(tmp_path: 
     assert [path.name for path in (tmp_path / CLAIMS).iterdir()] == ["a.x.1"]
 
 
-def test_a_damaged_claim_is_an_error_that_names_it(tmp_path: Path) -> None:
+WHOLE = claim_files.text_of(ClaimState("a.x", 1, Owner.here()))
+DAMAGED: dict[str, Callable[[Path], object]] = {
+    "torn": lambda path: path.write_text(WHOLE[:20]),
+    "empty": lambda path: path.touch(),
+    "no object": lambda path: path.write_text("[1]"),
+    "a key too many": lambda path: path.write_text(WHOLE.replace("{", '{"x": 1, ', 1)),
+    "of another type": lambda path: path.write_text(WHOLE.replace('"beat": 0', '"beat": "0"')),
+    "an owner of no kind": lambda path: path.write_text(re.sub(r'"owner": {.*?}', '"owner": 7', WHOLE)),
+    "no status": lambda path: path.write_text(WHOLE.replace("working", "sleeping")),
+    "another claim": lambda path: path.write_text(WHOLE.replace("a.x", "b.x")),
+    "not a number": lambda path: path.write_text(WHOLE.replace('"rate": 0.0', '"rate": NaN')),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
+    "brackets": lambda path: path.write_text("[" * 50_000),
+    "huge": lambda path: path.write_text(WHOLE + " " * 10_000_000),
+    "a link": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a FIFO": os.mkfifo,
+    "a directory": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_claim_is_an_error_that_names_it(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     path = claim_path(tmp_path, "a.x", 1)
     path.parent.mkdir()
-    path.write_text('{"part": "a')
-    with pytest.raises(DataError, match=r"\.claims/a\.x\.1: damaged: end all workers"):
-        Claims(tmp_path).take("a.x")
+    damage(path)
+    for look in (lambda: Claims(tmp_path).take("a.x"), lambda: read_claims(tmp_path)):
+        with pytest.raises(DataError, match=r"\.claims/a\.x\.1: damaged: end all workers"):
+            look()
+    assert Claims(tmp_path).take("b.x") is not None
+
+
+def test_what_is_told_of_the_parts_is_read_as_strictly(tmp_path: Path) -> None:
+    path = tmp_path / CLAIMS / PARTS
+    path.parent.mkdir()
+    for text in ("[1]", '{"a": "b"}', "7", '{"a": 1', ""):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"\.claims/parts: "):
+            announced(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="a FIFO"):
+        announced(tmp_path)
+    announce(tmp_path, {"a.x": 3})
+    assert announced(tmp_path) == {"a.x": 3}, "a worker that starts mends it"
+
+
+@pytest.mark.parametrize("make", [lambda path: path.touch(), lambda path: path.symlink_to("/tmp"), os.mkfifo])
+def test_claims_are_made_in_a_directory_of_ours_alone(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / CLAIMS)
+    for begin in (Claims, lambda directory: announce(directory, {})):
+        with pytest.raises(DataError, match=r"\.claims: not a directory of this program's: remove it"):
+            begin(tmp_path)
+
+
+def test_a_heartbeat_that_is_seen_a_minute_late_and_then_at_once_is_heard_within_the_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over NFS, at its worst: a client looks once in its acdirmax, and what it is told may be as old."""
+    cached, beat = 60, LEASE_SECONDS / BEATS_A_LEASE
+    now = 0.0
+    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now)
+    watcher = Claims(tmp_path)
+    quiet = []
+    for second in range(0, 3600):
+        now, looked = float(second), second // cached
+        seen = looked * cached - cached * (looked % 2)
+        state = ClaimState("a.x", 1, ELSEWHERE, beat=int(seen / beat))
+        quiet.append(watcher._quiet_seconds(state))
+    assert 2 * cached - beat <= max(quiet) <= LEASE_SECONDS - cached, "with a look to spare"
 
 
 def _elsewhere(directory: Path, work: Callable[[Any], None]) -> int:
@@ -246,4 +312,4 @@ def _elsewhere(directory: Path, work: Callable[[Any], None]) -> int:
 def _write(directory: Path, state: ClaimState) -> None:
     path = claim_path(directory, state.part, state.generation)
     path.parent.mkdir(exist_ok=True)
-    claims_module._write(directory, path, claims_module._text(state))
+    claim_files.rewrite(directory, path, claim_files.text_of(state))

@@ -19,7 +19,7 @@ from megatron_lopd.evaluation.verdicts import Marker
 from megatron_lopd.graders.grader import Grader, Verdict
 from megatron_lopd.pipeline.workers import Work, make_parts
 from megatron_lopd.prompts.prompt import Prompt
-from megatron_lopd.runtime.claims import CLAIMS
+from megatron_lopd.runtime.claim_files import CLAIMS
 from tests.unit.test_data_chat import IDS, model_dir
 
 SHARDS, PROMPTS = 3, [Prompt(f"p{n}", ({"role": "user", "content": f"{n}+1"},)) for n in range(6)]

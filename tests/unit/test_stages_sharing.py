@@ -19,8 +19,10 @@ from megatron_lopd.data.shards import write_shard
 from megatron_lopd.errors import DataError, LopdError, StopRequested
 from megatron_lopd.pipeline import workers as sharing
 from megatron_lopd.pipeline.workers import Derived, Part, Work, make_parts
+from megatron_lopd.runtime import claim_files
 from megatron_lopd.runtime import claims as claims_module
-from megatron_lopd.runtime.claims import CLAIMS, Claims, claim_path, make_once, remove_claims
+from megatron_lopd.runtime.claim_files import CLAIMS, claim_path, remove_claims
+from megatron_lopd.runtime.claims import Claims, commit_once, make_once
 
 CONTEXT = mp.get_context("fork")
 
@@ -111,7 +113,7 @@ def test_claims_that_go_while_they_are_made_are_no_error(
         raise FileExistsError(path)
 
     monkeypatch.setattr(Path, "mkdir", there_and_gone)
-    claims_module.announce(tmp_path, {"a.x": 1})
+    claim_files.announce(tmp_path, {"a.x": 1})
     claims = Claims(tmp_path)
     assert claims.take("a.x") is None
     assert claims.is_over()
@@ -134,8 +136,8 @@ def test_workers_that_come_as_others_commit_end_well(tmp_path: Path, monkeypatch
             (directory / "shard.arrow").touch()
             barrier.wait(timeout=60)
             make_parts([Work("test", None, tmp_path, [verdict])])
-            make_once(directory / "manifest.json", (directory / "manifest.json").touch)
-            remove_claims(directory)
+            manifest = directory / "manifest.json"
+            commit_once(manifest, manifest.touch, functools.partial(remove_claims, directory))
         os._exit(0)
 
     processes = [CONTEXT.Process(target=work) for _ in range(workers)]
@@ -144,7 +146,18 @@ def test_workers_that_come_as_others_commit_end_well(tmp_path: Path, monkeypatch
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * workers
-    assert all((tmp_path / str(number) / "manifest.json").exists() for number in range(rounds))
+    for number in range(rounds):
+        left = sorted(path.name for path in (tmp_path / str(number)).iterdir())
+        assert left == ["manifest.json", "shard.arrow"]
+
+
+def test_what_a_killed_worker_left_beside_a_committed_artifact_is_cleared_by_the_next(tmp_path: Path) -> None:
+    """Below it, beside nothing else: it was killed while it cleared, or came late and claimed anew."""
+    (tmp_path / "manifest.json").touch()
+    (tmp_path / "sft" / CLAIMS).mkdir(parents=True)
+    (tmp_path / "sft" / CLAIMS / "verdicts-0").touch()
+    commit_once(tmp_path / "manifest.json", lambda: pytest.fail("again"), lambda: remove_claims(tmp_path))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["manifest.json", "sft"]
 
 
 class FakeEngine:

@@ -40,7 +40,8 @@ from megatron_lopd.data.schemas import ROLLOUTS
 from megatron_lopd.data.shards import shard_writer
 from megatron_lopd.pipeline import workers
 from megatron_lopd.pipeline.workers import Count, Part, Work, make_parts
-from megatron_lopd.runtime.claims import Claims, announce
+from megatron_lopd.runtime.claim_files import announce
+from megatron_lopd.runtime.claims import Claims
 
 TOKENS = np.arange(8, dtype=np.int32)
 PLAN = plan_digest({}, {})  # of what no stage made
