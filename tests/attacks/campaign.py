@@ -51,7 +51,7 @@ class Tally:
 
 
 class Campaign:
-    """The attempts of one kind on worlds like the finished one. AssertionError where its valid world is refused."""
+    """The attempts of one kind on worlds like the finished one."""
 
     def __init__(self, attack: Attack[Any], finished: Path, place: Path) -> None:
         self._attack = attack
@@ -62,12 +62,13 @@ class Campaign:
             target.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
         attack.build(self._valid)
-        outcome = attempt(attack, self._valid, None, None)
-        assert outcome.verdict == "accepted", f"{attack.name}: the valid world: {outcome}"
-        self._before = outcome.evidence
+        self._unspoilt = attempt(attack, self._valid, None, None)
 
     def run(self, seed: int, examples: int, until: float | None = None) -> Tally:
         """`examples` attempts of that seed; none begins after `until` (`time.monotonic`)."""
+        if self._unspoilt.verdict != "accepted":
+            finding = Finding(self._attack.name, seed, "nothing changed", self._unspoilt)
+            return Tally(Counter({self._unspoilt.verdict: 1}), self._unspoilt.peak, [finding])
         tally, worst = Tally(), list[tuple[Any, Outcome]]()
         shrinking_since: float | None = None
 
@@ -89,7 +90,7 @@ class Campaign:
                 return
             if shrinking_since is not None and now - shrinking_since > SHRINK_SECONDS:
                 return
-            outcome = attempt(self._attack, self._valid, change, self._before)
+            outcome = attempt(self._attack, self._valid, change, self._unspoilt.evidence)
             tally.peak = max(tally.peak, outcome.peak)
             if shrinking_since is None:
                 tally.tried[outcome.verdict] += 1

@@ -175,6 +175,8 @@ def _outside(scratch: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     while waiting:
         for entry in os.scandir(waiting.pop()):
             path = Path(entry.path)
+            if entry.name == ".lopd_fingerprint.json":
+                continue
             found = entry.stat(follow_symlinks=False)
             is_free = path in free
             stamp = (found.st_ino, found.st_mode, 0 if is_free else found.st_size, found.st_uid)
@@ -183,7 +185,7 @@ def _outside(scratch: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                 if not is_free:
                     waiting.append(path)
             else:
-                yield str(path.relative_to(scratch)), (*stamp, found.st_mtime_ns, found.st_ctime_ns)
+                yield str(path.relative_to(scratch)), (*stamp, found.st_mtime_ns)
 
 
 def _differ(before: dict[str, Any], after: dict[str, Any]) -> set[str]:

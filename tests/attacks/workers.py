@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from tests.attacks.attack import kinds
 from tests.attacks.campaign import Campaign, Tally
 from tests.forks import CONTEXT
@@ -78,6 +80,7 @@ def _work(
 ) -> None:
     os.environ |= environment
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    tqdm.get_lock()  # once, here: each attempt would leave a semaphore of its own behind
     made: dict[str, Campaign] = {}
     attacks = kinds()
     while (asked := connection.recv()) is not _END:
