@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 # Before torch is imported, here and in every process.
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1"}
 
 import argparse
 import random

@@ -35,7 +35,7 @@ class Attack(ABC, Generic[Change]):
     name: ClassVar[str]
     copies: ClassVar[Sequence[str]] = ("recipe.yaml", "teacher", "student", "run")
     examples: ClassVar[int] = 25  # in `make test`
-    seconds: ClassVar[float] = 60.0  # an attempt that takes longer hangs
+    seconds: ClassVar[float] = 30.0  # an attempt that computes, or waits, for longer hangs
 
     def build(self, world: Path) -> None:  # noqa: B027 - most need nothing more
         """Add to the valid world, once, what the run has not."""

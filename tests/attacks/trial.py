@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ Verdict = Literal["refused", "accepted", "undetected", "uncaught", "hang", "outs
 WRONG: tuple[Verdict, ...] = ("undetected", "uncaught", "hang", "outside", "memory")
 PEAK_LIMIT = 2_000_000_000  # bytes that an attempt's process may ever hold
 FILE_LIMIT = 1 << 28  # bytes of a file that it writes
+LOOK_EVERY = 0.25  # seconds
 LONGEST_MESSAGE = 2000  # characters of a refusal
 SENTINELS = {"secret": "not yours\n", "folder/deep": "nor this\n", "empty": ""}
 # What a terminal would obey: all of C0 but tab, line feed and carriage return, DEL, C1, and what turns text around.
@@ -114,21 +116,39 @@ def _run(attack: Attack[Any], scratch: Path, change: Any) -> tuple[Verdict, str,
         finally:
             traceback.print_exc()
             os._exit(77)
-    descriptor = os.pidfd_open(child)
-    ended = bool(select.select([descriptor], [], [], attack.seconds)[0])
+    ended = _has_ended(child, attack.seconds)
     if not ended:
         os.killpg(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
-    os.close(descriptor)
     peak = usage.ru_maxrss * 1024
     printed = said.read_text(errors="backslashreplace") if said.exists() else ""
     if not ended:
-        return "hang", f"no end after {attack.seconds:.0f} s; it said: {printed[-200:]!a}", printed, peak
+        return "hang", f"no end in {attack.seconds:.0f} s of computing or waiting; it said: {printed[-200:]!a}", printed, peak
     if status or not answer.exists():
         how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}"
         return "uncaught", f"its process ended with {how}; it said: {printed[-600:]!a}", printed, peak
     verdict, text = json.loads(answer.read_text(encoding="utf-8"))
     return verdict, text, printed, peak
+
+
+def _has_ended(child: int, seconds: float) -> bool:
+    """Whether a process ends before it has computed for so long, or waited for so long on end.
+
+    Not before so much time has passed: a machine that others use may let it neither compute nor wait.
+    """
+    descriptor = os.pidfd_open(child)
+    try:
+        used, waiting_since = 0.0, time.monotonic()
+        while not select.select([descriptor], [], [], LOOK_EVERY)[0]:
+            state, *fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            before, used = used, (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
+            if state == "R" or used > before:
+                waiting_since = time.monotonic()
+            if used > seconds or time.monotonic() - waiting_since > seconds:
+                return False
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _in_child(attack: Attack[Any], scratch: Path, change: Any, answer: Path, said: Path) -> None:

@@ -1,21 +1,26 @@
-"""Processes that run campaigns: forks of a server that has imported what the attacks use, one thread each."""
+"""Processes that run campaigns: each has imported what the attacks use, has one thread, and forks every attempt."""
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing as mp
 import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from tests.attacks.attack import kinds
 from tests.attacks.campaign import Campaign, Tally
-from tests.forks import CONTEXT
+from tests.forks import PRELOADED
 
+# In every worker, before it imports torch.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+_CONTEXT = mp.get_context("spawn")
 _END = None
 
 
@@ -24,68 +29,93 @@ def campaigns(
 ) -> Iterator[tuple[str, Tally]]:
     """(kind, what came of it) of each round (kind, seed), as they end: until `rounds` or `minutes` are over.
 
-    The finished run that the worlds are made of is made first, in `place`.
+    `examples` attempts a round; 0: as many as the kind says. The finished run that the worlds are copies of is
+    made first, in `place`, whose path has no links in it.
     """
+    waiting, workers = iter(rounds), dict[Connection, BaseProcess]()
     finished = place / "finished"
-    maker = CONTEXT.Process(target=_make_finished, args=(finished, dict(os.environ)))
-    maker.start()
-    maker.join()
-    assert maker.exitcode == 0, "the run that the attacks are on could not be made"
+    first, process = _started(finished, place / "worker-0", examples)
+    workers[first] = process
+    first.send("make the run")
+    assert first.recv() == "made"
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    waiting, workers = iter(rounds), dict[Connection, Any]()
-    for number in range(processes):
-        ours, theirs = CONTEXT.Pipe()
-        arguments = (theirs, finished, place / f"worker-{number}", examples, until, dict(os.environ))
-        process = CONTEXT.Process(target=_work, args=arguments)
-        process.start()
-        theirs.close()
-        workers[ours] = process
-        ours.send(next(waiting, _END))
+    for number in range(1, processes):
+        connection, process = _started(finished, place / f"worker-{number}", examples)
+        workers[connection] = process
+    for connection in workers:
+        connection.send(until)
+        connection.send(next(waiting, _END))
     while workers:
-        for ours in wait(list(workers)):
-            assert isinstance(ours, Connection)
+        for connection in wait(list(workers)):
+            assert isinstance(connection, Connection)
             try:
-                yield ours.recv()
+                yield connection.recv()
             except EOFError:
-                process = workers.pop(ours)
+                process = workers.pop(connection)
                 process.join()
                 assert process.exitcode == 0, f"a worker of the attacks ended with {process.exitcode}"
                 continue
             over = until is not None and time.monotonic() > until
-            ours.send(_END if over else next(waiting, _END))
+            connection.send(_END if over else next(waiting, _END))
 
 
-def _make_finished(root: Path, environment: dict[str, str]) -> None:
-    """A whole run of tiny models, which every world is a copy of; its recipe's paths are relative to it."""
-    from megatron_lopd.cli import main
-    from tests.pipeline import write_recipe
+def _started(finished: Path, place: Path, examples: int) -> tuple[Connection, BaseProcess]:
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_work, args=(theirs, finished, place, examples), daemon=True)
+    before = dict(os.environ)
+    os.environ |= ENVIRONMENT | preloads(place.parent)
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    theirs.close()
+    return ours, process
 
-    os.environ |= environment
-    root.mkdir(parents=True)
-    with (root / "log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        recipe = write_recipe(root)
-        os.environ["LOPD_CACHE"] = str(root / "cache")
-        os.chdir(root)
-        code = main(["run", recipe.name])
-    raise SystemExit(code)
+
+def preloads(place: Path) -> dict[str, str]:
+    """What workers need in their environment for the libraries that attempts are preloaded with."""
+    return {}
 
 
-def _work(
-    connection: Connection,
-    finished: Path,
-    place: Path,
-    examples: int,
-    until: float | None,
-    environment: dict[str, str],
-) -> None:
-    os.environ |= environment
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+def _work(connection: Connection, finished: Path, place: Path, examples: int) -> None:
+    for module in PRELOADED:
+        importlib.import_module(module)
     tqdm.get_lock()  # once, here: each attempt would leave a semaphore of its own behind
     made: dict[str, Campaign] = {}
     attacks = kinds()
+    until = connection.recv()
+    if until == "make the run":
+        _make_in_child(finished)
+        connection.send("made")
+        until = connection.recv()
     while (asked := connection.recv()) is not _END:
         kind, seed = asked
         if kind not in made:
             made[kind] = Campaign(attacks[kind], finished, place)
-        number = examples or attacks[kind].examples
-        connection.send((kind, made[kind].run(seed, number, until)))
+        connection.send((kind, made[kind].run(seed, examples or attacks[kind].examples, until)))
+
+
+def _make_in_child(root: Path) -> None:
+    """A whole run of tiny models; its recipe's paths are relative to it."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = _make(root)
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the run that the attacks are on could not be made: {(root / 'log').read_text()[-2000:]}"
+
+
+def _make(root: Path) -> int:
+    from megatron_lopd.cli import main
+    from tests.pipeline import write_recipe
+
+    root.mkdir(parents=True)
+    os.environ["LOPD_CACHE"] = str(root / "cache")
+    with (root / "log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        recipe = write_recipe(root)
+        os.chdir(root)
+        return main(["run", recipe.name])

@@ -131,7 +131,6 @@ class Models(Attack[Any]):
     name = "model directories"
     copies = ("recipe.yaml", "teacher", "student")
     examples = 40
-    seconds = 40.0
 
     def changes(self) -> SearchStrategy[Any]:
         lengths = st.sampled_from([0, 1, 7, 8, 2, 100, 1 << 20, 1 << 31, 20_000_000_000, 1 << 63, (1 << 64) - 1])

@@ -70,7 +70,6 @@ class Prompts(Attack[Any]):
     name = "prompts"
     copies = ("student",)
     examples = 60
-    seconds = 30.0
 
     def changes(self) -> SearchStrategy[Any]:
         return st.one_of(

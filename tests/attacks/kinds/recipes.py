@@ -146,7 +146,6 @@ class Recipes(Attack[Any]):
     name = "recipes"
     copies = ("recipe.yaml", "teacher", "student")
     examples = 40
-    seconds = 30.0
 
     def changes(self) -> SearchStrategy[Any]:
         value = st.one_of(scalars.map(lambda each: json.dumps(each)), st.sampled_from([*ODD_TEXT, *FRAGMENTS]))

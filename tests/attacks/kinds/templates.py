@@ -121,7 +121,6 @@ class Templates(Attack[Any]):
     name = "templates"
     copies = ("student",)
     examples = 40
-    seconds = 40.0
 
     def changes(self) -> SearchStrategy[Any]:
         value = st.one_of(
