@@ -28,11 +28,15 @@ def main() -> int:
     """Exit code."""
     known = list(kinds())
     parser = argparse.ArgumentParser(prog="python -m tests.attacks", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long, beside what making the worlds takes")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="how long, beside what making the worlds takes"
+    )
     parser.add_argument("--kind", choices=known, action="append", help="this kind alone; may be given again")
     parser.add_argument("--seed", type=int, help="one round of this seed, in place of --minutes")
     parser.add_argument("--examples", type=int, default=60, help="attempts of a round")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="attempts at a time")
+    parser.add_argument(
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="attempts at a time"
+    )
     options = parser.parse_args()
     chosen = options.kind or known
     tallies = {name: Tally() for name in chosen}
@@ -68,7 +72,10 @@ def table(tallies: dict[str, Tally]) -> list[str]:
         rows.append((name, *(f"{count:,}" for count in counts)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 

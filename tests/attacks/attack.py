@@ -27,9 +27,9 @@ DOCUMENTED_CODES = {0, 1, 2, 3, 75, 130}
 class Attack(ABC, Generic[Change]):
     """One kind. It is made without arguments, and keeps nothing from one attempt to the next.
 
-    An attempt's world is a directory with `run`, a whole run in miniature made of `recipe.yaml`, `teacher` and
-    `student`; only the paths in `copies` are there. Beside the world lies `../outside`, with files that nothing
-    may touch. `run` alone may be written to.
+    An attempt's world is a directory with `run`, a whole run in miniature made of `recipe.yaml`, `teacher`
+    and `student`; only the paths in `copies` are there. Beside the world lies `../outside`, with files that
+    nothing may touch. `run` alone may be written to.
     """
 
     name: ClassVar[str]
@@ -37,7 +37,7 @@ class Attack(ABC, Generic[Change]):
     examples: ClassVar[int] = 25  # in `make test`
     seconds: ClassVar[float] = 30.0  # an attempt that computes, or waits, for longer hangs
 
-    def build(self, world: Path) -> None:  # noqa: B027 - most need nothing more
+    def build(self, world: Path) -> None:
         """Add to the valid world, once, what the run has not."""
 
     @abstractmethod
@@ -65,14 +65,15 @@ class Attack(ABC, Generic[Change]):
         return ()
 
 
-class Refused(LopdError):
+class RefusedError(LopdError):
     """A command said no, in its one line."""
 
 
 def lopd(*arguments: str) -> str:
-    """`lopd *arguments` in this process: what it printed. Refused with its line where it ended otherwise than 0.
+    """`lopd *arguments` in this process: what it printed.
 
-    AssertionError where the exit code is not a documented one, or it ended so and said nothing.
+    RefusedError, with the command's line, where it ended otherwise than 0. AssertionError where the exit code
+    is not a documented one, or it ended so and said nothing.
     """
     from megatron_lopd.cli import main
 
@@ -90,7 +91,7 @@ def lopd(*arguments: str) -> str:
     if code:
         said = [line for line in err.getvalue().splitlines() if line.startswith("lopd")]
         assert said, f"exit code {code}, and not a word"
-        raise Refused(said[-1])
+        raise RefusedError(said[-1])
     return out.getvalue()
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Finding:
 
 @dataclass
 class Tally:
-    """What came of a kind's attempts. `tried` by verdict; those that made a finding smaller are not counted."""
+    """What came of a kind's attempts: `tried` by verdict, without those that made a finding smaller."""
 
     tried: Counter[str] = field(default_factory=Counter)
     peak: int = 0
@@ -108,8 +109,6 @@ class Campaign:
 
 
 def _quietly(attack: Callable[[], None]) -> None:
-    """What hypothesis raises says no more than the findings do: that there are some, or were in the time given."""
-    try:
+    """What hypothesis raises says no more than the findings do."""
+    with suppress(AssertionError, hypothesis.errors.Flaky, hypothesis.errors.FlakyFailure):
         attack()
-    except (AssertionError, hypothesis.errors.FlakyFailure, hypothesis.errors.Flaky):
-        pass

@@ -214,7 +214,10 @@ class Json:
             inner = at[key]
             if not isinstance(inner, dict | list) or not inner:
                 break
-            at, key = inner, (list(inner)[step % len(inner)] if isinstance(inner, dict) else step % len(inner))
+            at, key = (
+                inner,
+                (list(inner)[step % len(inner)] if isinstance(inner, dict) else step % len(inner)),
+            )
         if self.how == "set" or at is holder:
             at[key] = self.value
         elif self.how == "delete":
@@ -228,6 +231,13 @@ class Json:
         else:
             at[Twice(key)] = self.value
         return holder[""]
+
+
+def has_text(value: Any) -> bool:
+    """Whether something in it is written as JSON does not write it."""
+    if isinstance(value, dict):
+        return any(isinstance(key, Twice) or has_text(each) for key, each in value.items())
+    return isinstance(value, Text) or (isinstance(value, list) and any(map(has_text, value)))
 
 
 class Twice(str):

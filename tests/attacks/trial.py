@@ -27,7 +27,7 @@ FILE_LIMIT = 1 << 28  # bytes of a file that it writes
 LOOK_EVERY = 0.25  # seconds
 LONGEST_MESSAGE = 2000  # characters of a refusal
 SENTINELS = {"secret": "not yours\n", "folder/deep": "nor this\n", "empty": ""}
-# What a terminal would obey: all of C0 but tab, line feed and carriage return, DEL, C1, and what turns text around.
+# What a terminal would obey: C0 without tab, line feed and carriage return; DEL; C1; what turns text around.
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -62,7 +62,9 @@ def attempt(attack: Attack[Any], valid: Path, change: Any, before: str | None) -
         outcome = _judged(attack, change, before, *_run(attack, scratch, change))
         touched = sorted(_differ(untouched, dict(_outside(scratch))))
         if touched and outcome.verdict not in ("hang", "memory", "uncaught"):
-            return Outcome("outside", f"changed outside the run directory: {', '.join(touched)}", outcome.peak)
+            return Outcome(
+                "outside", f"changed outside the run directory: {', '.join(touched)}", outcome.peak
+            )
         return outcome
 
 
@@ -123,7 +125,12 @@ def _run(attack: Attack[Any], scratch: Path, change: Any) -> tuple[Verdict, str,
     peak = usage.ru_maxrss * 1024
     printed = said.read_text(errors="backslashreplace") if said.exists() else ""
     if not ended:
-        return "hang", f"no end in {attack.seconds:.0f} s of computing or waiting; it said: {printed[-200:]!a}", printed, peak
+        return (
+            "hang",
+            f"no end in {attack.seconds:.0f} s of computing or waiting; it said: {printed[-200:]!a}",
+            printed,
+            peak,
+        )
     if status or not answer.exists():
         how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}"
         return "uncaught", f"its process ended with {how}; it said: {printed[-600:]!a}", printed, peak
@@ -185,7 +192,9 @@ def _in_child(attack: Attack[Any], scratch: Path, change: Any, answer: Path, sai
 def _where(error: BaseException) -> str:
     """The last lines of this project that an error came through."""
     frames = [each for each in traceback.extract_tb(error.__traceback__) if "megatron_lopd" in each.filename]
-    return " < ".join(f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in reversed(frames[-4:]))
+    return " < ".join(
+        f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in reversed(frames[-4:])
+    )
 
 
 def _outside(scratch: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

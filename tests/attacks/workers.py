@@ -1,4 +1,4 @@
-"""Processes that run campaigns: each has imported what the attacks use, has one thread, and forks every attempt."""
+"""Processes that run campaigns: each imports what the attacks use, once, and forks every attempt."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tests.attacks.attack import kinds
 from tests.attacks.campaign import Campaign, Tally
 from tests.forks import PRELOADED
+from tests.shims.file_faults import build, preloaded
 
 # In every worker, before it imports torch.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -29,8 +30,8 @@ def campaigns(
 ) -> Iterator[tuple[str, Tally]]:
     """(kind, what came of it) of each round (kind, seed), as they end: until `rounds` or `minutes` are over.
 
-    `examples` attempts a round; 0: as many as the kind says. The finished run that the worlds are copies of is
-    made first, in `place`, whose path has no links in it.
+    `examples` attempts a round; 0: as many as the kind says. The finished run that the worlds are copies of
+    is made first, in `place`, whose path has no links in it.
     """
     waiting, workers = iter(rounds), dict[Connection, BaseProcess]()
     finished = place / "finished"
@@ -63,7 +64,7 @@ def _started(finished: Path, place: Path, examples: int) -> tuple[Connection, Ba
     ours, theirs = _CONTEXT.Pipe()
     process = _CONTEXT.Process(target=_work, args=(theirs, finished, place, examples), daemon=True)
     before = dict(os.environ)
-    os.environ |= ENVIRONMENT | preloads(place.parent)
+    os.environ |= ENVIRONMENT | preloaded(build(place.parent))  # it does nothing until it is told to
     try:
         process.start()
     finally:
@@ -71,11 +72,6 @@ def _started(finished: Path, place: Path, examples: int) -> tuple[Connection, Ba
         os.environ.update(before)
     theirs.close()
     return ours, process
-
-
-def preloads(place: Path) -> dict[str, str]:
-    """What workers need in their environment for the libraries that attempts are preloaded with."""
-    return {}
 
 
 def _work(connection: Connection, finished: Path, place: Path, examples: int) -> None:
@@ -106,7 +102,9 @@ def _make_in_child(root: Path) -> None:
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    assert status == 0, f"the run that the attacks are on could not be made: {(root / 'log').read_text()[-2000:]}"
+    assert status == 0, (
+        f"the run that the attacks are on could not be made: {(root / 'log').read_text()[-2000:]}"
+    )
 
 
 def _make(root: Path) -> int:

@@ -21,8 +21,24 @@ from tests.attacks.changes import byte_changes, json_changes, special_changes
 from tests.attacks.kinds.manifests import forge
 
 NEWEST = "run/train/checkpoints/step_00000005"
-FILES = (".metadata", "common.pt", "__0_0.distcp", "__0_1.distcp", "__0_3.distcp", "metadata.json", "manifest.json")
-CODE = ("os.system", "builtins.eval", "builtins.exec", "subprocess.call", "torch.load", "runpy.run_path", "pathlib.Path.touch")
+FILES = (
+    ".metadata",
+    "common.pt",
+    "__0_0.distcp",
+    "__0_1.distcp",
+    "__0_3.distcp",
+    "metadata.json",
+    "manifest.json",
+)
+CODE = (
+    "os.system",
+    "builtins.eval",
+    "builtins.exec",
+    "subprocess.call",
+    "torch.load",
+    "runpy.run_path",
+    "pathlib.Path.touch",
+)
 
 
 class Pickled:
@@ -53,7 +69,7 @@ class Pickled:
 
 @dataclass(frozen=True)
 class Poisoned:
-    """A file of the newest checkpoint with a pickle that runs code: by itself, at its end, or in torch's archive."""
+    """A file of the newest checkpoint holds a pickle that runs code: alone, at an end, in torch's archive."""
 
     file: str
     code: str
@@ -129,7 +145,16 @@ class CheckpointFiles(Attack[Any]):
     """Pickles that run code, bits, and names that are none, in the checkpoint that training goes on from."""
 
     name = "checkpoints"
-    copies = ("recipe.yaml", "student", "teacher", "run/generate", "run/sft", "run/rollout", "run/score", "run/train")
+    copies = (
+        "recipe.yaml",
+        "student",
+        "teacher",
+        "run/generate",
+        "run/sft",
+        "run/rollout",
+        "run/score",
+        "run/train",
+    )
     examples = 8
 
     def build(self, world: Path) -> None:
@@ -142,10 +167,14 @@ class CheckpointFiles(Attack[Any]):
             st.builds(Poisoned, file, st.sampled_from(CODE), hows, st.just(True)),
             st.builds(Changed, file, byte_changes, st.booleans()),
             st.builds(Changed, file, special_changes, st.just(False)),
-            st.builds(Changed, st.sampled_from(["metadata.json", "manifest.json"]), json_changes, st.booleans()),
+            st.builds(
+                Changed, st.sampled_from(["metadata.json", "manifest.json"]), json_changes, st.booleans()
+            ),
             st.builds(
                 Renamed,
-                st.sampled_from(["step_00000009", "step_00000005.bak", "step_9", "step_000000005", "step_-0000001"]),
+                st.sampled_from(
+                    ["step_00000009", "step_00000005.bak", "step_9", "step_000000005", "step_-0000001"]
+                ),
                 st.sampled_from(["00000002", "00000004", "00000005"]),
             ),
         )

@@ -1,4 +1,4 @@
-"""Manifests: as they were written, or refused; rewritten whole, another artifact, which its children refuse."""
+"""Manifests: as they were written, or refused; rewritten whole, not what children were made from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tests.attacks.attack import Attack, lopd
-from tests.attacks.changes import In, Json, Text, file_changes, in_files, json_changes
+from tests.attacks.changes import Json, file_changes, has_text, in_files, json_changes
 
 PARENTS = ("generate", "sft", "rollout", "score", "train")  # something in the run was made from each
 LEAVES = ("evaluate", "report")
@@ -40,7 +40,7 @@ class Forged:
     def __call__(self, world: Path) -> None:
         path = world / self.file
         document = self.change.changed(json.loads(path.read_text(encoding="utf-8")))
-        if isinstance(document, dict) and not _has_text(document):
+        if isinstance(document, dict) and not has_text(document):
             forge(path, document)
         else:
             self.change(path)
@@ -64,15 +64,6 @@ class Listed:
         content = secret.read_bytes()
         document["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         forge(path, document)
-
-
-def _has_text(value: Any) -> bool:
-    """Whether something in it is written as JSON does not write it."""
-    if isinstance(value, Text):
-        return True
-    if isinstance(value, dict):
-        return any(_has_text(each) for each in value.values())
-    return isinstance(value, list) and any(_has_text(each) for each in value)
 
 
 class Manifests(Attack[Any]):
@@ -111,7 +102,9 @@ class Manifests(Attack[Any]):
     def allows(self, change: Any, before: str, after: str) -> bool:
         """A whole manifest of what nothing is made from is another artifact, with another id."""
         leaf = isinstance(change, Forged) and change.file.split("/")[1] in (*LEAVES, "export")
-        return _without_own(after, change.file) == _without_own(before, change.file) if leaf else before == after
+        return (
+            _without_own(after, change.file) == _without_own(before, change.file) if leaf else before == after
+        )
 
     def named(self, change: Any) -> Sequence[str]:
         return [str(Path(change.file).parent), Path(change.file).parent.name]
@@ -120,5 +113,7 @@ class Manifests(Attack[Any]):
 def _without_own(said: str, file: str) -> list[str]:
     """All but what is said of the artifact itself, to be compared."""
     own = str(Path(file).parent)
-    kept = [line for line in said.splitlines() if not line.startswith(f"{own}: ") or " was made from " in line]
+    kept = [
+        line for line in said.splitlines() if not line.startswith(f"{own}: ") or " was made from " in line
+    ]
     return [re.sub(r"\b[0-9a-f]{12}\b", "ID", line) for line in kept]

@@ -20,7 +20,6 @@ from tests.attacks.changes import (
     In,
     Json,
     Stand,
-    byte_changes,
     dump,
     file_changes,
     in_files,
@@ -96,7 +95,7 @@ class Stray:
 
 @dataclass(frozen=True)
 class Index:
-    """The weights split by an index: `twice` of them in both files, `lost` in none, `to` another name than one's."""
+    """The weights split by an index: `twice` of them in two files, `lost` in none, one in the file `name`."""
 
     files: int
     twice: int
@@ -133,7 +132,9 @@ class Models(Attack[Any]):
     examples = 40
 
     def changes(self) -> SearchStrategy[Any]:
-        lengths = st.sampled_from([0, 1, 7, 8, 2, 100, 1 << 20, 1 << 31, 20_000_000_000, 1 << 63, (1 << 64) - 1])
+        lengths = st.sampled_from(
+            [0, 1, 7, 8, 2, 100, 1 << 20, 1 << 31, 20_000_000_000, 1 << 63, (1 << 64) - 1]
+        )
         tensor = st.tuples(st.integers(0, 60), st.integers(0, 3), st.integers(0, 3))
         value = st.one_of(
             st.integers(-(2**64), 2**64),
@@ -158,7 +159,9 @@ class Models(Attack[Any]):
                 st.integers(1, 3),
                 st.integers(0, 2),
                 st.integers(0, 1),
-                st.sampled_from(["", "../../outside/secret", "../student/model.safetensors", "config.json", "absent"]),
+                st.sampled_from(
+                    ["", "../../outside/secret", "../student/model.safetensors", "config.json", "absent"]
+                ),
             ),
             in_files([f"teacher/{name}" for name in STRAYS], special_changes),
         )
@@ -200,7 +203,11 @@ class Models(Attack[Any]):
     def allows(self, change: Any, before: str, after: str) -> bool:
         """A model with another identity may compute what it likes."""
         was, now = json.loads(before), json.loads(after)
-        if isinstance(change, In) and isinstance(change.change, Stand) and change.change.what == "hard link outside":
+        if (
+            isinstance(change, In)
+            and isinstance(change.change, Stand)
+            and change.change.what == "hard link outside"
+        ):
             return True
         return was["identity"] != now["identity"] or was["computed"] == now["computed"]
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tests.attacks.attack import Attack, lopd
-from tests.attacks.changes import ODD_TEXT, Json, Text, dump, file_changes, json_changes, scalars
+from tests.attacks.changes import ODD_TEXT, Json, dump, file_changes, has_text, json_changes, scalars
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n" for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
 )
 FRAGMENTS = (
     BOMB,
@@ -62,7 +63,7 @@ FRAGMENTS = (
     "seed: 5\x00\n",
     "se\x1b[31med: 5\n",
     "\u202eseed: 5\n",
-    "seed: \"\\ud800\"\n",
+    'seed: "\\ud800"\n',
     "teacher: {model: ../outside}\n",
     "teacher: {model: /dev/zero}\n",
     "run_dir: ../outside\n",
@@ -70,17 +71,17 @@ FRAGMENTS = (
     "run_dir: /proc/self\n",
     "run_dir: ~/x\n",
     "run_dir: ${HOME}/x\n",
-    "run_dir: \"a\\nb\"\n",
+    'run_dir: "a\\nb"\n',
     "run_dir: " + "d/" * 3000 + "\n",
-    "allow_user_code: true\nevaluate: {grader: \"os:system\"}\n",
-    "evaluate: {grader: \"os:system\"}\n",
-    "allow_user_code: true\nevaluate: {grader: \"this.is.absent:x\"}\n",
-    "evaluate: {grader: \"../outside/secret:x\"}\n",
+    'allow_user_code: true\nevaluate: {grader: "os:system"}\n',
+    'evaluate: {grader: "os:system"}\n',
+    'allow_user_code: true\nevaluate: {grader: "this.is.absent:x"}\n',
+    'evaluate: {grader: "../outside/secret:x"}\n',
     "prompts: {opd: {path: /dev/zero}}\n",
     "prompts: {opd: {path: recipe.yaml}}\n",
     "prompts: {opd: {task: arithmetic, count: 99999999999999}}\n",
     "prompts: {eval: {a: {task: arithmetic, count: 3}, b/../../c: {task: arithmetic, count: 3}}}\n",
-    "prompts: {eval: {\"../../outside\": {task: arithmetic, count: 3}}}\n",
+    'prompts: {eval: {"../../outside": {task: arithmetic, count: 3}}}\n',
 )
 
 
@@ -148,7 +149,9 @@ class Recipes(Attack[Any]):
     examples = 40
 
     def changes(self) -> SearchStrategy[Any]:
-        value = st.one_of(scalars.map(lambda each: json.dumps(each)), st.sampled_from([*ODD_TEXT, *FRAGMENTS]))
+        value = st.one_of(
+            scalars.map(lambda each: json.dumps(each)), st.sampled_from([*ODD_TEXT, *FRAGMENTS])
+        )
         return st.one_of(
             st.builds(Keyed, json_changes),
             st.builds(Written, st.sampled_from(FRAGMENTS), st.booleans()),
@@ -185,21 +188,16 @@ class Recipes(Attack[Any]):
             asked = change.change.changed(before_written)
             if isinstance(asked["prompts"].get("eval"), dict) and "eval" not in asked["prompts"]["eval"]:
                 plain["prompts"]["eval"] = plain["prompts"]["eval"].get("eval", plain["prompts"]["eval"])
-            return not _has_text(asked) and _is_within(asked, plain)
+            return not has_text(asked) and _is_within(asked, plain)
         return True
-
-
-def _has_text(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_text, value.values()))
-    return isinstance(value, Text) or (isinstance(value, list) and any(map(_has_text, value)))
 
 
 def _is_within(asked: Any, taken: Any) -> bool:
     if isinstance(asked, dict):
         # A set to evaluate on that is given bare is the only one, by the name of its key.
         return isinstance(taken, dict) and all(
-            (name in taken and _is_within(value, taken[name])) or (value in (None, {}) and not taken.get(name))
+            (name in taken and _is_within(value, taken[name]))
+            or (value in (None, {}) and not taken.get(name))
             for name, value in asked.items()
         )
     if isinstance(asked, list):

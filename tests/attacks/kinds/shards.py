@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tests.attacks.attack import Attack, lopd
-from tests.attacks.changes import In, file_changes, in_files
+from tests.attacks.changes import file_changes, in_files
 
 ROLLOUTS = [f"run/rollout/rollouts-{number:05d}.arrow" for number in range(3)]
 SCORES = [f"run/score/scores-{number:05d}.arrow" for number in range(3)]
@@ -56,7 +56,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class Compressed:
-    """The shard's records rewritten with `codec`; of `blown` MiB of zeros in a record, where that is not 0."""
+    """The shard's records rewritten with `codec`; with `blown` MiB of zeros in one, where that is not 0."""
 
     file: str
     codec: str
@@ -77,7 +77,7 @@ class Compressed:
 
 
 def _zeros(size: int, rows: int, kind: Any) -> pa.Array:
-    """A binary column whose first row is `size` zeros, of memory that is never there: nothing is written to it."""
+    """A binary column whose first row is `size` zeros, of memory that is never there: nobody writes to it."""
     zeros = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
     offsets = np.full(rows + 1, size, dtype=np.int64)
     offsets[0] = 0
@@ -93,7 +93,11 @@ class Shards(Attack[Any]):
 
     def changes(self) -> SearchStrategy[Any]:
         shards = [*ROLLOUTS, *SCORES]
-        extra = ["run/rollout/rollouts-00003.arrow", "run/score/scores-00003.arrow", "run/rollout/rollouts-x.arrow"]
+        extra = [
+            "run/rollout/rollouts-00003.arrow",
+            "run/score/scores-00003.arrow",
+            "run/rollout/rollouts-x.arrow",
+        ]
         return st.one_of(
             in_files(shards, file_changes),
             st.builds(Exchange, st.sampled_from([*shards, *FOREIGN]), st.sampled_from(shards), st.booleans()),

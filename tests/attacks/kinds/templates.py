@@ -1,4 +1,4 @@
-"""Chat templates: text that depends on the messages alone and holds them, in bounded time and memory, or a refusal."""
+"""Chat templates: text of the messages alone, all of them, in bounded time and memory, or a refusal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FRAGMENTS = (
     "{{ ''|indent(10**10) }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "{% set ns = namespace(a='x') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a }}",
+    "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}{{ n.a }}",
     "{{ messages.__class__ }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.system('touch ../outside/pwned') }}",
@@ -142,7 +142,9 @@ class Templates(Attack[Any]):
             st.sampled_from(ODD_TEXT),
         )
         return st.one_of(
-            st.builds(Inserted, st.one_of(st.sampled_from(FRAGMENTS), st.sampled_from(ODD_TEXT)), st.integers(0, 12)),
+            st.builds(
+                Inserted, st.one_of(st.sampled_from(FRAGMENTS), st.sampled_from(ODD_TEXT)), st.integers(0, 12)
+            ),
             st.builds(Inserted, st.sampled_from(FRAGMENTS), st.integers(0, 12)),
             st.builds(File, st.one_of(byte_changes, special_changes)),
             st.builds(Named, value),
