@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -24,6 +25,7 @@ Verdict = Literal["refused", "accepted", "undetected", "uncaught", "hang", "outs
 WRONG: tuple[Verdict, ...] = ("undetected", "uncaught", "hang", "outside", "memory")
 PEAK_LIMIT = 2_000_000_000  # bytes that an attempt's process may ever hold
 FILE_LIMIT = 1 << 28  # bytes of a file that it writes
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 LOOK_EVERY = 0.25  # seconds
 LONGEST_MESSAGE = 2000  # characters of a refusal
 SENTINELS = {"secret": "not yours\n", "folder/deep": "nor this\n", "empty": ""}
@@ -160,6 +162,7 @@ def _has_ended(child: int, seconds: float) -> bool:
 
 def _in_child(attack: Attack[Any], scratch: Path, change: Any, answer: Path, said: Path) -> None:
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an attempt ends with its worker
     world = scratch / "world"
     os.chdir(world)
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
