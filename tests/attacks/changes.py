@@ -127,6 +127,18 @@ def _bind(path: Path) -> None:
         os.close(here)
 
 
+@dataclass(frozen=True)
+class CopyOf:
+    """Another file of the world, of this name, in its place."""
+
+    name: str
+
+    def __call__(self, path: Path) -> None:
+        content = (_outside(path).parent / "world" / self.name).read_bytes()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
 # ---- JSON
 
 

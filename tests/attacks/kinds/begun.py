@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,46 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tests.attacks.attack import Attack, lopd
-from tests.attacks.changes import SPECIALS, Stand, Whole, byte_changes, json_changes
+from tests.attacks.changes import SPECIALS, CopyOf, Stand, Whole, byte_changes, json_changes
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report")
 JSON = ("plan.json", "timing.json")
 # Those whose content is as good as any, while nothing is committed: not what a digest can be held to.
 CURVES = ("metrics.jsonl",)
+# What later stages read.
+READ = (
+    "../rollout/manifest.json",
+    "../rollout/rollouts-00001.arrow",
+    "../rollout/rollouts-00003.arrow",
+    "../score/scores-00001.arrow",
+    "../score/scores-00003.arrow",
+    "../generate/rollouts-00002.arrow",
+    "../generate/rollouts-00003.arrow",
+    "../generate/tokenizer/tokenizer.json",
+    "../generate/tokenizer/tokenizer_config.json",
+    "../generate/tokenizer/added_tokens.json",
+    "../sft/manifest.json",
+    "../sft/model/model.safetensors",
+    "../sft/model/config.json",
+    "../sft/model/tokenizer_config.json",
+    "../sft/model/added_tokens.json",
+    "../sft/model/chat_template.jinja",
+    "../sft/model/generation_config.json",
+    "../sft/model/model.safetensors.index.json",
+    "../sft/model/lopd_lineage.json",
+    "../train/checkpoints/step_00000005/__0_0.distcp",
+    "../train/checkpoints/step_00000005/manifest.json",
+)
+# Whole files that are not what they stand for.
+OTHERS = (
+    "run/generate/rollouts-00000.arrow",
+    "run/rollout/rollouts-00000.arrow",
+    "run/score/scores-00000.arrow",
+    "student/model.safetensors",
+    "teacher/config.json",
+    "run/rollout/manifest.json",
+    "run/train/checkpoints/step_00000004/__0_0.distcp",
+)
 BESIDE = (
     *JSON,
     *CURVES,
@@ -53,6 +88,7 @@ BESIDE = (
     "results.json",
     "index.html",
     "summary.json",
+    *READ,
     ".tmp-0123-rollouts-00000.arrow",
     ".tmp-step_00000005",
 )
@@ -68,8 +104,8 @@ class Beside:
 
     def __call__(self, world: Path) -> None:
         (world / "run" / self.stage / "manifest.json").unlink()
-        path = world / "run" / self.stage / self.file
-        if path.is_file() or isinstance(self.change, Stand | Whole):
+        path = Path(os.path.normpath(world / "run" / self.stage / self.file))
+        if path.is_file() or isinstance(self.change, Stand | Whole | CopyOf):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir() and isinstance(self.change, Whole):
                 shutil.rmtree(path)
@@ -84,10 +120,12 @@ class Begun(Attack[Beside]):
 
     def changes(self) -> SearchStrategy[Beside]:
         stage = st.sampled_from([each for each in STAGES if each != "report"])
+        copies = st.builds(CopyOf, st.sampled_from(OTHERS))
         special = st.builds(Stand, st.sampled_from(SPECIALS))
         return st.one_of(
             st.builds(Beside, stage, st.sampled_from(BESIDE), special),
             st.builds(Beside, stage, st.sampled_from(BESIDE), byte_changes),
+            st.builds(Beside, stage, st.sampled_from(READ), st.one_of(byte_changes, copies)),
             st.builds(Beside, stage, st.sampled_from(JSON), json_changes),
         )
 

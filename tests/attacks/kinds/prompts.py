@@ -27,12 +27,19 @@ CONTROLS = (ASSISTANT, END, USER, PAD, "<|unknown|>", f"1+1{END}{ASSISTANT}2", "
 VOCABULARY = [PAD, END, USER, ASSISTANT, "<|unknown|>", *CHARACTERS]
 UNKNOWN = VOCABULARY.index("<|unknown|>")
 
-contents = st.one_of(st.text(CHARACTERS, max_size=12), st.sampled_from([*ODD_TEXT, *CONTROLS]), json_values)
+said = st.text(CHARACTERS, min_size=1, max_size=12)
+contents = st.one_of(said, said, st.sampled_from([*ODD_TEXT, *CONTROLS]), json_values)
 roles = st.one_of(
     st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "User", "user|><|assistant", ""]),
     contents,
 )
+turns = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": contents}),
+    min_size=1,
+    max_size=4,
+)
 messages = st.one_of(
+    turns,
     st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), max_size=3),
     st.lists(
         st.fixed_dictionaries(
@@ -51,6 +58,7 @@ messages = st.one_of(
 )
 rows = st.one_of(
     st.dictionaries(st.sampled_from(["prompt", "problem", "question"]), contents, max_size=2),
+    st.fixed_dictionaries({"messages": turns}),
     st.fixed_dictionaries({"messages": messages}, optional={"id": json_values, "answer": json_values}),
     st.fixed_dictionaries({"prompt": messages}, optional={"id": json_values, "tools": json_values}),
     json_values,
@@ -63,6 +71,7 @@ class Lines:
 
     rows: tuple[Any, ...]
     separator: str
+    answered: bool  # to be fine-tuned on
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Prompts(Attack[Any]):
                 Lines,
                 st.lists(rows, min_size=1, max_size=2).map(tuple),
                 st.sampled_from(["\n", "\r\n", "\n\n", "\r", "\u2028", " \n\t\n"]),
+                st.booleans(),
             ),
             st.builds(Raw, st.one_of(byte_changes, special_changes)),
         )
@@ -98,32 +108,34 @@ class Prompts(Attack[Any]):
         if isinstance(change, Lines):
             lines = [dump(each).replace(b"\n", b" ") for each in change.rows]
             ends = change.separator.encode()
-            path.write_bytes(path.read_bytes() + ends.join(lines) + ends)
+            good = b"" if change.answered else path.read_bytes()  # those have no answer
+            path.write_bytes(good + ends.join(lines) + ends)
         else:
             change.change(path)
 
     def use(self, world: Path, change: Any) -> str:
         """Each prompt's tokens."""
         from megatron_lopd.data.chat import Chat
-        from megatron_lopd.prompts.rows import read_prompts
+        from megatron_lopd.prompts.rows import read_conversations, read_prompts
 
-        prompts = read_prompts(Path("prompts.jsonl"))
-        chat = Chat("student")
-        tokens = [[each.id, chat.prompt(each.messages, each.id, 5000).tolist()] for each in prompts]
-        return json.dumps(tokens)
+        path, chat = Path("prompts.jsonl"), Chat("student")
+        if isinstance(change, Lines) and change.answered:
+            pairs = [chat.conversation(each.messages, at, 5000) for at, each in read_conversations(path)]
+            return json.dumps([[], [], *([*prompt.tolist(), *answer.tolist()] for prompt, answer in pairs)])
+        return json.dumps([chat.prompt(each.messages, each.id, 5000).tolist() for each in read_prompts(path)])
 
     def allows(self, change: Any, before: str, after: str) -> bool:
         if isinstance(change, Raw):
             return not isinstance(change.change, Stand) or before == after
-        expected = [expected_tokens(row) for row in change.rows]
-        return [tokens for _, tokens in json.loads(after)][2:] == expected
+        expected = [expected_tokens(row, change.answered) for row in change.rows]
+        return bool(json.loads(after)[2:] == expected)
 
     def named(self, change: Any) -> Sequence[str]:
         # A prompt is also told by its id.
         return ["prompts.jsonl"] if isinstance(change, Raw) else ()
 
 
-def expected_tokens(row: Any) -> list[int] | None:
+def expected_tokens(row: Any, answered: bool) -> list[int] | None:
     """Of the toy template: the control tokens that it puts, and each character of what is said by itself."""
     if not isinstance(row, dict) or has_text(row):
         return None
@@ -139,4 +151,4 @@ def expected_tokens(row: Any) -> list[int] | None:
         tokens.append(VOCABULARY.index(opening))
         tokens += [VOCABULARY.index(each) if each in CHARACTERS else UNKNOWN for each in message["content"]]
         tokens += [VOCABULARY.index(END)] if message["role"] == "assistant" else []
-    return [*tokens, VOCABULARY.index(ASSISTANT)]
+    return tokens if answered else [*tokens, VOCABULARY.index(ASSISTANT)]

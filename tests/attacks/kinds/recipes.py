@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,24 @@ class Recipes(Attack[Any]):
     examples = 40
 
     def changes(self) -> SearchStrategy[Any]:
+        likely = st.one_of(
+            st.integers(0, 40),
+            st.sampled_from([0.5, 1e-3, 1.0, True, False, None, "5", "1e-3", "yes", "fp32", "bf16", "math"]),
+            st.sampled_from(
+                ["arithmetic", "teacher", "student", "run", "transformers", "constant", "cosine"]
+            ),
+        )
+        places = st.lists(st.integers(0, 30), max_size=4).map(tuple)
         value = st.one_of(
-            scalars.map(lambda each: json.dumps(each)), st.sampled_from([*ODD_TEXT, *FRAGMENTS])
+            likely.map(json.dumps),
+            scalars.map(lambda each: json.dumps(each)),
+            st.sampled_from([*ODD_TEXT, *FRAGMENTS]),
         )
         return st.one_of(
             st.builds(Keyed, json_changes),
+            st.builds(
+                Keyed, st.builds(Json, places, st.sampled_from(["set", "delete"]), st.just(""), likely)
+            ),
             st.builds(Written, st.sampled_from(FRAGMENTS), st.booleans()),
             st.builds(Override, st.builds("{}={}".format, st.sampled_from(KEYS), value)),
             st.builds(Override, st.text(max_size=12)),
@@ -165,7 +179,12 @@ class Recipes(Attack[Any]):
         if isinstance(change, Keyed):
             path.write_bytes(dump(change.change.changed(yaml.safe_load(path.read_text()))))
         elif isinstance(change, Written):
-            text = change.text if change.alone else f"{path.read_text()}\n{change.text}"
+            text = change.text
+            if not change.alone:  # in the place of what it says of the same keys
+                kept = yaml.safe_load(path.read_text())
+                for key in re.findall(r"^(\w+):", text, flags=re.MULTILINE):
+                    kept.pop(key, None)
+                text = f"{yaml.safe_dump(kept)}\n{text}"
             path.write_bytes(text.encode("utf-8", "surrogatepass"))
         elif isinstance(change, OnDisk):
             change.change(path)
@@ -183,13 +202,25 @@ class Recipes(Attack[Any]):
 
     def allows(self, change: Any, before: str, after: str) -> bool:
         """Each value that was given is there as it was given."""
+        plain = json.loads(after)["taken"]
         if isinstance(change, Keyed):
-            before_written, plain = json.loads(before)["written"], json.loads(after)["taken"]
-            asked = change.change.changed(before_written)
-            if isinstance(asked["prompts"].get("eval"), dict) and "eval" not in asked["prompts"]["eval"]:
-                plain["prompts"]["eval"] = plain["prompts"]["eval"].get("eval", plain["prompts"]["eval"])
-            return not has_text(asked) and _is_within(asked, plain)
-        return True
+            asked = change.change.changed(json.loads(before)["written"])
+        elif isinstance(change, Override):
+            key, _, text = change.text.partition("=")
+            asked = yaml.safe_load(text) if text else None
+            for part in reversed(key.split(".")):
+                asked = {part: asked}
+        elif isinstance(change, Written):
+            try:
+                asked = yaml.safe_load(change.text)
+            except ValueError:  # a date that is none
+                return False
+        else:
+            return True
+        sets = asked["prompts"].get("eval") if isinstance(asked.get("prompts"), dict) else None
+        if isinstance(sets, dict) and "eval" not in sets:
+            plain["prompts"]["eval"] = plain["prompts"]["eval"].get("eval", plain["prompts"]["eval"])
+        return not has_text(asked) and _is_within(asked, plain)
 
 
 def _is_within(asked: Any, taken: Any) -> bool:
@@ -204,4 +235,6 @@ def _is_within(asked: Any, taken: Any) -> bool:
         return isinstance(taken, list) and len(asked) == len(taken) and all(map(_is_within, asked, taken))
     if isinstance(asked, bool) or isinstance(taken, bool):
         return asked is taken
+    if isinstance(asked, str) and isinstance(taken, float):  # 1e-6, which YAML 1.1 reads as text
+        return float(asked) == taken
     return bool(asked == taken)

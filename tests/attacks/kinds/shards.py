@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import mmap
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pyarrow as pa
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from megatron_lopd.errors import LopdError
 from tests.attacks.attack import Attack, lopd
 from tests.attacks.changes import file_changes, in_files
 
@@ -114,11 +117,11 @@ class Shards(Attack[Any]):
         change(world)
 
     def use(self, world: Path, change: Any) -> str:
-        import hashlib
-
+        """All that is read of them; `lopd verify` says what it says, without which a reader must do."""
         import megatron_lopd as api
 
-        lopd("verify", "run")
+        with suppress(LopdError):
+            lopd("verify", "run")
         digest = hashlib.sha256()
         for arrays in (api.read_rollouts("run/rollout"), api.read_scores("run/score")):
             for name, value in sorted(vars(arrays).items()):
