@@ -73,7 +73,7 @@ def lopd(*arguments: str) -> str:
     """`lopd *arguments` in this process: what it printed.
 
     RefusedError, with the command's line, where it ended otherwise than 0. AssertionError where the exit code
-    is not a documented one, or it ended so and said nothing.
+    is not a documented one, or that line is not the last one.
     """
     from megatron_lopd.cli import main
 
@@ -89,9 +89,9 @@ def lopd(*arguments: str) -> str:
         os.write(2, err.getvalue().encode(errors="backslashreplace"))
     assert code in DOCUMENTED_CODES, f"exit code {code}"
     if code:
-        said = [line for line in err.getvalue().splitlines() if line.startswith("lopd")]
-        assert said, f"exit code {code}, and not a word"
-        raise RefusedError(said[-1])
+        last = err.getvalue().rstrip("\n").rpartition("\n")[2]
+        assert last.startswith(("lopd", "usage")), f"exit code {code}, and its last line is {last[:300]!a}"
+        raise RefusedError(last)
     return out.getvalue()
 
 

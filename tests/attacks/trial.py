@@ -92,10 +92,6 @@ def _problem(message: str, named: Any) -> str | None:
     """What is wrong with a refusal, as a line for people."""
     if not message.strip():
         return "a refusal without a word"
-    if "\n" in message.strip():
-        return "a refusal of several lines"
-    if CONTROL.search(message):
-        return "a refusal with a control character"
     if len(message) > LONGEST_MESSAGE:
         return f"a refusal of {len(message):,} characters"
     if named and not any(text in message for text in named):

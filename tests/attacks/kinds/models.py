@@ -178,10 +178,10 @@ class Models(Attack[Any]):
         from megatron_lopd.pipeline.resolved import Model
         from tests.model_zoo import unsampled
 
+        lopd("run", "recipe.yaml", "--dry-run")
         model = Model(Path("teacher"), "teacher.model")
         model.check()
         identity = model.parent.digests
-        lopd("run", "recipe.yaml", "--dry-run")
         tokens = np.arange(5, 45, dtype=np.int32)
         engine: Any = TransformersEngine(EngineConfig(), "teacher")
         (score,) = engine.score([unsampled("a", tokens[:9], tokens)])

@@ -194,9 +194,9 @@ class Recipes(Attack[Any]):
         from megatron_lopd.config import load_recipe, to_plain
 
         overrides = [change.text] if isinstance(change, Override) else []
-        recipe = load_recipe("recipe.yaml", overrides)
         if not (isinstance(change, Override) and change.text.startswith("-")):  # that is an option
             lopd("run", "recipe.yaml", "--dry-run", *overrides)
+        recipe = load_recipe("recipe.yaml", overrides)
         written = yaml.safe_load(Path("recipe.yaml").read_text()) if change is None else None
         return json.dumps({"taken": to_plain(recipe), "written": written}, default=repr)
 
