@@ -45,19 +45,21 @@ def main() -> int:
         started = time.monotonic()
         once = options.seed is not None
         seeds = [options.seed] if once else iter(lambda: random.SystemRandom().randrange(1 << 32), None)
-        for name, tally in campaigns(
+        rounds = campaigns(
             Path(place),
             ((kind, seed) for seed in seeds for kind in chosen),
             examples=options.examples,
             processes=1 if once else options.processes,
             minutes=None if once else options.minutes,
-        ):
-            for finding in tally.findings:
-                print(finding, flush=True)
-            tallies[name].add(tally)
-        print(f"{(time.monotonic() - started) / 60:.1f} minutes")
-    for line in table(tallies):
-        print(line)
+        )
+        try:
+            for name, tally in rounds:
+                for finding in tally.findings:
+                    print(finding, flush=True)
+                tallies[name].add(tally)
+        finally:
+            print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+            print("\n".join(table(tallies)))
     return 1 if any(tally.tried[each] for tally in tallies.values() for each in WRONG) else 0
 
 

@@ -89,7 +89,7 @@ class Poisoned:
             path.write_bytes(poison + path.read_bytes())
         else:
             path.write_bytes(_archive(poison))
-        if self.forged:
+        if self.forged and self.file != "manifest.json":
             forge_checkpoint(path.parent)
 
 
