@@ -144,14 +144,25 @@ class CopyOf:
 
 @dataclass(frozen=True)
 class Text:
-    """JSON's own text where a value stands, such as json.dumps does not write: `piece` `times` times."""
+    """JSON's own text where a value stands, such as json.dumps does not write.
+
+    `piece` and then `after`, each `times` times, between two of `around`.
+    """
 
     piece: str
     times: int = 1
     after: str = ""
+    around: str = ""
 
     def __str__(self) -> str:
-        return self.piece * self.times + self.after * self.times
+        return self.around + self.piece * self.times + self.after * self.times + self.around
+
+
+class Long(str):
+    """A text that a finding shows the beginning of."""
+
+    def __repr__(self) -> str:
+        return f"{self[:60]!s:.60}... ({len(self):,})" if len(self) > 200 else super().__repr__()
 
 
 ODD_TEXT = (
@@ -181,7 +192,7 @@ ODD_JSON = (
     Text("[", 100_000, "]"),
     Text('{"a":', 50_000),
     Text('"x', 1, 'y"'),
-    Text('"' + "long" * 500_000 + '"'),
+    Text("long", 500_000, around='"'),
     Text("{,}"),
     Text('"\\ud800"'),
 )
