@@ -12,6 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -103,6 +104,7 @@ def kinds() -> dict[str, Attack[Any]]:
     for module in sorted(each.name for each in pkgutil.iter_modules(folder.__path__)):
         imported = importlib.import_module(f"tests.attacks.kinds.{module}")
         for each in vars(imported).values():
-            if isinstance(each, type) and issubclass(each, Attack) and each.__module__ == imported.__name__:
+            is_kind = isinstance(each, type) and issubclass(each, Attack) and not isabstract(each)
+            if is_kind and each.__module__ == imported.__name__:
                 found[each.name] = each()
     return found
