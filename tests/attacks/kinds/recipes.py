@@ -177,7 +177,8 @@ class Recipes(Attack[Any]):
     def spoil(self, world: Path, change: Any) -> None:
         path = world / "recipe.yaml"
         if isinstance(change, Keyed):
-            path.write_bytes(dump(change.change.changed(yaml.safe_load(path.read_text()))))
+            written = json.loads(json.dumps(yaml.safe_load(path.read_text())))  # no section is two's any more
+            path.write_bytes(dump(change.change.changed(written)))
         elif isinstance(change, Written):
             text = change.text
             if not change.alone:  # in the place of what it says of the same keys
