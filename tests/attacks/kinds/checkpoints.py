@@ -155,7 +155,7 @@ class CheckpointFiles(Attack[Any]):
         "run/score",
         "run/train",
     )
-    examples = 8
+    examples = 2
 
     def build(self, world: Path) -> None:
         (world / "run/train/manifest.json").unlink()

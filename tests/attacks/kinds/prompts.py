@@ -86,7 +86,7 @@ class Prompts(Attack[Any]):
 
     name = "prompts"
     copies = ("student",)
-    examples = 60
+    examples = 15
 
     def changes(self) -> SearchStrategy[Any]:
         return st.one_of(

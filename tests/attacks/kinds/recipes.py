@@ -147,7 +147,7 @@ class Recipes(Attack[Any]):
 
     name = "recipes"
     copies = ("recipe.yaml", "teacher", "student")
-    examples = 40
+    examples = 10
 
     def changes(self) -> SearchStrategy[Any]:
         likely = st.one_of(

@@ -120,7 +120,7 @@ class Templates(Attack[Any]):
 
     name = "templates"
     copies = ("student",)
-    examples = 40
+    examples = 6
 
     def changes(self) -> SearchStrategy[Any]:
         value = st.one_of(
