@@ -25,6 +25,7 @@ LINE_LIMIT = 32 << 20  # a sample of a million tokens has a tenth of it
 DIGITS_LIMIT = 1000
 DEPTH_LIMIT = 100  # brackets within brackets: this program's own functions walk such values by recursion
 
+_PIECE = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -88,11 +89,17 @@ def read_bytes(
     path: Path, *, limit: int = TEXT_LIMIT, error: type[LopdError] = DataError, follow_links: bool = True
 ) -> bytes:
     """All bytes of a file of at most `limit`. Raises as `open_file`, and `error` where there are more."""
+    pieces: list[bytes] = []
     with open_file(path, error=error, follow_links=follow_links) as stream, reading(path, error):
-        data = stream.read(limit + 1)
-    if len(data) > limit:
+        size = os.fstat(stream.fileno()).st_size
+        read = 0
+        # Not `limit` bytes at once: that takes the memory for them, whatever the file has.
+        while max(size, read) <= limit and (piece := stream.read(_PIECE)):
+            pieces.append(piece)
+            read += len(piece)
+    if max(size, read) > limit:
         raise error(f"{path}: above {limit:,} bytes, the most that such a file may have")
-    return data
+    return b"".join(pieces)
 
 
 def read_text(
