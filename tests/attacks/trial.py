@@ -208,8 +208,6 @@ def _outside(scratch: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     while waiting:
         for entry in os.scandir(waiting.pop()):
             path = Path(entry.path)
-            if entry.name == ".lopd_fingerprint.json":
-                continue
             found = entry.stat(follow_symlinks=False)
             is_free = path in free
             stamp = (found.st_ino, found.st_mode, 0 if is_free else found.st_size, found.st_uid)

@@ -91,7 +91,7 @@ static int is_below(const char *path) {
 
 /* The path that a call is about, absolute; its links are not followed. */
 static void absolute(int fd, const char *path, char *out) {
-    char base[PATH_MAX] = "";
+    char base[PATH_MAX / 2] = "";
     if (path && path[0] == '/') {
         snprintf(out, PATH_MAX, "%s", path);
         return;
@@ -104,7 +104,7 @@ static void absolute(int fd, const char *path, char *out) {
         ssize_t size = syscall(SYS_readlinkat, AT_FDCWD, name, base, sizeof base - 1);
         base[size > 0 ? size : 0] = 0;
     }
-    if (path && *path && strlen(base) + strlen(path) + 2 < PATH_MAX)
+    if (path && *path && strlen(path) < PATH_MAX / 2)
         snprintf(out, PATH_MAX, "%s/%s", strcmp(base, "/") ? base : "", path);
     else
         snprintf(out, PATH_MAX, "%s", base);

@@ -13,12 +13,14 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("file_faults.c")
+ROOT = Path(__file__).parents[2]
 # A call's name stands for its whole family: "stat" for lstat, statx and access too, "open" for openat.
 # "renameat2" is a rename with flags, which some file systems do not know.
 CALLS = frozenset(
@@ -54,8 +56,10 @@ class Failing:
 
 @dataclass(frozen=True)
 class Faults:
-    """What a process has to bear below the directory `below`: 0 to `latency_ms` before each call, drawn from
-    `seed`; and `failing` calls, at most 32 kinds of them. The path is taken as it is given: no links in it."""
+    """What a process has to bear below the directory `below`, a path with no links in it.
+
+    0 to `latency_ms` before each call, drawn from `seed`; and calls that are `failing`, 32 kinds at most.
+    """
 
     below: Path
     latency_ms: float = 0.0
@@ -102,3 +106,36 @@ def bearing(faults: Faults) -> Iterator[None]:
         yield
     finally:
         tell(None)
+
+
+def run_bearing(
+    library: Path, faults: Faults | None, function: Callable[..., None], *arguments: object
+) -> str:
+    """What `function(*arguments)` of a test's module prints in a process that bears `faults`.
+
+    It is found by its name; arguments are told by their `repr`. AssertionError where the process fails.
+    """
+    code = (
+        f"from pathlib import PosixPath\nfrom {module_of(function)} import {function.__name__}\n"
+        f"{function.__name__}(*{arguments!r})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": _python_path()} | preloaded(library, faults),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def module_of(function: Callable[..., object]) -> str:
+    """Where to import it from, in the root of the repository; pytest has a shorter name for a test's."""
+    return ".".join(Path(function.__code__.co_filename).relative_to(ROOT).with_suffix("").parts)
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
