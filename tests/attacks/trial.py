@@ -148,11 +148,11 @@ def _has_ended(child: int, seconds: float) -> bool:
     """
     descriptor = os.pidfd_open(child)
     try:
-        used, waiting_since = 0.0, time.monotonic()
+        waiting_since = time.monotonic()
         while not select.select([descriptor], [], [], LOOK_EVERY)[0]:
             state, *fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            before, used = used, (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
-            if state == "R" or used > before:
+            used = (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
+            if state != "S":  # what looks every second whether it may go on is asleep whenever it is looked at
                 waiting_since = time.monotonic()
             if used > seconds or time.monotonic() - waiting_since > seconds:
                 return False
