@@ -152,7 +152,7 @@ def _has_ended(child: int, seconds: float) -> bool:
         while not select.select([descriptor], [], [], LOOK_EVERY)[0]:
             state, *fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
             used = (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
-            if state != "S":  # what looks every second whether it may go on is asleep whenever it is looked at
+            if state != "S":  # what asks again every second is asleep when it is looked at
                 waiting_since = time.monotonic()
             if used > seconds or time.monotonic() - waiting_since > seconds:
                 return False
