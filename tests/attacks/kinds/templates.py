@@ -119,6 +119,7 @@ class Templates(Attack[Any]):
     """Loops, recursion, size, what reaches beyond the sandbox, clocks, dice, and errors of every type."""
 
     name = "templates"
+    seconds = 150.0  # a rendering may take 10 s to compute, and 120 s to wait for that
     copies = ("student",)
     examples = 6
 
