@@ -53,7 +53,7 @@ class Different(Twins):
     """A difference in a loaded byte, file or setting is refused, as is what two loaders read differently."""
 
     name = "identity: differences"
-    examples = 5
+    examples = 3
 
     def changes(self) -> SearchStrategy[Way]:
         return st.builds(Way, st.sampled_from([*DIFFERENCES, *AMBIGUITIES]), st.integers(0, 1 << 30))
@@ -69,7 +69,7 @@ class Rewritten(Twins):
     """No way of writing the same model is refused."""
 
     name = "identity: rewritings"
-    examples = 5
+    examples = 3
 
     def changes(self) -> SearchStrategy[Way]:
         return st.builds(Way, st.sampled_from(list(REWRITINGS)), st.integers(0, 1 << 30))

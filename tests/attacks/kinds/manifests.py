@@ -70,7 +70,7 @@ class Manifests(Attack[Any]):
     """Every value of every manifest, with the id left alone and with it written anew."""
 
     name = "manifests"
-    examples = 4
+    examples = 3
 
     def changes(self) -> SearchStrategy[Any]:
         outside = st.one_of(

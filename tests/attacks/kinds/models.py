@@ -129,7 +129,7 @@ class Models(Attack[Any]):
 
     name = "model directories"
     copies = ("recipe.yaml", "teacher", "student")
-    examples = 8
+    examples = 5
 
     def changes(self) -> SearchStrategy[Any]:
         lengths = st.sampled_from(

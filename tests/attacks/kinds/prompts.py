@@ -19,6 +19,7 @@ from tests.attacks.changes import (
     dump,
     has_text,
     json_values,
+    mostly,
     special_changes,
 )
 from tests.model_zoo import ASSISTANT, CHARACTERS, END, PAD, USER
@@ -28,7 +29,7 @@ VOCABULARY = [PAD, END, USER, ASSISTANT, "<|unknown|>", *CHARACTERS]
 UNKNOWN = VOCABULARY.index("<|unknown|>")
 
 said = st.text(CHARACTERS, min_size=1, max_size=12)
-contents = st.one_of(said, said, st.sampled_from([*ODD_TEXT, *CONTROLS]), json_values)
+contents = mostly(said, st.one_of(st.sampled_from([*ODD_TEXT, *CONTROLS]), json_values))
 roles = st.one_of(
     st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "User", "user|><|assistant", ""]),
     contents,
@@ -56,12 +57,19 @@ messages = st.one_of(
     ),
     json_values,
 )
-rows = st.one_of(
-    st.dictionaries(st.sampled_from(["prompt", "problem", "question"]), contents, max_size=2),
+asked = st.one_of(
+    st.fixed_dictionaries({"prompt": contents}),
+    st.fixed_dictionaries({"question": contents}),
     st.fixed_dictionaries({"messages": turns}),
-    st.fixed_dictionaries({"messages": messages}, optional={"id": json_values, "answer": json_values}),
-    st.fixed_dictionaries({"prompt": messages}, optional={"id": json_values, "tools": json_values}),
-    json_values,
+)
+rows = mostly(
+    asked,
+    st.one_of(
+        st.dictionaries(st.sampled_from(["prompt", "problem", "question"]), contents, max_size=2),
+        st.fixed_dictionaries({"messages": messages}, optional={"id": json_values, "answer": json_values}),
+        st.fixed_dictionaries({"prompt": messages}, optional={"id": json_values, "tools": json_values}),
+        json_values,
+    ),
 )
 
 
@@ -86,10 +94,10 @@ class Prompts(Attack[Any]):
 
     name = "prompts"
     copies = ("student",)
-    examples = 15
+    examples = 10
 
     def changes(self) -> SearchStrategy[Any]:
-        return st.one_of(
+        return mostly(
             st.builds(
                 Lines,
                 st.lists(rows, min_size=1, max_size=2).map(tuple),

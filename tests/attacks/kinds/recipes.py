@@ -147,7 +147,7 @@ class Recipes(Attack[Any]):
 
     name = "recipes"
     copies = ("recipe.yaml", "teacher", "student")
-    examples = 10
+    examples = 6
 
     def changes(self) -> SearchStrategy[Any]:
         likely = st.one_of(

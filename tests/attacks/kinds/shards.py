@@ -92,7 +92,7 @@ class Shards(Attack[Any]):
 
     name = "shards"
     copies = ("recipe.yaml", "run/generate", "run/sft", "run/rollout", "run/score", "student", "teacher")
-    examples = 10
+    examples = 6
 
     def changes(self) -> SearchStrategy[Any]:
         shards = [*ROLLOUTS, *SCORES]
@@ -135,7 +135,7 @@ class LooseShards(Attack[Any]):
 
     name = "loose shards"
     copies = ("run/rollout", "run/score")
-    examples = 10
+    examples = 6
 
     def changes(self) -> SearchStrategy[Any]:
         shards = [ROLLOUTS[0], SCORES[0]]

@@ -121,7 +121,7 @@ class Templates(Attack[Any]):
     name = "templates"
     seconds = 150.0  # a rendering may take 10 s to compute, and 120 s to wait for that
     copies = ("student",)
-    examples = 6
+    examples = 4
 
     def changes(self) -> SearchStrategy[Any]:
         value = st.one_of(
