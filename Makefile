@@ -20,7 +20,10 @@ core_tests := tests/unit/test_mcore_*.py tests/unit/test_convert_*.py tests/unit
 	tests/dist tests/fault/test_checkpoint.py tests/two_releases.py
 on_newest := PYTHONPATH=$(CURDIR)/$(NEWEST) $(pytest)
 
-.PHONY: quickstart test test-all test-fast test-newest gpu-check lint docs clean
+# How long `make attack` tries.
+MINUTES ?= 30
+
+.PHONY: quickstart test test-all test-fast test-newest attack gpu-check lint docs clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/lopd run $(recipe) $(overrides)
@@ -41,6 +44,10 @@ test-fast: $(VENV)/.dev
 # What a release can break.
 test-newest: $(VENV)/.dev $(NEWEST)/.installed
 	$(on_newest) -m "release and not nightly" $(core_tests)
+
+# Spoils runs, models, recipes and prompts in ever new ways for MINUTES; the counts by kind are its last lines.
+attack: $(VENV)/.dev
+	$(BIN)/python -m tests.attacks --minutes $(MINUTES)
 
 # On a machine whose own Python has torch for its GPU (and Transformer Engine, if it is to be checked).
 gpu-check:

@@ -30,7 +30,19 @@ if find_spec("hypothesis") is not None:  # tests/gpu need it not, nor a GPU mach
 
 TESTS = Path(__file__).parent
 # In the order in which they are run.
-FOLDERS = ("slurm", "dist", "golden", "fault", "engines", "doors", "docs", "study", "unit", "launcher")
+FOLDERS = (
+    "slurm",
+    "dist",
+    "golden",
+    "fault",
+    "attacks",
+    "engines",
+    "doors",
+    "docs",
+    "study",
+    "unit",
+    "launcher",
+)
 GPU_TESTS = TESTS / "gpu"
 # What cannot run everywhere: (tests, what they need, its name in LOPD_REQUIRE, whether it is here).
 OPTIONAL = (

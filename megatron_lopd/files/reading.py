@@ -26,6 +26,7 @@ DIGITS_LIMIT = 1000
 STALE_TRIES = 5  # of a file that is being replaced, over NFS
 DEPTH_LIMIT = 100  # brackets within brackets: this program's own functions walk such values by recursion
 
+_PIECE = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -94,15 +95,25 @@ def read_bytes(
     """
     for tries_left in reversed(range(STALE_TRIES)):
         try:
-            with open_file(path, error=error, follow_links=follow_links) as stream, reading(path, error):
-                data = stream.read(limit + 1)
-            break
+            return _read(path, limit, error, follow_links)
         except error as failure:
             if not tries_left or getattr(failure.__cause__, "errno", None) != errno.ESTALE:
                 raise
-    if len(data) > limit:
+    raise AssertionError("the last try returns or raises")
+
+
+def _read(path: Path, limit: int, error: type[LopdError], follow_links: bool) -> bytes:
+    pieces: list[bytes] = []
+    with open_file(path, error=error, follow_links=follow_links) as stream, reading(path, error):
+        size = os.fstat(stream.fileno()).st_size
+        read = 0
+        # Not `limit` bytes at once: that takes the memory for them, whatever the file has.
+        while max(size, read) <= limit and (piece := stream.read(_PIECE)):
+            pieces.append(piece)
+            read += len(piece)
+    if max(size, read) > limit:
         raise error(f"{path}: above {limit:,} bytes, the most that such a file may have")
-    return data
+    return b"".join(pieces)
 
 
 def read_text(

@@ -19,7 +19,7 @@ from megatron_lopd.files.writing import atomic_file, open_to_append
 from megatron_lopd.loggers.logger import Logger
 
 METRICS_FILE, TIMES_FILE = "metrics.jsonl", "times.jsonl"
-LIMIT = 2 << 30  # bytes of a file: some four million steps
+LIMIT = 1 << 28  # bytes of a file, all in memory when it is read: some half a million steps
 # Of a step's metrics, those that differ from run to run.
 TIMES = frozenset({"seconds", "data_wait_s", "rollout_s", "teacher_s", "tokens_per_s", "mfu"})
 

@@ -22,7 +22,8 @@ from megatron_lopd.config import load_recipe
 from tools.docs import recipe_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += [*sorted((ROOT / "examples").glob("*/README.md")), ROOT / "launcher" / "README.md"]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 # Programs in fenced commands that are not here, and what else tries those lines.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,3 +210,18 @@ def test_what_becomes_no_file_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "open", swapped)
     with pytest.raises(DataError, match="it: a FIFO"):
         open_file(path)
+
+
+def test_a_file_takes_no_more_memory_than_it_has_bytes(tmp_path: Path) -> None:
+    """Not what its limit would allow; and none where it is above that."""
+    (tmp_path / "small").write_bytes(b"1 2 3")
+    with (tmp_path / "large").open("wb") as stream:
+        stream.truncate(1 << 33)
+    tracemalloc.start()
+    try:
+        assert read_bytes(tmp_path / "small", limit=1 << 30) == b"1 2 3"
+        with pytest.raises(DataError, match=r"large: above 1,073,741,824 bytes"):
+            read_bytes(tmp_path / "large", limit=1 << 30)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
