@@ -59,7 +59,7 @@ class Marker:
             with open_grader(grader) as opened:
                 plain = [astuple(verdict) for _, verdict in self._verdicts(shard, opened, tick)]
             text = canonical_json(plain)
-            with path.open("w") as stream:  # no directory for it where all is committed
+            with path.open("x") as stream:  # no directory for it where all is committed
                 json.dump({"sha256": sha256_bytes(text), "verdicts": plain}, stream)
             fsync_file(path)
 

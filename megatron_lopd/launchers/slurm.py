@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_lopd.config import Cluster
 from megatron_lopd.errors import ConfigError, LopdError
-from megatron_lopd.files.writing import atomic_write_text
+from megatron_lopd.files.writing import atomic_write_text, copy_file
 from megatron_lopd.launchers.launcher import Job, Launcher, Submission
 from megatron_lopd.launchers.slurm_script import comment_of, render
 
@@ -46,11 +46,11 @@ class Slurm(Launcher):
         logs = submission.directory / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
-            shutil.copy(LIBRARY, submission.directory / "lib.sh")
         except OSError as error:
             raise ConfigError(
                 f"run_dir: {submission.directory} cannot be written: {error.strerror}"
             ) from None
+        copy_file(LIBRARY, submission.directory / "lib.sh")
         paths = []
         for job, (name, text) in zip(jobs, self.scripts(jobs, cluster, submission).items(), strict=True):
             path = submission.directory / name
