@@ -122,10 +122,11 @@ def _store(rank: int, world_size: int) -> Store:
     if "RANK" not in os.environ:
         return HashStore()
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which has the store
-    if rank == 0 and os.environ.get("MASTER_ADDR") == LOOPBACK and not has_agent:
-        return _store_of_this_machine(world_size)
     store: Store
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    if rank == 0 and os.environ.get("MASTER_ADDR") == LOOPBACK and not has_agent:
+        store = _store_of_this_machine(world_size)
+    else:
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
     if world_size > 1:
         heartbeats.join(rank, store, os.environ["MASTER_ADDR"])
     return store
