@@ -206,7 +206,9 @@ def test_a_checkpoint_made_elsewhere_is_declared_or_proves_itself(
     assert load_manifest(root / "run3/train").lineage == "proved"
 
 
-def test_a_lineage_is_worth_what_its_own_artifact_bears_out(root: Path) -> None:
+def test_a_lineage_is_worth_what_its_own_artifact_bears_out(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = yaml.safe_load((root / "recipe.yaml").read_text())
     recipe |= {"sft": {"checkpoint": "run/sft/model"}}
     (root / "elsewhere.yaml").write_text(yaml.safe_dump(recipe))
@@ -224,7 +226,8 @@ def test_a_lineage_is_worth_what_its_own_artifact_bears_out(root: Path) -> None:
     (root / "forged/lopd_lineage.json").write_text(json.dumps(written))
     assert lineage("by-hand", "sft.checkpoint=forged") == "declared"
     (root / "run/sft/model/added_tokens.json").write_text("{}")
-    assert lineage("with-a-file-more") == "declared"
+    more = ["sft", "elsewhere.yaml", "run_dir=with-a-file-more"]
+    refused(capsys, more, 1, "run/sft/model/added_tokens.json: not part of run/sft")
     (root / "run/sft/model/added_tokens.json").unlink()
     shutil.rmtree(root / "run/generate")
     assert lineage("without-its-data") == "declared"
@@ -247,7 +250,8 @@ def test_what_models_alone_tell_is_refused_before_anything_is_spent(
     shutil.copytree(root / "teacher", root / "voiced")
     with (root / "voiced/chat_template.jinja").open("a") as template:
         template.write(" ")
-    (root / "sft.jsonl").write_text('{"messages": []}')
+    messages = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    (root / "sft.jsonl").write_text(json.dumps({"messages": messages}))
     given = ["recipe.yaml", "run_dir=anew", *overrides]
     said = set()
     for command in (["run"], ["run", "--dry-run"], ["doctor"]):

@@ -129,6 +129,7 @@ def _write_bare(text: str, path: Path, tick: Callable[[], None]) -> None:
 
 def make_bare(root: Path) -> int:
     run = SimpleNamespace(
+        directory=root / "run",
         directory_of=lambda name: root / "run" / name,
         unchanged_manifest=lambda name, kind: load_manifest(root / "run" / name, kind),
         recipe=SimpleNamespace(allow_teacher_mismatch=False),
