@@ -166,6 +166,8 @@ class VllmEngine:
         """
         good = [each.response_tokens[: self._speakable(each.response_tokens)] for each in rollouts]
         cut = [at for at, rollout in enumerate(rollouts) if len(good[at]) < len(rollout.response_tokens)]
+        if not cut:
+            return iter(rollouts)
         again = [
             Prompted(
                 requests[at].sample_id,
