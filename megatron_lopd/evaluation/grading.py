@@ -19,7 +19,7 @@ from megatron_lopd.evaluation.answers import ANSWERS, MODES, write_answers
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.evaluation.verdicts import Marker
 from megatron_lopd.graders import Grader, Verdict, open_grader
-from megatron_lopd.pipeline.encoded import encode, longest_prompt
+from megatron_lopd.pipeline.encoded import EncodedPrompts, encode, longest_prompt
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.shard_jobs import SamplingJob, finished_rollouts, rollout_work, sample_names
 from megatron_lopd.pipeline.workers import Work, make_parts
@@ -85,7 +85,7 @@ def check_sets(run: ResolvedRun) -> dict[str, list[Prompt]]:
 
 def answering(
     model_dir: Path,
-    prompts: Sequence[Prompt],
+    prompts: EncodedPrompts,
     settings: EvaluateConfig,
     seed: int,
     directory: Path,
@@ -96,13 +96,11 @@ def answering(
 
     Every model is given the same draws, to be compared on equal luck.
     """
-    limit = longest_prompt(model_dir, settings.sampling, None)
-    encoded = encode(prompts, model_dir, limit, settings.engine.trust_remote_code)
-    marker = _marker(prompts, model_dir, settings, _responses(prompts, settings))
+    marker = _marker(prompts.prompts, model_dir, settings, _responses(prompts.prompts, settings))
     for mode, sampling in _modes(settings).items():
         job = SamplingJob(
             model_dir=model_dir,
-            prompts=encoded,
+            prompts=prompts,
             sampling=sampling,
             engine=settings.engine,
             seed=seed,
@@ -146,7 +144,9 @@ def grade_model(
     plan: str,
 ) -> tuple[Grades, list[Path]]:
     """Answer every prompt into `directory`, and grade what comes out: that, and the files."""
-    make_parts(list(answering(model_dir, prompts, settings, seed, directory, label, plan)))
+    limit = longest_prompt(model_dir, settings.sampling, None)
+    encoded = encode(prompts, model_dir, limit, settings.engine.trust_remote_code)
+    make_parts(list(answering(model_dir, encoded, settings, seed, directory, label, plan)))
     answers = answers_in(directory, prompts, settings, plan)
     grades, _ = grade_answers(answers, directory, model_dir, prompts, settings, grader)
     remove_claims(directory)

@@ -271,7 +271,7 @@ class ResolvedRun:
         return self._spoken[model.directory]
 
     def models_are_fingerprinted(self) -> bool:
-        """Whether every model that the recipe names and that is there has been hashed as it is."""
+        """Whether every model of the run that is there has been hashed as it is."""
         recipe = self.recipe
         sft, train = recipe.sft, recipe.train
         named: list[str | None] = [recipe.teacher.model if recipe.teacher is not None else None]
@@ -281,6 +281,8 @@ class ResolvedRun:
             named += [sft.teacher, str(self.reference.directory)]
         if train is not None:
             named.append(train.checkpoint)
+        if self.is_committed("export"):
+            named.append(str(self.directory_of("export") / "model"))
         there = [Path(name) for name in named if name and Path(name).is_dir()]
         try:
             return all(is_fingerprinted(directory) for directory in there)
@@ -334,11 +336,20 @@ class ResolvedRun:
     def encoded(self, part: Answering, model: Model) -> EncodedPrompts:
         """A part's prompts as `model` reads them, encoded once a process."""
         trust = part.config.engine.trust_remote_code
-        key = part.name, model.directory, trust, part.limit(model)
+        return self._encoded_once(part.name, part.prompts, model, part.limit(model), trust)
+
+    def encoded_set(self, name: str, model: Model, limit: int) -> EncodedPrompts:
+        """A set to evaluate on as `model` reads it, each of up to `limit` tokens; encoded once a process."""
+        trust = self.recipe.evaluate.engine.trust_remote_code
+        return self._encoded_once(f"eval.{name}", self.evaluation_sets[name], model, limit, trust)
+
+    def _encoded_once(
+        self, name: str, prompts: PromptSet, model: Model, limit: int, trust: bool
+    ) -> EncodedPrompts:
+        key = name, model.directory, trust, limit
         if key not in self._encoded:
-            limit = part.limit(model)
             with model.naming((ConfigError,)):  # of its tokenizer; a prompt's are DataErrors
-                self._encoded[key] = encode(part.prompts.prompts, model.directory, limit, trust)
+                self._encoded[key] = encode(prompts.prompts, model.directory, limit, trust)
         return self._encoded[key]
 
 

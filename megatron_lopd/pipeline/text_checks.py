@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.pipeline.encoded import encode, longest_prompt, spelled_note
+from megatron_lopd.pipeline.encoded import longest_prompt, spelled_note
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 
 if TYPE_CHECKING:
@@ -88,15 +88,14 @@ def check_top_k(run: ResolvedRun) -> None:
 def check_evaluated(run: ResolvedRun) -> list[str]:
     """Raise unless every prompt to evaluate on can be encoded for every model; notes."""
     settings = run.recipe.evaluate
-    trust = settings.engine.trust_remote_code
-    voice, shaped = run.voice, [run.reference if run.reference.directory.is_dir() else run.student]
+    shaped = [run.reference if run.reference.directory.is_dir() else run.student]
     if settings.teacher and run.teacher.directory.is_dir():
         shaped.append(run.teacher)
     limit = min(longest_prompt(model.directory, settings.sampling, None) for model in shaped)
     notes = []
-    for name, each in run.evaluation_sets.items():
+    for name in run.evaluation_sets:
         of_set = "" if name == ONLY_SET else f"{name}: "
-        found = encode(each.prompts, voice.directory, limit, trust).notes
+        found = run.encoded_set(name, run.voice, limit).notes
         notes += [f"{of_set}{note}" for note in found]
     return notes
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
 from megatron_lopd.files.writing import atomic_write_json
+from megatron_lopd.pipeline.encoded import longest_prompt
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
 from megatron_lopd.pipeline.text_checks import check_evaluated
@@ -60,11 +61,11 @@ class EvaluateStage(SharedStage):
         settings, seed, directory = run.recipe.evaluate, run.recipe.seed, run.directory_of(self.name)
         works: list[Work] = []
         for model, where in models_of(run).items():
-            for name, each in run.evaluation_sets.items():
+            limit = longest_prompt(where.directory, settings.sampling, None)
+            for name in run.evaluation_sets:
                 place, label = directory / model / name, f"{model} on {name}"
-                works += answering(
-                    where.directory, each.prompts, settings, seed, place, label, identity_of(plan)
-                )
+                prompts = run.encoded_set(name, where, limit)
+                works += answering(where.directory, prompts, settings, seed, place, label, identity_of(plan))
         make_parts(works + _teacher_grading(run))
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:

@@ -16,4 +16,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert main(["run", recipe.name]) == 0
+        assert main(["run", recipe.name, "--dry-run"]) == 0  # its models are hashed as they now stay
     return root

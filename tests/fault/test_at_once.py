@@ -45,13 +45,13 @@ def test_a_process_encodes_each_prompt_once_for_each_model(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: Counter[str] = Counter()
-    prompt = Chat.prompt
+    prompts = Chat.prompts
 
-    def counting(self: Chat, messages: Any, name: str, max_tokens: int) -> Any:
-        encoded[name] += 1
-        return prompt(self, messages, name, max_tokens)
+    def counting(self: Chat, asked: Any, max_tokens: int) -> Any:
+        encoded.update(name for name, _ in asked)
+        return prompts(self, asked, max_tokens)
 
-    monkeypatch.setattr(Chat, "prompt", counting)
+    monkeypatch.setattr(Chat, "prompts", counting)
     for stage, times in (("rollout", 1), ("evaluate", 2)):  # two models are evaluated
         shutil.rmtree(root / "run" / stage)
         encoded.clear()
