@@ -21,6 +21,8 @@ def foresee(run: ResolvedRun, stage: str) -> None:
     recipe = run.recipe
     if recipe.train is None or recipe.teacher is None or recipe.sft is None or run.is_committed(stage):
         return
+    if recipe.sft.data is None and recipe.sft.checkpoint is None and run.is_committed("generate"):
+        return  # which is itself compared with the teacher, and says better what is another
     known = _known(run)
     if known is None or not run.teacher.directory.exists():
         return
