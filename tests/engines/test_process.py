@@ -227,10 +227,11 @@ def test_an_engine_multiplies_fp32_in_fp32_whatever_the_image_has_set(tmp_path: 
 def test_the_cache_is_emptied_before_an_engine_is_opened_and_without_a_gpu_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = str(make_model_dir(tmp_path / "model"))
     done: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     monkeypatch.setattr(engines, "load_engine", lambda *unused: done.append("loaded"))
-    open_engine(EngineConfig(), "model")
+    open_engine(EngineConfig(), model)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    open_engine(EngineConfig(), "model")
+    open_engine(EngineConfig(), model)
     assert done == ["loaded", "emptied", "loaded"]
