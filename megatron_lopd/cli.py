@@ -19,7 +19,7 @@ import yaml
 from megatron_lopd import __version__
 from megatron_lopd.config import Recipe, load_recipe, to_plain
 from megatron_lopd.config.help import key_help
-from megatron_lopd.errors import ConfigError, LopdError, StopRequested
+from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
 from megatron_lopd.runtime import environment
 from megatron_lopd.runtime.display import printable, say
 
@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `lopd inspect ... | head`
             _drop_output()
             return 1
+        except OSError as error:  # of a library's, or of a file that nothing above has an answer for
+            return _say_error(options, _in_a_line(error))
         except KeyboardInterrupt:
             return _say_interrupted(options)
         return 0
@@ -85,6 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _drop_output() -> None:
     """Nobody reads on: what is left to be written goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _in_a_line(error: OSError) -> DataError:
+    """What the operating system refused, naming the file as far as it does."""
+    if error.errno is None:  # a library's own
+        return DataError(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    names = " to ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)
+    what = error.strerror or os.strerror(error.errno)
+    return DataError(
+        f"{names or 'a file'}: cannot be read or written: {what}: check the disk or the mount it is on"
+    )
 
 
 def _say_error(options: argparse.Namespace, error: LopdError) -> int:

@@ -86,6 +86,16 @@ def reading(path: Path, error: type[LopdError] = DataError) -> Iterator[None]:
         raise kind(f"{path}: cannot be read: {failure.strerror or failure}: {advice}") from failure
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError of the block: a call on what is open, a write or a flush, names nothing."""
+    try:
+        yield
+    except OSError as failure:
+        failure.filename = failure.filename or str(path)
+        raise
+
+
 def read_bytes(
     path: Path, *, limit: int = TEXT_LIMIT, error: type[LopdError] = DataError, follow_links: bool = True
 ) -> bytes:

@@ -13,13 +13,13 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_lopd.errors import DataError, LopdError
 from megatron_lopd.files.exclusive import take_name
-from megatron_lopd.files.reading import open_file, reading, require_regular
+from megatron_lopd.files.reading import naming, open_file, reading, require_regular
 
 TEMPORARY_PREFIX = ".tmp-"
 # What a file system says that does not flush directories; EACCES: of one that cannot be listed.
@@ -27,22 +27,28 @@ _NOT_FLUSHED = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.EOPN
 
 
 def remove(path: Path) -> None:
-    """Remove what has this name, if anything has: a file, a directory and all in it, or a link alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove what has this name, if anything has: a file, a directory and all in it, or a link alone.
+
+    What goes by itself meanwhile is no error. DataError, naming `path`, where it cannot be removed.
+    """
+    with errors_of_file(path, done="removed"), suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def fsync_directory(path: Path) -> None:
     """Make renames inside `path` survive a power cut.
 
     Where the file system flushes no directory by itself, all there is to be flushed on this machine is.
+    Raises OSError that names it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with naming(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -52,8 +58,8 @@ def fsync_directory(path: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Flush a file that another library wrote."""
-    with open_file(path, follow_links=False) as stream:
+    """Flush a file that another library wrote. Raises as `open_file`."""
+    with open_file(path, follow_links=False) as stream, reading(path):
         os.fsync(stream.fileno())
 
 
@@ -77,8 +83,10 @@ def atomic_file(path: Path, mode: str = "wb", permissions: int = 0o666) -> Itera
 
 
 @contextmanager
-def errors_of_file(path: Path, error: type[LopdError] = DataError) -> Iterator[None]:
-    """Raise an OSError of the block, which writes `path`, as an `error` that says what to do."""
+def errors_of_file(
+    path: Path, error: type[LopdError] = DataError, *, done: str = "written"
+) -> Iterator[None]:
+    """Raise an OSError of the block, in which `path` is `done`, as an `error` that says what to do."""
     try:
         yield
     except OSError as failure:
@@ -88,7 +96,7 @@ def errors_of_file(path: Path, error: type[LopdError] = DataError) -> Iterator[N
             advice = "make it writable or choose another run_dir"
         else:
             advice = "check the disk or the mount it is on, or choose another run_dir"
-        raise error(f"{path}: cannot be written: {failure.strerror or failure}: {advice}") from failure
+        raise error(f"{path}: cannot be {done}: {failure.strerror or failure}: {advice}") from failure
 
 
 @contextmanager
@@ -103,9 +111,10 @@ def temporary_file(path: Path, mode: str = "wb", permissions: int = 0o666) -> It
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8", opener=create) as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            written = os.fstat(stream.fileno())
+            with naming(path):
+                stream.flush()
+                os.fsync(stream.fileno())
+                written = os.fstat(stream.fileno())
         _replace(temporary, path, written)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -175,9 +184,9 @@ def open_to_append(path: Path, error: type[LopdError] = DataError) -> IO[str]:
         require_regular(path, os.fstat(descriptor).st_mode, error)
         return descriptor
 
-    if path.is_symlink():
-        raise error(f"{path}: a link, not a file: remove it")
     with errors_of_file(path, error):
+        if path.is_symlink():
+            raise error(f"{path}: a link, not a file: remove it")
         return open(path, "a", encoding="utf-8", opener=create)
 
 

@@ -3,16 +3,20 @@
 Started as `python -c`, that process imports the module, calls its `prepare` where it has one, and nothing
 more: it forks one that answers calls, and another, within milliseconds, for one that has died. Each call has
 so much processor time and memory; the kernel ends what takes more, in the midst of a C function too.
-Processor time, not the clock's: how busy the machine is must not decide what is right.
+Processor time, not the clock's: how busy the machine is must not decide what is right. By the clock, only a
+process that is stopped, or as good as dead, is given up, which is no verdict.
 
 It keeps the run from accidents, not from an attack: the process may read, write and connect as the run may.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_lopd.errors import EngineError
+from megatron_lopd.errors import EngineDied, EngineError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
 
 CPU_SECONDS = 5.0  # a comparison of mathematical answers takes a few milliseconds
 MEMORY_BYTES = 2 << 30  # of address space; that process itself has 70 MB
+# Seconds of the clock without an answer, beside so many times the processor time of the call: a machine may
+# have many times more to do than it has cores.
+PATIENCE_SECONDS, PATIENCE_TIMES = 300.0, 20
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 # How a call ends the process: its time is up, its stack or its memory is.
 _ITS_OWN_FAULT = (signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
@@ -87,15 +95,24 @@ class Sandbox:
     def call(self, cpu_seconds: float, function: str, *arguments: Any) -> Outcome:
         """What came of the function. Arguments and result are pickled.
 
-        Raises EngineError when the process ended for a reason that is not the call's own.
+        Raises EngineError when the process ended for a reason that is not the call's own; EngineDied when a
+        signal from outside ended it, or stopped it: another try may well go through.
         """
         if self._pipe is None:
             self._start()
         assert self._pipe is not None
         assert self._process is not None
+        patience = PATIENCE_SECONDS + PATIENCE_TIMES * cpu_seconds
+        _bound(self._pipe, patience)
         try:
             self._pipe.send((cpu_seconds, function, arguments))
             reply = self._pipe.recv()
+        except BlockingIOError:
+            self.close()
+            raise EngineDied(
+                f"the process of {self._module} gave no answer in {patience:.0f} s, and was killed: run "
+                "the same command again"
+            ) from None
         except (EOFError, ConnectionError):
             reply = self._process.wait()
             self.close()
@@ -103,10 +120,10 @@ class Sandbox:
             return reply
         if -reply in _ITS_OWN_FAULT:
             return Outcome(None, reply == -signal.SIGPROF, cpu_seconds)
-        how = f"ended with code {reply}: what it said is above"
         if reply < 0:
             how = f"was killed by {signal.Signals(-reply).name}: run the same command again"
-        raise EngineError(f"the process of {self._module} {how}")
+            raise EngineDied(f"the process of {self._module} {how}")
+        raise EngineError(f"the process of {self._module} ended with code {reply}: what it said is above")
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -129,6 +146,15 @@ class Sandbox:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
+
+
+def _bound(pipe: Connection, seconds: float) -> None:
+    """Have a call on a pipe that waits for so long raise BlockingIOError."""
+    whole, part = divmod(seconds, 1)
+    limit = struct.pack("@ll", int(whole), int(part * 1e6))  # a struct timeval
+    with socket.socket(fileno=os.dup(pipe.fileno())) as same:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            same.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _main() -> None:
@@ -173,6 +199,7 @@ def _fork(module: ModuleType, memory_bytes: int, pipe: Connection) -> tuple[int,
     try:
         pipe.close()
         ours.close()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # what is stopped cannot end by itself
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _answer(module, theirs)

@@ -39,6 +39,7 @@ from megatron_lopd.runtime.signals import stopping_at_once
 
 TIMING_FILE = "timing.json"
 LOCK_FILE = ".lock"
+BEGINNING_SECONDS = 30.0  # that a worker waits for one that has begun, which writes a file or two
 LONGEST_SECONDS = 1e10  # three centuries: a number beyond is no time that a stage took
 # What a file system says that has no locks, or whose lock server is not there: NFS, Lustre without -o flock.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -188,17 +189,28 @@ def _sole_worker(directory: Path) -> Iterator[None]:
 
 
 def _begin_among_workers(stage: str, directory: Path, plan: Plan, lock: IO[str]) -> None:
-    """`begin`, as one worker of several. Each shares the lock until it ends: who has it alone is alone."""
+    """`begin`, as one worker of several. Each shares the lock until it ends: who has it alone is alone.
+
+    Nobody is known to be alone on a file system without locks, nor beside one who has begun and is stuck.
+    """
+    alone = _is_locked(lock, fcntl.LOCK_EX)
+    until = time.monotonic() + BEGINNING_SECONDS
+    while not alone and _is_locked(lock, fcntl.LOCK_SH) is False and time.monotonic() < until:
+        time.sleep(0.05)  # another has begun, and has it alone for a moment
+    begin(stage, directory, plan, alone=bool(alone))
+    if alone:
+        _is_locked(lock, fcntl.LOCK_SH)
+
+
+def _is_locked(lock: IO[str], how: int) -> bool | None:
+    """Whether the lock is had now; None where the file system has no locks."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # once another has begun
-        begin(stage, directory, plan, alone=False)
-    except OSError:  # a file system without locks, where nobody is known to be alone
-        begin(stage, directory, plan, alone=False)
-    else:
-        begin(stage, directory, plan, alone=True)
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def _open_lock(directory: Path) -> IO[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_lopd.data.vocabulary import load_tokenizer
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import check_layout
 from megatron_lopd.files.reading import read_object
-from megatron_lopd.files.writing import atomic_write_json
+from megatron_lopd.files.writing import atomic_write_json, remove
 from megatron_lopd.loggers import METRICS_FILE, require_every_step
 from megatron_lopd.mcore import compat
 from megatron_lopd.mcore.gpus import require_one_kind, require_usable
@@ -143,8 +142,7 @@ def write_student(
     them. `lineage.model` is filled in here. What a killed attempt left in `out_dir` is replaced. Returns the
     files, relative to `out_dir`.
     """
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
+    remove(out_dir)
     megatron_to_hf(checkpoint, out_dir, export.max_shard_bytes, hf_dir)
     write_end_tokens(out_dir, end_tokens(hf_dir, load_tokenizer(hf_dir)))
     return seal_model(out_dir, lineage)

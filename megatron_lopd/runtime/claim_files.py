@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 
 from megatron_lopd.errors import DataError, Unreadable
 from megatron_lopd.files.exclusive import take_name
-from megatron_lopd.files.reading import read_object
-from megatron_lopd.files.writing import TEMPORARY_PREFIX
+from megatron_lopd.files.reading import naming, read_object, reading
+from megatron_lopd.files.writing import TEMPORARY_PREFIX, errors_of_file
 from megatron_lopd.runtime.owner import Owner
 
 CLAIMS = ".claims"
@@ -121,9 +121,10 @@ def claim_path(directory: Path, part: str, generation: int) -> Path:
 
 
 def newest(directory: Path) -> dict[str, int]:
-    """The highest generation of claim on each part, from the files' names alone."""
+    """The highest generation of claim on each part, from the files' names alone. DataError where they cannot
+    be listed."""
     highest: dict[str, int] = {}
-    with contextlib.suppress(FileNotFoundError):
+    with reading(directory / CLAIMS), contextlib.suppress(FileNotFoundError):
         for name in os.listdir(directory / CLAIMS):
             part, _, generation = name.rpartition(".")
             if generation.isascii() and generation.isdecimal() and not name.startswith(TEMPORARY_PREFIX):
@@ -175,7 +176,7 @@ def _temporary(directory: Path, text: str) -> Path:
     """The text in a file of a name of its own, whole."""
     path = directory / CLAIMS / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
-        with path.open("x", encoding="utf-8") as stream:
+        with naming(path), path.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except OSError:
         path.unlink(missing_ok=True)
@@ -184,10 +185,11 @@ def _temporary(directory: Path, text: str) -> Path:
 
 
 def announce(directory: Path, samples: Mapping[str, int]) -> None:
-    """Tell whoever looks on which parts there are to be, with the samples of each."""
+    """Tell whoever looks on which parts there are to be, with the samples of each. DataError if it cannot."""
     make_claims_directory(directory)
-    with contextlib.suppress(FileNotFoundError):  # committed, this moment
-        rewrite(directory, directory / CLAIMS / PARTS, json.dumps(dict(samples)))
+    path = directory / CLAIMS / PARTS
+    with errors_of_file(path), contextlib.suppress(FileNotFoundError):  # committed, this moment
+        rewrite(directory, path, json.dumps(dict(samples)))
 
 
 def announced(directory: Path) -> dict[str, int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from megatron_lopd.artifacts.lineage import ModelLineage, artifact_parent
 from megatron_lopd.config import deciding
+from megatron_lopd.files.writing import remove
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
 
@@ -65,8 +65,7 @@ def _write_quantized(run: ResolvedRun, directory: Path, lineage: ModelLineage) -
     from megatron_lopd.pipeline.students import seal_model
 
     out_dir = directory / QUANTIZED
-    if out_dir.exists():  # a killed attempt's
-        shutil.rmtree(out_dir)
+    remove(out_dir)  # a killed attempt's
     samples = run.recipe.export.calibration_samples
     quantize_fp8(directory / EXACT, out_dir, run.directory_of("rollout"), samples)
     return seal_model(out_dir, lineage)

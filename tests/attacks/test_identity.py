@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import WHOLE_MODEL, Evidence, prove_same
-from megatron_lopd.errors import DataError, LineageError
+from megatron_lopd.errors import DataError, LineageError, LopdError
 from tests.attacks.model_differences import AMBIGUITIES, DIFFERENCES, spoil
 from tests.attacks.model_rewritings import REWRITINGS, Way, make_base
 
@@ -132,7 +132,7 @@ def test_what_is_spoilt_is_refused_in_a_line_or_is_what_it_says(
     found, said = {}, ""
     try:
         found = fingerprint_model(model).parts()
-    except DataError as error:
+    except LopdError as error:
         said = str(error)
     assert "\n" not in said
     if found == known:

@@ -7,11 +7,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from megatron_lopd.errors import ConfigError, DataError, EngineError
+from megatron_lopd.errors import ConfigError, DataError, EngineDied, EngineError
 from megatron_lopd.graders import Sandbox, Verdict, open_grader
 from megatron_lopd.graders.math import answer_in, last_boxed
 from megatron_lopd.graders.math_grader import MathGrader
@@ -213,8 +214,35 @@ def test_a_grader_killed_from_outside_is_no_verdict() -> None:
         process = fresh._sandbox._process
         assert process is not None
         os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(EngineError, match="was killed by SIGKILL"):
+        with pytest.raises(EngineDied, match="was killed by SIGKILL"):
             verdict(fresh, "5", r"\boxed{5}")
+
+
+def _state(process: int) -> str:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+@pytest.mark.parametrize("letters", [1, 1 << 22], ids=["a short answer", "one above what a pipe holds"])
+def test_a_grader_stopped_from_outside_is_given_up(monkeypatch: pytest.MonkeyPatch, letters: int) -> None:
+    with MathGrader() as fresh:
+        assert verdict(fresh, "5", r"\boxed{5}").right
+        process = fresh._sandbox._process
+        assert process is not None
+        at_work = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+        os.kill(at_work if letters == 1 else process.pid, signal.SIGSTOP)
+        with monkeypatch.context() as impatient:
+            impatient.setattr("megatron_lopd.graders.sandbox.PATIENCE_SECONDS", 0.2)
+            impatient.setattr("megatron_lopd.graders.sandbox.PATIENCE_TIMES", 0)
+            with pytest.raises(EngineDied, match="gave no answer in 0 s, and was killed"):
+                fresh.grade(Prompt("a", (), "5"), "x" * letters)
+        # What was at work goes with it: it is nobody's child here, and init's in a moment.
+        until = time.monotonic() + 10
+        while (state := _state(at_work)) not in ("Z", ""):
+            assert time.monotonic() < until, state
+            time.sleep(0.05)
+        assert verdict(fresh, "5", r"\boxed{5}").right
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class FileSystems(Attack[Mounted]):
             st.integers(1, 6),
             st.sampled_from([0, 1, 3]),
             st.booleans(),
-        )
+        ).filter(lambda each: each.count or each.errno != errno.EINTR)  # Python asks again until it ends
         stages = st.sampled_from([each for each in STAGES if each != "report"])
         latency = st.sampled_from([0.0, 0.0, 1.0, 3.0])
         return st.builds(Mounted, stages, st.booleans(), latency, st.lists(failing, max_size=2).map(tuple))

@@ -115,11 +115,14 @@ class Named:
     value: Any
 
 
+SECONDS = 1.0  # of processor for a rendering here, which takes a millisecond where it ends at all
+
+
 class Templates(Attack[Any]):
     """Loops, recursion, size, what reaches beyond the sandbox, clocks, dice, and errors of every type."""
 
     name = "templates"
-    seconds = 150.0  # a rendering may take 10 s to compute, and 120 s to wait for that
+    seconds = 130.0  # a rendering may take SECONDS to compute, and 120 s to wait for that
     copies = ("student",)
     examples = 4
 
@@ -172,7 +175,10 @@ class Templates(Attack[Any]):
         import transformers.utils.chat_template_utils as clocked
 
         from megatron_lopd.artifacts.fingerprint import fingerprint_model
+        from megatron_lopd.data import chat as chats
         from megatron_lopd.data.chat import Chat
+
+        chats.TEMPLATE_SECONDS = SECONDS
 
         class Later(datetime.datetime):
             @classmethod
