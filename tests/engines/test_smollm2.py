@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
@@ -81,7 +82,7 @@ def split_in_ranks(
     from megatron_lopd.convert.gather import WeightGatherer
     from megatron_lopd.engines.megatron_engine import _opened, leading, serve
 
-    with _opened(config, smollm2) as model:
+    with _opened(config, smollm2, np.array([], dtype=np.int64)) as model:
         # For an optimizer, which this would be the largest part of: the gatherer looks at its chunks alone.
         off = SimpleNamespace(overlap_param_gather=False)
         wrapped = [SimpleNamespace(module=chunk, ddp_config=off) for chunk in model._chunks]
