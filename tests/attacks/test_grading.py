@@ -16,7 +16,7 @@ from megatron_lopd.prompts.prompt import Prompt
 from tests.attacks.answers import hostile, near, texts, values, written
 
 SOME = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
@@ -59,7 +59,7 @@ def test_any_text_is_graded_or_refused_from_either_side(sandbox: Sandbox, gold: 
     assert outcome.seconds <= 2 * SECONDS
 
 
-@settings(SOME, max_examples=3)  # each takes its time
+@settings(SOME, max_examples=2)  # each takes its time
 @given(answers=st.lists(hostile, min_size=1, max_size=12))
 def test_a_set_of_hostile_answers_is_over_in_its_time(answers: list[str]) -> None:
     asked = [(Prompt("q", (), "7.25"), rf"\boxed{{{said}}}") for said in answers]
