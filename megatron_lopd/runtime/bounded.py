@@ -9,6 +9,7 @@ It keeps the run from accidents, not from an attack: the copy may do what the ru
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import resource
@@ -75,6 +76,8 @@ def _of_a_copy(
     ours, theirs = os.pipe()
     pid = os.fork()
     if not pid:
+        # What is garbage here has threads to end, those of a process group, say, that the copy has not got.
+        gc.freeze()
         os.close(ours)
         _work(function, given, cpu_seconds, memory_bytes, Connection(theirs, readable=False))
     os.close(theirs)

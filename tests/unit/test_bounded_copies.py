@@ -1,7 +1,8 @@
-"""A copy of a process with several threads may begin with a lock that nobody in it will give back."""
+"""A copy of a process has locks that nobody in it gives back, and garbage whose threads it has not got."""
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -29,3 +30,27 @@ def test_the_last_copy_is_given_all_the_patience(monkeypatch: pytest.MonkeyPatch
     with held:
         (failed,) = bounded.bounded(lambda number: held.acquire(), [1], cpu_seconds=5)
     assert failed == bounded.Failed("it has taken over 0 seconds")
+
+
+def test_a_copy_leaves_this_process_garbage_alone() -> None:
+    """A process group's end waits for threads of its own, which a copy has not got."""
+    ended: list[Garbage] = []
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            ended.append(self)
+
+    def collect(number: int) -> int:
+        gc.collect()
+        return len(ended)
+
+    gc.disable()
+    try:
+        Garbage()
+        assert list(bounded.bounded(collect, [1], cpu_seconds=5)) == [0]
+        assert collect(1) == 1
+    finally:
+        gc.enable()
