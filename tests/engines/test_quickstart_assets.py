@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,14 @@ def test_a_worked_problem_is_rendered_as_the_student_must_write_it() -> None:
 def test_the_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     data = tmp_path / "data.jsonl"
-    data.write_text("{}\n")
+    turns = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
     overrides = [
         f"run_dir={tmp_path / 'run'}",
         *([f"sft.data={data}"] if name == "make_teacher.yaml" else []),
     ]
     recipe = load_recipe(QUICKSTART / name, overrides)
-    assert run.describe(ResolvedRun(recipe), [stage.name for stage in table.STAGES])
+    assert [*run.describe(ResolvedRun(recipe), [stage.name for stage in table.STAGES])]
 
 
 def test_the_student_splits_over_two_ranks_either_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     assert code == 0
     likeliest, tail = int(score.top_k.ids[last, 0]), score.top_k.tail_log_probs[last]
     for expected in (
-        "16 scores, version 2, top_k 4",
+        "16 scores, version 3, top_k 4",
         sample_id,
         f"response token {last}: log-prob {score.log_probs[last]:.4f} nats, tail {tail:.4f}",
         f"      {likeliest} '",
