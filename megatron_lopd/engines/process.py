@@ -6,7 +6,6 @@ part in its collectives. Requests and results go over a pipe of this project's o
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from megatron_lopd.errors import EngineDied, EngineError
 from megatron_lopd.registry import allowing_user_code
 from megatron_lopd.runtime import environment
 from megatron_lopd.runtime.display import duration
+from megatron_lopd.runtime.signals import die_with_parent
 
 # A process whose pipe has closed is as good as gone: how long its exit code may take to appear.
 EXIT_SECONDS = 30.0
@@ -227,8 +227,7 @@ def _main() -> None:
     # A stop signal to the whole group of processes is the trainer's to answer: it still needs its scores.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    pr_set_pdeathsig = 1  # Linux's prctl(2); had the parent died before, the pipe would be closed
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    die_with_parent()
     with Connection(int(sys.argv[1])) as pipe:
         serve(pipe)
 

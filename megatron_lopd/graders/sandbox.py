@@ -11,7 +11,6 @@ It keeps the run from accidents, not from an attack: the process may read, write
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import signal
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.errors import EngineDied, EngineError
+from megatron_lopd.runtime.signals import die_with_parent
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -36,7 +36,6 @@ MEMORY_BYTES = 2 << 30  # of address space; that process itself has 70 MB
 # Seconds of the clock without an answer, beside so many times the processor time of the call: a machine may
 # have many times more to do than it has cores.
 PATIENCE_SECONDS, PATIENCE_TIMES = 300.0, 20
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 # How a call ends the process: its time is up, its stack or its memory is.
 _ITS_OWN_FAULT = (signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
@@ -199,7 +198,7 @@ def _fork(module: ModuleType, memory_bytes: int, pipe: Connection) -> tuple[int,
     try:
         pipe.close()
         ours.close()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # what is stopped cannot end by itself
+        die_with_parent()  # what is stopped cannot end by itself
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _answer(module, theirs)

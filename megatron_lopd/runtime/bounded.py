@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_lopd.runtime.signals import die_with_parent
+
 MEMORY_BYTES = 1 << 30  # more than there is when the copy is made
 # Without a word from the copy: a busy machine stretches processor time.
 PATIENCE_SECONDS = 120.0
@@ -133,6 +135,7 @@ def _work(
 ) -> None:
     """In the copy: results to the pipe, a batch at a time. Never returns."""
     try:
+        die_with_parent()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the run's to answer
             signal.signal(number, signal.SIG_IGN)
         signal.signal(_OVER_TIME, signal.SIG_DFL)

@@ -121,8 +121,10 @@ def claim_path(directory: Path, part: str, generation: int) -> Path:
 
 
 def newest(directory: Path) -> dict[str, int]:
-    """The highest generation of claim on each part, from the files' names alone. DataError where they cannot
-    be listed."""
+    """The highest generation of claim on each part, from the files' names alone.
+
+    DataError where they cannot be listed.
+    """
     highest: dict[str, int] = {}
     with reading(directory / CLAIMS), contextlib.suppress(FileNotFoundError):
         for name in os.listdir(directory / CLAIMS):
@@ -136,9 +138,9 @@ def make_claims_directory(directory: Path) -> None:
     """Have `directory`, and its `.claims`. DataError where something else is there, or none can be made."""
     place = directory / CLAIMS
     try:
-        place.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        pass  # "it is there already", and then it is not, when the artifact is committed this moment
+        # "It is there already", and then it is not, when the artifact is committed this moment.
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_made(directory, error) from None
     with contextlib.suppress(FileNotFoundError):

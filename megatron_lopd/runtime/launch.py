@@ -6,7 +6,6 @@ kills it; here a rank's exit code is the command's, and a stop signal waits for 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from megatron_lopd.errors import ConfigError
 from megatron_lopd.runtime import environment, heartbeats
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.runtime.owner import is_suspended
-from megatron_lopd.runtime.signals import STOP_SIGNALS
+from megatron_lopd.runtime.signals import STOP_SIGNALS, die_with_parent
 
 T = TypeVar("T")
 # Once one rank has failed the others wait for it in a collective: how long they get to notice.
@@ -84,7 +83,7 @@ def _run(
     arguments: Sequence[str], environments: Sequence[Mapping[str, str]], *, all_or_none: bool
 ) -> tuple[int, bool]:
     command = [sys.executable, "-m", "megatron_lopd.cli", *arguments]
-    ranks = [subprocess.Popen(command, env=dict(each), preexec_fn=_die_with_parent) for each in environments]
+    ranks = [subprocess.Popen(command, env=dict(each), preexec_fn=die_with_parent) for each in environments]
 
     asked: list[int] = []
 
@@ -159,12 +158,6 @@ def _wait_for_one(workers: Sequence[subprocess.Popen[bytes]], watch: _Suspension
     codes = [worker.wait() for worker in workers]
     failed = 0 if 0 in codes else codes[0]
     return failed if failed >= 0 else 128 - failed
-
-
-def _die_with_parent() -> None:
-    """A kill -9 of the launcher must not leave ranks behind that go on writing. Linux's prctl(2)."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _free_port() -> int:

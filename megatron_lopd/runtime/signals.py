@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 import threading
@@ -15,6 +16,15 @@ from megatron_lopd.errors import LopdError, StopRequested
 # SIGTERM: a scheduler that takes the node back. SIGUSR1: SLURM's --signal, ahead of the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 AGAIN_SECONDS = 0.05  # until a stop that Python dropped is asked for again
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it ends, however that does. Linux's prctl(2).
+
+    Where that has ended already nothing happens: the pipe between them is closed.
+    """
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class StopSignals:

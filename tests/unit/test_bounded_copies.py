@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +57,29 @@ def test_a_copy_leaves_this_process_garbage_alone() -> None:
         assert collect(1) == 1
     finally:
         gc.enable()
+
+
+_ENDLESS = """
+import os, time
+from megatron_lopd.runtime.bounded import bounded
+def tell(number):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+list(bounded(tell, [1], cpu_seconds=5))
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_copy_ends_with_the_process_that_made_it() -> None:
+    """It answers no stop signal, and holds what its parent had open: a stage's lock, say."""
+    with subprocess.Popen([sys.executable, "-c", _ENDLESS], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        copy = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        assert parent.stdout.read() == ""  # which comes to an end when the copy has
+    assert not Path(f"/proc/{copy}").exists() or is_zombie(copy)
+
+
+def is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
