@@ -8,10 +8,7 @@ status), a hint spares that. Nothing beside the files themselves is read, for wh
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_lopd.artifacts.user_cache import keep_hints, read_hints
 from megatron_lopd.errors import DataError
-from megatron_lopd.files.reading import read_json, reading
-from megatron_lopd.files.writing import atomic_write_text
+from megatron_lopd.files.reading import reading
 
-CACHE_VARIABLE = "LOPD_CACHE"
 SESSION_VARIABLE = "LOPD_SESSION"  # in the environment of a command's processes: who hashed what for it
-DIRECTORY = "digests"
+KIND = "digests"
 # A file that changed less than this before it was hashed could change again within the clock tick of its file
 # system, and bear the same stamp. Ticks are of milliseconds; where times have no fraction, of 2 s at most.
 TICKS = 0.1
@@ -54,13 +50,6 @@ def stamp(path: Path) -> list[int]:
     with reading(path):
         found = path.stat()
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-
-def user_cache() -> Path:
-    """The user's directory for what can be made again."""
-    if place := os.environ.get(CACHE_VARIABLE):
-        return Path(place)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lopd"
 
 
 @contextmanager
@@ -162,10 +151,9 @@ def _start_of(pid: str) -> str:
     return f"{after_name.split()[19]}.{boot}"
 
 
-def _place(files: Sequence[Path]) -> Path:
-    """Of the hints on all that is in a directory. Of another machine's files nothing is known here."""
-    name = f"{os.uname().nodename}:{files[0].parent.absolute()}"
-    return user_cache() / DIRECTORY / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+def _about(files: Sequence[Path]) -> str:
+    """All that is in a directory. Of another machine's files nothing is known here."""
+    return f"{os.uname().nodename}:{files[0].parent.absolute()}"
 
 
 def _find(part: str, files: Sequence[Path], stamps: list[list[Any]]) -> _Entry | None:
@@ -173,7 +161,7 @@ def _find(part: str, files: Sequence[Path], stamps: list[list[Any]]) -> _Entry |
         return None
     entry = _kept_here.get((part, stamps[0][0]))
     if entry is None or entry.files != stamps:
-        entry = _entry(_read(_place(files)).get(part))
+        entry = _entry(read_hints(KIND, _about(files)).get(part))
     return entry if entry is not None and entry.files == stamps else None
 
 
@@ -191,31 +179,5 @@ def _keep(part: str, files: Sequence[Path], entry: _Entry) -> None:
     if not files:
         return
     _kept_here[part, entry.files[0][0]] = entry
-    place = _place(files)
-    try:
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_private(place.parent):
-            atomic_write_text(place, json.dumps(_read(place) | {part: vars(entry)}), permissions=0o600)
-    except (OSError, DataError):  # a full disk, one that is read-only: it will be taken again
-        return
-
-
-def _is_private(path: Path) -> bool:
-    """Whether nobody but this user can have written it."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    kinds = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
-    return kinds and found.st_uid == os.geteuid() and not found.st_mode & 0o022
-
-
-def _read(place: Path) -> dict[str, Any]:
-    """What was kept; nothing when there is none, or others could have written it: it can be made again."""
-    if not (_is_private(place.parent) and _is_private(place)):
-        return {}
-    try:
-        kept = read_json(place, follow_links=False)
-    except (DataError, OSError):
-        return {}
-    return kept if isinstance(kept, dict) else {}
+    about = _about(files)
+    keep_hints(KIND, about, read_hints(KIND, about) | {part: vars(entry)})

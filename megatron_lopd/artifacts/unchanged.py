@@ -6,19 +6,14 @@ on another machine's first look, all is hashed here.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_lopd.artifacts.committed import ANY_DEVICE, CommittedFile, Stamp, known_of, verify
-from megatron_lopd.artifacts.digest_cache import user_cache
 from megatron_lopd.artifacts.manifest import Manifest, committed_files
-from megatron_lopd.errors import DataError
-from megatron_lopd.files.reading import read_object
-from megatron_lopd.files.writing import atomic_write_json
+from megatron_lopd.artifacts.user_cache import keep_hints, read_hints
 
+KIND = "artifacts"
 Known = Mapping[str, tuple[Stamp, str]]
 
 
@@ -41,34 +36,20 @@ def remember(directory: Path, manifest: Manifest) -> None:
     _keep(directory, committed_files(directory, manifest), {})
 
 
-def _place(directory: Path) -> Path:
-    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()
-    return user_cache() / "artifacts" / f"{name}.json"
+def _about(directory: Path) -> str:
+    return str(directory.resolve())
 
 
 def _kept(directory: Path) -> dict[str, tuple[Stamp, str]]:
-    """By `CommittedFile.key`; nothing where there is none to be read, or others could have made it."""
-    place = _place(directory)
+    """By `CommittedFile.key`; nothing of what is no stamp."""
     try:
-        if not all(map(_is_private, (place.parent, place))):
-            return {}
-        raw: dict[str, Any] = read_object(place, follow_links=False)
+        raw = read_hints(KIND, _about(directory))
         return {key: ((ANY_DEVICE, *stamp), digest) for key, (*stamp, digest) in raw.items()}
-    except (DataError, OSError, TypeError, ValueError):
+    except (TypeError, ValueError):
         return {}
-
-
-def _is_private(path: Path) -> bool:
-    """Whether this user alone can have written it."""
-    found = path.lstat()
-    return found.st_uid == os.geteuid() and not found.st_mode & 0o022 and not path.is_symlink()
 
 
 def _keep(directory: Path, files: Sequence[CommittedFile], kept: Known) -> None:
     # Without the device: a home that machines share has another number on each.
     known = {file.key: kept[file.key] for file in files if file.key in kept} | known_of(files)
-    try:
-        _place(directory).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_write_json(_place(directory), {key: [*at[1:], digest] for key, (at, digest) in known.items()})
-    except (OSError, DataError):  # a full or read-only disk: they are hashed again
-        return
+    keep_hints(KIND, _about(directory), {key: [*at[1:], digest] for key, (at, digest) in known.items()})

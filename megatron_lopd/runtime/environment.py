@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_lopd.artifacts.digest_cache import CACHE_VARIABLE, user_cache
+from megatron_lopd.artifacts.user_cache import CACHE_VARIABLE, user_cache
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.runtime.display import say
