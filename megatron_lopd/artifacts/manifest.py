@@ -239,6 +239,7 @@ def require_listed(folder: Path) -> None:
 
     A `folder` in no artifact is nobody's; in one, hidden files and notes (.md) are.
     """
+    folder = folder.resolve()  # "." and links too lie in an artifact
     for artifact in folder.parents:
         try:
             manifest = load_manifest(artifact)

@@ -12,6 +12,7 @@ from megatron_lopd.artifacts.manifest import (
     committed_files,
     is_committed,
     load_manifest,
+    plan_digest,
     require_listed,
     unlisted_files,
 )
@@ -22,6 +23,7 @@ from megatron_lopd.pipeline.rounds import committed_parts, run_directory
 # What a stage keeps in its directory beside the artifact, and nothing after it reads.
 OWN_FILES = frozenset({"plan.json", "timing.json", "times.jsonl", "refreshes.json", ".lock"})
 OWN_FOLDERS = frozenset({CHECKPOINTS, "tensorboard", "hf", ".claims"})
+SHARD = ".arrow"
 SHOWN = 5  # names in a line
 
 
@@ -54,6 +56,8 @@ def _verify_artifact(directory: Path, *, whole_chain: bool) -> Iterator[str]:
     for file in files:
         if file.path.name == "config.json":
             require_listed(file.path.parent)
+        if file.path.suffix == SHARD:
+            _require_of_plan(file.path, manifest)
     if others := _others(directory, manifest):
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         yield f"{directory}: no part of it, and not read: {', '.join(others[:SHOWN])}{more}"
@@ -91,6 +95,13 @@ def _intact(path: Path, manifest: Manifest, files: list[CommittedFile]) -> str:
     size = sum(file.entry.size for file in files)
     title = f"{manifest.kind} {short(manifest.id)}, {manifest.lineage}"
     return f"{path}: {title}: {len(files)} files, {size:,} bytes, intact"
+
+
+def _require_of_plan(shard: Path, manifest: Manifest) -> None:
+    """Raise DataError for a shard, listed as it may be, that another plan than this artifact's made."""
+    from megatron_lopd.data.arrow_file import require_plan  # pyarrow, for shards alone
+
+    require_plan(shard, plan_digest(manifest.config, manifest.parents))
 
 
 def _others(directory: Path, manifest: Manifest) -> list[str]:

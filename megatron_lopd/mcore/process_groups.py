@@ -21,6 +21,7 @@ from megatron_lopd.config import ParallelConfig
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.mcore import compat, transformer_engine
 from megatron_lopd.runtime import heartbeats
+from megatron_lopd.runtime.environment import LOOPBACK
 
 # How long a collective, or the ranks' first meeting, waits for the last rank. What may take long on one rank
 # is waited for outside of collectives, and ranks that stop are missed sooner (runtime/heartbeats.py); this is
@@ -111,9 +112,6 @@ def _check_world(parallel: ParallelConfig, world_size: int) -> None:
 def world_store() -> Store:
     """The store over which the ranks found each other; it outlives every `model_parallel`."""
     return _store(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
-LOOPBACK = "127.0.0.1"
 
 
 @functools.cache

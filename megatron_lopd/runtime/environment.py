@@ -44,6 +44,8 @@ OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # its name before torch 2.9, still re
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 BLACKWELL = 10  # its major compute capability
 
+LOOPBACK = "127.0.0.1"  # rank 0's address where all ranks are on this machine
+
 HIDDEN_GPUS = "LOPD_HIDDEN_GPUS"  # what `hide_gpus` took away
 
 
@@ -64,7 +66,7 @@ def for_rank(rank: int, processes: int, port: int, environment: Mapping[str, str
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
     }
 

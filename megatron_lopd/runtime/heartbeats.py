@@ -29,6 +29,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from megatron_lopd.errors import ConfigError
 from megatron_lopd.runtime.display import duration
+from megatron_lopd.runtime.environment import LOOPBACK
 
 # Of a process that lives. One library call that keeps Python to itself may take a while; a virtual machine
 # that moves to another host stands still for seconds.
@@ -88,7 +89,7 @@ def join(rank: int, store: _Store, master: str) -> None:
     _own.host, _own.pid = socket.gethostname(), os.getpid()
     silence = silence_seconds()
     if rank == 0:
-        listener = _listen()
+        listener = _listen(master)
         token = secrets.token_hex(8)
         store.set(KEY, f"{listener.getsockname()[1]} {token}")
         target: Callable[[], None] = _Listening(listener, token, silence).run
@@ -108,7 +109,9 @@ def join(rank: int, store: _Store, master: str) -> None:
     threading.Thread(target=target, daemon=True, name="heartbeats").start()
 
 
-def _listen() -> socket.socket:
+def _listen(master: str) -> socket.socket:
+    if master == LOOPBACK:  # all ranks are here: no other machine need reach it
+        return socket.create_server((LOOPBACK, 0), backlog=1024)
     try:
         return socket.create_server(("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
     except (OSError, ValueError):  # there is no IPv6 here

@@ -162,6 +162,6 @@ def _wait_for_one(workers: Sequence[subprocess.Popen[bytes]], watch: _Suspension
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((environment.LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -73,8 +74,11 @@ def test_a_file_that_a_loader_would_take_for_the_models_is_refused(
         (root / "run/sft/model" / name).write_text("{}")
     Model(Path("run/sft/model")).parent  # noqa: B018 - nobody takes these for the model's
     (root / "run/sft/model/added_tokens.json").write_text("{}")
-    with pytest.raises(DataError, match=r"run/sft/model/added_tokens\.json: not part of run/sft"):
-        Model(Path("run/sft/model")).parent  # noqa: B018
+    (root / "linked").symlink_to("run/sft/model")
+    for name, place in (("run/sft/model", root), ("linked", root), (".", root / "run/sft/model")):
+        unlisted = r"run/sft/model/added_tokens\.json: not part of .*run/sft,"
+        with contextlib.chdir(place), pytest.raises(DataError, match=unlisted):
+            Model(Path(name)).parent  # noqa: B018
     refused(capsys, ["verify", "run/sft/model"], 1, "added_tokens.json: not part of")
     refused(capsys, ["verify", "run"], 1, "added_tokens.json: not part of")
 

@@ -351,6 +351,13 @@ def test_no_artifact_calls_itself_better_than_what_it_rests_on(
     refused(capsys, ["verify", "run/rollout"], 3, "calls itself declared, yet it is overridden that")
 
 
+def test_verify_tells_a_shard_that_another_plan_made(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A manifest may list it, and every byte be as that says."""
+    made = load_manifest(root / "run/rollout")
+    write_manifest(root / "run/rollout", replace(made, config=made.config | {"seed": 12345}))
+    refused(capsys, ["verify", "run/rollout"], 1, "rollouts-00000.arrow: another plan made it (")
+
+
 def test_inspect_shows_what_was_sampled(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rollout = next(iter(open_shards(ROLLOUTS, root / "run/rollout")))
     assert main(["inspect", "run/rollout", "--samples", "1"]) == 0
