@@ -17,6 +17,7 @@ from typing import NoReturn
 import yaml
 
 from megatron_lopd import __version__
+from megatron_lopd.artifacts import digest_cache
 from megatron_lopd.config import Recipe, load_recipe, to_plain
 from megatron_lopd.config.help import key_help
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _noticing_interrupts() as interrupted:
         try:
             environment.make_writable()
+            digest_cache.session()  # of the processes that this one starts, too
             options.handler(options)
         except LopdError as error:
             if interrupted:  # taken, by whoever caught it, for a module or a model that does not load

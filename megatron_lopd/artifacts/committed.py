@@ -229,7 +229,10 @@ def _hash(stream: FileIO, path: Path) -> str:
         stream.seek(0)
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
-    if _stamp_of(stream) != before:
+    after = _stamp_of(stream)
+    if after != before:
+        if after[:-1] == before[:-1]:  # a link to it, or another mode
+            return _hash(stream, path)
         raise DataError(f"{path}: it was written to while it was read: end who writes to it, and run again")
     if waiting < 0:
         _hashed[os.path.abspath(path)] = before, digest.hexdigest()

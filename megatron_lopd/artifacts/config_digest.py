@@ -34,15 +34,13 @@ _NOT_COMPUTED = (
 
 def config_digest(files: ModelFiles) -> str:
     """Hex SHA-256. DataError when the file is damaged, or says two things that readers choose between."""
+    made_of = [files.config, *files.code]
+    return digest_of(f"config, by transformers {version('transformers')}", made_of, partial(_take, files))
+
+
+def _take(files: ModelFiles) -> str:
     raw = read_object(files.config)
     _check_rope(files, raw)
-    made_of = [files.config, *files.code]
-    return digest_of(
-        f"config, by transformers {version('transformers')}", made_of, partial(_take, files, raw)
-    )
-
-
-def _take(files: ModelFiles, raw: dict[str, Any]) -> str:
     code = [[str(path.relative_to(files.root)), sha256_file(path)] for path in files.code]
     settings = raw if code else _as_loaded(files, raw)
     kept = {key: value for key, value in settings.items() if key not in _NOT_COMPUTED}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ KIND = "digests"
 # system, and bear the same stamp. Ticks are of milliseconds; where times have no fraction, of 2 s at most.
 TICKS = 0.1
 COARSE_TICKS = 2.0
+_ADVICE = "leave it alone, and start again"
 _relying: ContextVar[bool] = ContextVar("relying", default=False)
 _kept_here: dict[tuple[str, str], _Entry] = {}  # by this process, wherever it may write
-_hashed: dict[str, list[int]] = {}  # stamps of the files that this process has taken digests of, or was told
+_taken: dict[tuple[str, str], _Taken] = {}  # by part and first file: what this process goes by
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class _Entry:
     digest: str
     check: str
     session: str
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A digest of files, by path their stamps when it was taken, and how it is taken again."""
+
+    stamps: dict[str, list[int]]
+    digest: str
+    again: Callable[[], str]
 
 
 def stamp(path: Path) -> list[int]:
@@ -82,18 +92,33 @@ def checked_digest_of(
     tells bit rot, and a stamp that lies would have to go with a collision as well.
     """
     before = stamps_of(files)
-    _hashed.update({path: times for path, *times in before})
+    digest = _digest_of(part, files, before, make, check)
+    if before:
+        stamps = {path: times for path, *times in before}
+        _taken[part, before[0][0]] = _Taken(stamps, digest, lambda: make()[0])
+    return digest
+
+
+def _digest_of(
+    part: str,
+    files: Sequence[Path],
+    before: list[list[Any]],
+    make: Callable[[], tuple[str, str]],
+    check: Callable[[], str] | None,
+) -> str:
     hint = _find(part, files, before)
-    if hint is not None and (_relying.get() or hint.session == _session()):
+    if hint is not None and (_relying.get() or hint.session == session()):
         return hint.digest
     started = time.time()
     if hint is not None and check is not None and hint.check and check() == hint.check:
         digest, faster = hint.digest, hint.check
     else:
         digest, faster = make()
-    require_unchanged(before, "hashed")
+    for path, *was in before:
+        if stamp(Path(path)) != was:
+            raise DataError(f"{path}: changed while it was hashed: {_ADVICE}")
     if all(_is_settled(times[-1], started) for times in before):
-        _keep(part, files, _Entry(before, digest, faster, _session()))
+        _keep(part, files, _Entry(before, digest, faster, session()))
     return digest
 
 
@@ -108,10 +133,15 @@ def is_kept(part: str, files: Sequence[Path]) -> bool:
 
 
 def require_unchanged(stamps: Sequence[Sequence[Any]], done: str) -> None:
-    """DataError, naming the file, unless each of `stamps`, as `stamps_of`, is the file's stamp still."""
+    """DataError, naming the file, unless each of `stamps`, as `stamps_of`, is the file's stamp still.
+
+    Or else the time of change alone is another, and the content as this process hashed it.
+    """
     for path, *was in stamps:
-        if stamp(Path(path)) != was:
-            raise DataError(f"{path}: changed while it was {done}: leave it alone, and start again")
+        now = stamp(Path(path))
+        is_known = now[:-1] == was[:-1] and any(path in taken.stamps for taken in _taken.values())
+        if now != was and not (is_known and _is_as_hashed(path, now)):
+            raise DataError(f"{path}: changed while it was {done}: {_ADVICE}")
 
 
 def require_as_hashed(files: Sequence[Path]) -> None:
@@ -120,8 +150,25 @@ def require_as_hashed(files: Sequence[Path]) -> None:
     What was read in between is then what was hashed: nothing else holds the two together.
     """
     for path, *now in stamps_of(files):
-        if _hashed.get(path, now) != now:
-            raise DataError(f"{path}: changed since it was hashed: leave it alone, and start again")
+        if not _is_as_hashed(path, now):
+            raise DataError(f"{path}: changed since it was hashed: {_ADVICE}")
+
+
+def _is_as_hashed(path: str, now: list[int]) -> bool:
+    """Whether a file with the stamp `now` has the content that this process has digests of.
+
+    A link to it elsewhere, another owner or mode change the time of change alone. Then it is hashed again.
+    """
+    for key, taken in list(_taken.items()):
+        was = taken.stamps.get(path, now)
+        if was == now:
+            continue
+        files = [Path(each) for each in taken.stamps]
+        before = stamps_of(files)
+        if was[:-1] != now[:-1] or taken.again() != taken.digest or stamps_of(files) != before:
+            return False
+        _taken[key] = replace(taken, stamps={of: times for of, *times in before})
+    return True
 
 
 def stamps_of(files: Sequence[Path]) -> list[list[Any]]:
@@ -129,10 +176,11 @@ def stamps_of(files: Sequence[Path]) -> list[list[Any]]:
     return [[str(path.absolute()), *stamp(path)] for path in files]
 
 
-def _session() -> str:
+def session() -> str:
     """The command's that this process belongs to: of the first of its processes, while that lives.
 
-    An environment outlives a command where a queue keeps it for a job.
+    Which is the first to ask, so a command asks before it starts others. An environment outlives a command
+    where a queue keeps it for a job.
     """
     name = os.environ.get(SESSION_VARIABLE, "")
     pid, _, started = name.partition(".")

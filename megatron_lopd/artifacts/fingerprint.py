@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lopd.artifacts.config_digest import config_digest
+from megatron_lopd.artifacts.digest_cache import require_unchanged, stamps_of
 from megatron_lopd.artifacts.model_files import model_files
 from megatron_lopd.artifacts.voice_digest import (
     chat_template_digest,
@@ -38,13 +39,16 @@ def fingerprint_model(directory: str | Path, *, weights: bool = True) -> Fingerp
     malformed, or when loaders would read the directory differently.
     """
     files = model_files(directory, weights=weights)
-    return Fingerprint(
+    before = stamps_of(files.all)
+    found = Fingerprint(
         weights=weights_digest(files) if weights else "none",
         config=config_digest(files),
         tokenizer=tokenizer_digest(files),
         chat_template=chat_template_digest(files),
         end_tokens=end_tokens_digest(files),
     )
+    require_unchanged(before, "hashed")  # its parts are of one model
+    return found
 
 
 def is_fingerprinted(directory: Path) -> bool:

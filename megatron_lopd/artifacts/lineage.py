@@ -7,17 +7,18 @@ never by comparing names.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_lopd.artifacts.fingerprint import Fingerprint
-from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
+from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent, is_plain_path
 from megatron_lopd.artifacts.model_files import model_files
 from megatron_lopd.artifacts.weights_digest import weights_digest
 from megatron_lopd.errors import DataError, LineageError
-from megatron_lopd.files.reading import read_json
+from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import atomic_write_json
 
 LINEAGE_FILE = "lopd_lineage.json"
@@ -130,9 +131,9 @@ def read_model_lineage(directory: str | Path) -> ModelLineage | None:
     it is malformed.
     """
     path = Path(directory) / LINEAGE_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    raw = read_json(path)
+    raw = read_object(path)
     try:
         if raw["format"] != LINEAGE_FORMAT or raw["status"] not in _WORST_LAST:
             raise DataError(
@@ -143,11 +144,13 @@ def read_model_lineage(directory: str | Path) -> ModelLineage | None:
                 f"{path}: of version {raw['version']}, this program reads {_VERSION}: another release wrote "
                 "it: remove it to treat the model as foreign"
             )
-        teacher = raw["teacher"] and Parent("model", raw["teacher"]["path"], raw["teacher"]["digests"])
-        lineage = ModelLineage(raw["model"], raw["made_by"], raw["status"], teacher, raw["chain"])
+        lineage = _lineage(raw)
         recorded = lineage.model["weights"]
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged: a part is missing ({error}): restore it") from None
+        raise DataError(
+            f"{path}: damaged: a part is missing, or of another type ({error}): restore it, or remove it to "
+            "treat the model as foreign"
+        ) from None
     actual = weights_digest(model_files(directory))
     if recorded != actual:
         raise LineageError(
@@ -155,3 +158,31 @@ def read_model_lineage(directory: str | Path) -> ModelLineage | None:
             "restore the weights, or remove the file to treat the model as foreign"
         )
     return lineage
+
+
+def _lineage(raw: dict[str, Any]) -> ModelLineage:
+    """Of what the file says. KeyError or TypeError where that is not what `write_model_lineage` writes."""
+    teacher, chain = raw["teacher"], raw["chain"]
+    if teacher is not None:
+        teacher = Parent("model", _text(_mapping(teacher)["path"]), _texts(teacher["digests"]))
+    for stage, made in _mapping(chain).items():
+        _text(_mapping(made)["id"])
+        if not is_plain_path(stage):
+            raise TypeError(f"{stage!r} is no stage")
+    return ModelLineage(_texts(raw["model"]), _text(raw["made_by"]), raw["status"], teacher, chain)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is no object")
+    return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {key: _text(each) for key, each in _mapping(value).items()}

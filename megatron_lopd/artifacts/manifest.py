@@ -239,19 +239,20 @@ def require_listed(folder: Path) -> None:
 
     A `folder` in no artifact is nobody's; in one, hidden files and notes (.md) are.
     """
-    folder = folder.resolve()  # "." and links too lie in an artifact
-    for artifact in folder.parents:
+    place = folder.resolve()  # "." and links too lie in an artifact
+    for artifact in place.parents:
         try:
             manifest = load_manifest(artifact)
         except DataError:  # none, or another project's
             continue
-        within = f"{folder.relative_to(artifact)}/"
+        within = f"{place.relative_to(artifact)}/"
         for name in unlisted_files(artifact, manifest):
             ignored = os.path.basename(name).startswith(".") or name.endswith(".md")
             if name.startswith(within) and not ignored:
+                file = folder / name.removeprefix(within)
                 raise DataError(
-                    f"{artifact / name}: not part of {artifact}, whose {MANIFEST} does not list it, yet what "
-                    f"loads {folder} may read it: remove it"
+                    f"{file}: not part of {artifact}, whose {MANIFEST} does not list it, yet what loads "
+                    f"{folder} may read it: remove it"
                 )
 
 

@@ -49,6 +49,8 @@ REFUSED = {
     "tekken.json": "some tokenizers would be made of it: make a tokenizer.json of it, and remove it",
 }
 QUANTIZATION = "hf_quant_config.json"
+# Of config.json: by them transformers reads other files than those above.
+DIVERTING = ("transformers_weights", "configuration_files")
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,9 @@ def model_files(directory: str | Path, *, weights: bool = True) -> ModelFiles:
             f"{root / QUANTIZATION}: vLLM alone would read it, for config.json has no quantization_config: "
             "put it there, or remove the file"
         )
-    if "transformers_weights" in settings:
-        raise DataError(f"{config}: transformers_weights: one loader alone would heed it: remove the key")
+    for key in DIVERTING:
+        if key in settings:
+            raise DataError(f"{config}: {key}: one loader alone would heed it: remove the key")
     return ModelFiles(
         root, config, _weights(root) if weights else (), tuple(voice_files(root)), _code(root, settings)
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,14 @@ def _as_read(template: str) -> list[list[str]] | str:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     try:
         tokens = environment.lexer.tokenize(template)
-        # How a tag begins and ends, with the space there, has done its work by then.
-        return [[each.type, "" if each.type in _TAGS else repr(each.value)] for each in tokens]
+        read = []
+        for kind, run in groupby(tokens, key=lambda each: each.type):
+            values = [each.value for each in run]
+            if kind == "data":  # a text that a comment cuts in two is one
+                values = ["".join(values)]
+            # How a tag begins and ends, with the space there, has done its work by then.
+            read += [[kind, "" if kind in _TAGS else repr(value)] for value in values]
+        return read
     except jinja2.TemplateError:
         return template
 

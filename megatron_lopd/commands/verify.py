@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,12 +57,13 @@ def _verify_artifact(directory: Path, *, whole_chain: bool) -> Iterator[str]:
     for file in files:
         if file.path.name == "config.json":
             require_listed(file.path.parent)
-        if file.path.suffix == SHARD:
-            _require_of_plan(file.path, manifest)
     if others := _others(directory, manifest):
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         yield f"{directory}: no part of it, and not read: {', '.join(others[:SHOWN])}{more}"
     yield from _why(directory, manifest, whole_chain)
+    for file in files:
+        if file.path.suffix == SHARD:
+            _require_of_plan(file.path, manifest)
     for carrier in sorted(file.path for file in files if file.path.name == LINEAGE_FILE):
         yield _carried(carrier.parent)
 
@@ -71,7 +73,7 @@ def _verify_model(path: Path) -> Iterator[str]:
     around = (*path.parents, *path.absolute().parents)
     artifact = next((each for each in around if is_committed(each)), None)
     if artifact is None:
-        if not (path / LINEAGE_FILE).exists():
+        if not os.path.lexists(path / LINEAGE_FILE):
             raise DataError(
                 f"{path}: neither an artifact, a run directory nor a model: nothing here is committed"
             )
@@ -86,7 +88,7 @@ def _verify_model(path: Path) -> Iterator[str]:
     yield _intact(path, manifest, files)
     require_listed(path)
     yield from _why(artifact, manifest, whole_chain=True)
-    if (path / LINEAGE_FILE).exists():
+    if os.path.lexists(path / LINEAGE_FILE):
         yield _carried(path)
 
 

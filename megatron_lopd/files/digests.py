@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,15 +31,6 @@ def sha256_file(path: Path) -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def sha256_files(paths: Iterable[Path]) -> Iterator[str]:
-    """`sha256_file` of each, in order, by several threads. Those not begun when it is left are not read."""
-    pool = ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1), thread_name_prefix="sha256")
-    try:
-        yield from pool.map(sha256_file, paths)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class HashedFile:

@@ -237,8 +237,12 @@ def check_unchanged(stage: Stage, run: ResolvedRun) -> None:
     refuse_change(stage.name, directory, manifest.config, manifest.parents, plan)
 
 
+@relying_on_hints()
 def check_begun(stage: Stage, run: ResolvedRun) -> None:
-    """What was made of a stage must be what the recipe would make now. Raises LineageError or DataError."""
+    """What was made of a stage must be what the recipe would make now. Raises LineageError or DataError.
+
+    Who goes on from it hashes the models by then.
+    """
     directory = run.directory_of(stage.name)
     begun = begun_plan(directory) if has_parts(directory) else None
     if begun is not None:

@@ -273,7 +273,8 @@ def record_rounds(run: ResolvedRun, upto: Round) -> None:
 def run_directory(artifact: Path) -> Path:
     """The run that an artifact's directory belongs to."""
     parent = artifact.absolute().parent
-    return parent.parent if _DIRECTORY.fullmatch(parent.name) else parent
+    is_round = _DIRECTORY.fullmatch(parent.name) and (parent.parent / "train").is_dir()
+    return parent.parent if is_round else parent  # a run may have such a name too
 
 
 def committed_parts(run_dir: Path) -> Iterator[Path]:

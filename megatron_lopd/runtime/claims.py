@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_lopd.errors import DataError, LopdError, StopRequested
+from megatron_lopd.files.reading import require_regular
 from megatron_lopd.runtime.claim_files import (
     CLAIMS,
     ClaimState,
@@ -65,7 +66,10 @@ def pause() -> None:
 
 
 def make_once(path: Path, make: Callable[[], None]) -> None:
-    """Return once `path` is there: made here, by `make()`, or by another worker."""
+    """Return once `path` is there: made here, by `make()`, or by another worker.
+
+    DataError for what is no file in its place.
+    """
     claims = None
     while not path.is_file():
         claims = claims or Claims(path.parent)
@@ -76,6 +80,8 @@ def make_once(path: Path, make: Callable[[], None]) -> None:
         with claim:
             if not _is_listed(path):
                 make()
+            elif not path.is_file():
+                require_regular(path, os.lstat(path).st_mode)
 
 
 def commit_once(path: Path, commit: Callable[[], None], clear: Callable[[], None]) -> None:

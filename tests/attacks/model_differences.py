@@ -253,6 +253,7 @@ AMBIGUITIES: dict[str, Way] = {
     "a file in a folder": naming("folder/other.safetensors"),
     "a pickle in the index": naming("pytorch_model.bin"),
     "a key that names other weights": config(transformers_weights="other.safetensors"),
+    "a key that names other configurations": config(configuration_files=["config.4.0.0.json"]),
     "a key twice": key_twice,
     "two rotary bases": config(rope_theta=123.0),
     "a quantization for one loader": put("hf_quant_config.json", '{"quantization": {"quant_algo": "FP8"}}'),

@@ -286,6 +286,11 @@ def comment(random: Random, text: str) -> str:
     return text.replace("{% for", "{# " + str(random.random()) + " #}{%  for", 1)
 
 
+def comment_in_text(random: Random, text: str) -> str:
+    """Within what is printed, which the comment cuts in two."""
+    return text.replace("<|user|>", "<|us{# " + str(random.random()) + " #}er|>", 1)
+
+
 REWRITINGS: dict[str, Way] = {
     "sharded": shard,
     "bytes in another order": reorder_bytes,
@@ -327,6 +332,7 @@ REWRITINGS: dict[str, Way] = {
     ),
     "template ends in two": template(lambda random, text: text + "\n\n"),  # one after a tag is none, either
     "a comment in the template": template(comment),
+    "a comment in a text of the template": template(comment_in_text),
     "template in the config": template_into_config(False),
     "template in a list": template_into_config(True),
     "other sampling": settings("generation_config.json", top_k=lambda random: random.randint(1, 9)),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
+from megatron_lopd.artifacts import digest_cache, weights_digest
 from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.commands.run import STAGES
@@ -101,6 +103,18 @@ def test_run_dry_run_doctor_and_status_give_one_answer(
     assert main(["run", "recipe.yaml", "train.optimizer.lr=0.5", "--dry-run"]) == 0  # sft is to go on first
     out = capsys.readouterr().out
     assert "train     [committed, to be compared with the recipe once sft is there]" in out
+
+
+def test_looking_at_what_was_begun_hashes_no_model(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher has hundreds of gigabytes, and `lopd status` is asked again and again."""
+    time.sleep(2 * digest_cache.TICKS)  # files as new as this copy's could change again unseen
+    assert main(["run", "recipe.yaml", "--dry-run"]) == 0
+    (root / "run/sft/manifest.json").unlink()
+    monkeypatch.setenv(digest_cache.SESSION_VARIABLE, "")
+    monkeypatch.setattr(digest_cache, "_start_of", lambda pid: "another command's")
+    monkeypatch.setattr(weights_digest, "_digests", lambda *unused: pytest.fail("hashed"))
+    for command in (["status"], ["run", "--dry-run"], ["sft", "--dry-run"]):
+        assert main([command[0], "recipe.yaml", *command[1:]]) == 0, command
 
 
 def test_nothing_is_spent_before_a_later_stage_is_known_to_be_refused(

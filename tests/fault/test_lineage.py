@@ -227,7 +227,7 @@ def test_a_lineage_is_worth_what_its_own_artifact_bears_out(
     assert lineage("by-hand", "sft.checkpoint=forged") == "declared"
     (root / "run/sft/model/added_tokens.json").write_text("{}")
     more = ["sft", "elsewhere.yaml", "run_dir=with-a-file-more"]
-    refused(capsys, more, 1, "run/sft/model/added_tokens.json: not part of run/sft")
+    refused(capsys, more, 1, "run/sft/model/added_tokens.json: not part of ")
     (root / "run/sft/model/added_tokens.json").unlink()
     shutil.rmtree(root / "run/generate")
     assert lineage("without-its-data") == "declared"
@@ -320,6 +320,11 @@ def test_verify_says_of_anything_why_it_is_what_it_is(root: Path, capsys: pytest
     ):
         assert any(line.startswith(f"  {stage}: proved: {said}: ") for line in out), said
     assert out[-2].endswith("run/export: proved, because of all that it rests on")
+    (root / "run").rename(root / "refresh-100")  # a name like a round's
+    assert main(["verify", "refresh-100"]) == 0
+    assert main(["verify", "refresh-100/export/model"]) == 0
+    (root / "refresh-100").rename(root / "run")
+    capsys.readouterr()
     (checkpoint,) = (root / "run/train/checkpoints").glob("*5")
     assert main(["verify", str(checkpoint.relative_to(root))]) == 0
     assert "proved: it is of the job that was begun here: plan " in capsys.readouterr().out

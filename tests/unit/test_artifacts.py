@@ -6,6 +6,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_lopd.artifacts import digest_cache, weights_digest
+from megatron_lopd.artifacts import digest_cache, fingerprint, weights_digest
 from megatron_lopd.artifacts.committed import FileEntry
 from megatron_lopd.artifacts.digest_cache import relying_on_hints
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
@@ -35,6 +36,7 @@ from megatron_lopd.artifacts.manifest import (
     load_manifest,
     verify_files,
 )
+from megatron_lopd.artifacts.voice_digest import tokenizer_digest
 from megatron_lopd.errors import DataError, LineageError
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import atomic_file
@@ -312,6 +314,43 @@ def test_a_file_that_changes_while_it_is_hashed_or_after_is_named(
         fingerprint_model(model)
 
 
+def test_a_link_to_a_file_changes_nothing_and_another_content_under_old_times_does(tmp_path: Path) -> None:
+    """As a backup of hard links makes one; and as whoever sets a file's time back leaves it."""
+    model = make_model(tmp_path / "model", shards=2)
+    first = model / "model-0.safetensors"
+    fingerprint_model(model)
+    files = sorted(model.glob("*.safetensors"))
+    before = digest_cache.stamps_of(files)
+    os.link(first, tmp_path / "backup")
+    assert digest_cache.stamps_of(files) != before
+    digest_cache.require_unchanged(before, "read")
+    digest_cache.require_as_hashed(files)
+    found, content = first.stat(), bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    os.utime(first, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with pytest.raises(DataError, match=r"model-0\.safetensors: changed while it was read"):
+        digest_cache.require_unchanged(before, "read")
+    with pytest.raises(DataError, match=r"model-0\.safetensors: changed since it was hashed"):
+        digest_cache.require_as_hashed(files)
+
+
+def test_a_model_that_changes_between_its_parts_has_no_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model")
+    config = model / "config.json"
+
+    def meanwhile(files: Any) -> str:
+        found = tokenizer_digest(files)
+        config.write_text('{"hidden_size": 3, "tie_word_embeddings": false}')
+        return found
+
+    monkeypatch.setattr(fingerprint, "tokenizer_digest", meanwhile)
+    with pytest.raises(DataError, match=r"config\.json: changed while it was hashed"):
+        fingerprint_model(model)
+
+
 def test_fingerprint_parts_move_one_by_one(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     before = fingerprint_model(model).parts()
@@ -384,4 +423,42 @@ def test_a_model_lineage_must_speak_of_the_weights_beside_it(tmp_path: Path) -> 
     assert read_model_lineage(model) == lineage
     save_file(TENSORS | {"model.norm.weight": torch.zeros(3)}, model / "model.safetensors")
     with pytest.raises(LineageError, match="describes weights"):
+        read_model_lineage(model)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"model": {"weights": 5}},
+        {"model": {"weights": None}},
+        {"model": []},
+        {"made_by": 5},
+        {"status": ["proved"]},
+        {"teacher": "models/t"},
+        {"teacher": {"path": "t", "digests": [1]}},
+        {"teacher": {"path": "t", "digests": "x"}},
+        {"teacher": {"path": "t", "digests": {"weights": 5}}},
+        {"teacher": {"path": 5, "digests": {}}},
+        {"chain": [["sft", {"id": "x"}]]},
+        {"chain": {"sft": "x"}},
+        {"chain": {"sft": {"id": 5}}},
+        {"chain": {"../../other": {"id": "x"}}},
+        {"chain": {"a\0": {"id": "x"}}},
+    ],
+)
+def test_a_lineage_of_other_types_is_refused_in_a_line(tmp_path: Path, spoilt: dict[str, Any]) -> None:
+    model = make_model(tmp_path / "model")
+    parts = fingerprint_model(model).parts()
+    write_model_lineage(model, ModelLineage(parts, "sft", "declared", None, {}))
+    path = model / "lopd_lineage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | spoilt))
+    with pytest.raises(DataError, match=r"^[^\n]*lopd_lineage\.json: [^\n]*$"):
+        read_model_lineage(model)
+
+
+@pytest.mark.parametrize("odd", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_is_no_lineage(tmp_path: Path, odd: Callable[[Path], object]) -> None:
+    model = make_model(tmp_path / "model")
+    odd(model / "lopd_lineage.json")
+    with pytest.raises(DataError, match=r"lopd_lineage\.json: a (directory|FIFO|link)"):
         read_model_lineage(model)

@@ -104,6 +104,12 @@ def test_whoever_comes_to_a_committed_artifact_makes_no_claims(tmp_path: Path) -
     assert not (tmp_path / CLAIMS).exists()
 
 
+def test_what_is_no_file_where_one_is_to_be_made_ends_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "agreement.json").mkdir()
+    with pytest.raises(DataError, match=r"agreement\.json: a directory, not a file"):
+        make_once(tmp_path / "agreement.json", lambda: pytest.fail("made"))
+
+
 def test_claims_that_go_while_they_are_made_are_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
