@@ -18,19 +18,13 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from megatron_lopd.artifacts.stamps import Stamp, settled_at, stamp_of
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import HASHING_THREADS
 from megatron_lopd.files.reading import parse_json, reading, require_regular
 
-# Device, inode, bytes, time of its content and time of change (nanoseconds): any write, and any copy, changes
-# one of them, and nobody can set the last one.
-Stamp = tuple[int, int, int, int, int]
 ANY_DEVICE = -1  # in a stamp from another machine, where a shared file system has another number
 
-# Nanoseconds for which a file that is written again may keep its time: two ticks of a kernel's clock; where a
-# file system keeps no parts of a second, two seconds.
-TICK, COARSE_TICK = 20_000_000, 2_000_000_000
-_SECOND = 1_000_000_000
 _CHUNK = 1 << 22
 
 T = TypeVar("T")
@@ -212,17 +206,15 @@ def _missing(path: Path) -> DataError:
 
 
 def _stamp_of(stream: FileIO) -> Stamp:
-    found = os.fstat(stream.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return stamp_of(os.fstat(stream.fileno()))
 
 
 def _hash(stream: FileIO, path: Path) -> str:
     """Hex SHA-256 of the whole open file, remembered unless its time is in the future, by this clock."""
     before = _stamp_of(stream)
-    tick = TICK if before[4] % _SECOND else COARSE_TICK
-    waiting = before[4] + tick - time.time_ns()
-    if 0 <= waiting <= tick:  # then a write from now on has another time
-        time.sleep(waiting / _SECOND)
+    waiting = settled_at(before[-1]) - time.time_ns()
+    if 0 <= waiting <= settled_at(before[-1]) - before[-1]:  # then a write from now on has another time
+        time.sleep(waiting / 1e9)
         waiting = -1
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, before[2] + 1)))
     with reading(path):

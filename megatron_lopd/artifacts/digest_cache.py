@@ -17,16 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_lopd.artifacts.stamps import settled_at, stamp_of
 from megatron_lopd.artifacts.user_cache import keep_hints, read_hints
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.reading import reading
 
 SESSION_VARIABLE = "LOPD_SESSION"  # in the environment of a command's processes: who hashed what for it
 KIND = "digests"
-# A file that changed less than this before it was hashed could change again within the clock tick of its file
-# system, and bear the same stamp. Ticks are of milliseconds; where times have no fraction, of 2 s at most.
-TICKS = 0.1
-COARSE_TICKS = 2.0
 _ADVICE = "leave it alone, and start again"
 _relying: ContextVar[bool] = ContextVar("relying", default=False)
 _kept_here: dict[tuple[str, str], _Entry] = {}  # by this process, wherever it may write
@@ -53,13 +50,9 @@ class _Taken:
 
 
 def stamp(path: Path) -> list[int]:
-    """What changes when a file is written or replaced: device, inode, bytes, time of content, of change.
-
-    Times in nanoseconds since the epoch. Raises DataError where it cannot be looked at.
-    """
+    """A file's `Stamp`, as a list for JSON. Raises DataError where it cannot be looked at."""
     with reading(path):
-        found = path.stat()
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        return list(stamp_of(path.stat()))
 
 
 @contextmanager
@@ -109,7 +102,7 @@ def _digest_of(
     hint = _find(part, files, before)
     if hint is not None and (_relying.get() or hint.session == session()):
         return hint.digest
-    started = time.time()
+    started = time.time_ns()
     if hint is not None and check is not None and hint.check and check() == hint.check:
         digest, faster = hint.digest, hint.check
     else:
@@ -117,14 +110,10 @@ def _digest_of(
     for path, *was in before:
         if stamp(Path(path)) != was:
             raise DataError(f"{path}: changed while it was hashed: {_ADVICE}")
-    if all(_is_settled(times[-1], started) for times in before):
+    # Else it could have changed again after that, and bear this stamp.
+    if all(settled_at(times[-1]) < started for times in before):
         _keep(part, files, _Entry(before, digest, faster, session()))
     return digest
-
-
-def _is_settled(changed: int, started: float) -> bool:
-    """Whether a file that changed then, in nanoseconds, cannot have had that time again after `started`."""
-    return changed / 1e9 < started - (TICKS if changed % 1_000_000_000 else COARSE_TICKS)
 
 
 def is_kept(part: str, files: Sequence[Path]) -> bool:

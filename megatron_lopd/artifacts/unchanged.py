@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_lopd.artifacts.committed import ANY_DEVICE, CommittedFile, Stamp, known_of, verify
+from megatron_lopd.artifacts.committed import ANY_DEVICE, CommittedFile, known_of, verify
 from megatron_lopd.artifacts.manifest import Manifest, committed_files
+from megatron_lopd.artifacts.stamps import Stamp
 from megatron_lopd.artifacts.user_cache import keep_hints, read_hints
 
 KIND = "artifacts"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lopd.artifacts import digest_cache, weights_digest
+from megatron_lopd.artifacts import digest_cache, stamps, weights_digest
 from megatron_lopd.artifacts.manifest import load_manifest
 from megatron_lopd.cli import main
 from megatron_lopd.commands.run import STAGES
@@ -107,7 +107,7 @@ def test_run_dry_run_doctor_and_status_give_one_answer(
 
 def test_looking_at_what_was_begun_hashes_no_model(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher has hundreds of gigabytes, and `lopd status` is asked again and again."""
-    time.sleep(2 * digest_cache.TICKS)  # files as new as this copy's could change again unseen
+    time.sleep(2 * stamps.TICK / 1e9)  # files as new as this copy's could change again unseen
     assert main(["run", "recipe.yaml", "--dry-run"]) == 0
     (root / "run/sft/manifest.json").unlink()
     monkeypatch.setenv(digest_cache.SESSION_VARIABLE, "")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_lopd.artifacts import digest_cache, fingerprint, weights_digest
+from megatron_lopd.artifacts import digest_cache, fingerprint, stamps, weights_digest
 from megatron_lopd.artifacts.committed import FileEntry
 from megatron_lopd.artifacts.digest_cache import relying_on_hints
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
@@ -184,7 +184,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def settle() -> None:
     """Wait until what was written has been as it is for as long as hints need."""
-    time.sleep(digest_cache.TICKS + 0.05)
+    time.sleep(2 * stamps.TICK / 1e9)
 
 
 def another_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_hints_spare_hashing_where_nothing_is_begun(
 ) -> None:
     model = make_model(tmp_path / "model")
     with monkeypatch.context() as coarse:
-        coarse.setattr(digest_cache, "TICKS", 3600.0)
+        coarse.setattr(stamps, "TICK", 3600 * 10**9)
         fingerprint_model(model)
         fingerprint_model(model)
     assert hashed == ["all"] * 2, "what was written just now could be written again, and look the same"

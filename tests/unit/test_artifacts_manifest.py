@@ -12,6 +12,7 @@ import pytest
 
 from megatron_lopd.artifacts import committed
 from megatron_lopd.artifacts.manifest import committed_files, load_manifest
+from megatron_lopd.artifacts.stamps import Stamp
 from megatron_lopd.artifacts.unchanged import verify_unchanged
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes
@@ -111,7 +112,7 @@ def test_a_write_within_the_clocks_tick_is_seen(tmp_path: Path, monkeypatch: pyt
     content, times, tick = file.path.read_bytes(), file.path.stat(), 10_000_000
     exact = committed._stamp_of
 
-    def coarse(stream: Any) -> committed.Stamp:
+    def coarse(stream: Any) -> Stamp:
         *rest, changed = exact(stream)
         return (*rest, changed - changed % tick + 1)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lopd.artifacts import digest_cache
+from megatron_lopd.artifacts import stamps
 from megatron_lopd.config import PromptSource
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.prompts.json_lines import JsonLinesReader
@@ -125,7 +125,7 @@ def test_extra_fields_are_kept_for_the_grader_and_decide(tmp_path: Path) -> None
 def test_a_file_is_read_once_for_its_digest_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digest_cache, "TICKS", -1.0)  # as of a file that has been there for long
+    monkeypatch.setattr(stamps, "TICK", -(10**9))  # as of a file that has been there for long
     path = write(tmp_path / "p.jsonl", {"prompt": "1+1?"}, {"prompt": "2+2?"})
     reads = 0
     rows = JsonLinesReader.rows
