@@ -84,7 +84,7 @@ def marked(messages: Sequence[Message]) -> list[dict[str, Any]]:
             return {name: mark(each, name) for name, each in value.items()}
         if isinstance(value, list):
             return [mark(each, key) for each in value]
-        if isinstance(value, str):
+        if isinstance(value, str) and value.strip():  # nothing can be missed of what says nothing
             count += 1
             return f"lopd{count}mark"
         return value

@@ -139,6 +139,17 @@ def test_what_a_template_leaves_out_is_refused_by_role_and_key(
         chat.prompt([*before, QUESTION], "s7", 1000)
 
 
+def test_what_says_nothing_is_not_missed(chatml: Chat) -> None:
+    """As data has it that fills in every key."""
+    empty = {"name": "", "reasoning_content": " \n", "tool_calls": [{"function": {"name": ""}}]}
+    answer = {"role": "assistant", "content": "2"}
+    found = chatml.conversation([QUESTION | empty, answer | empty], "s", 100)
+    for tokens, plain in zip(found, chatml.conversation([QUESTION, answer], "s", 100), strict=True):
+        assert tokens.tolist() == plain.tolist()
+    with pytest.raises(DataError, match=r"does not print messages\[0\]\.name"):  # of the same keys
+        chatml.prompt([QUESTION | empty | {"name": "a"}], "s", 100)
+
+
 def test_an_answer_must_be_trained_on_whole(tmp_path: Path, chatml: Chat) -> None:
     thought = [QUESTION, {"role": "assistant", "content": "<think>\nr\n</think>\n\na"}]
     keeps = Chat(str(model_dir(tmp_path / "keeps", THINKING)))
