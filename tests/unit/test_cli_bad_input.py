@@ -217,6 +217,17 @@ def test_ctrl_c_is_no_fault_of_what_was_being_loaded(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_an_exit_code_is_noted_through_no_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").touch()
+    (tmp_path / "exit").symlink_to(tmp_path / "other")
+    monkeypatch.setenv("LOPD_EXIT_FILE", str(tmp_path / "exit"))
+    assert main(["status", str(tmp_path / "none.yaml")]) == 2
+    assert (tmp_path / "other").read_text() == ""
+    assert capsys.readouterr().err.endswith("exit: a link, not a file: remove it\n")
+
+
 def test_stages_out_of_order_say_which_to_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("rollout", "train", "export"):
         assert main([stage, "recipe.yaml"]) == 1
