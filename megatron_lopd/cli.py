@@ -21,6 +21,7 @@ from megatron_lopd.artifacts import digest_cache
 from megatron_lopd.config import Recipe, load_recipe, to_plain
 from megatron_lopd.config.help import key_help
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
+from megatron_lopd.files.writing import open_to_append
 from megatron_lopd.runtime import environment
 from megatron_lopd.runtime.display import printable, say
 
@@ -140,8 +141,11 @@ def _noticing_interrupts() -> Iterator[list[int]]:
 def _record_end(error: LopdError) -> None:
     """Add a line `code name` to the file named by LOPD_EXIT_FILE: torchrun turns every exit code into 1."""
     if path := os.environ.get("LOPD_EXIT_FILE"):
-        with open(path, "a", encoding="ascii") as file:
-            file.write(f"{error.exit_code} {type(error).__name__}\n")
+        try:
+            with open_to_append(Path(path)) as file:
+                file.write(f"{error.exit_code} {type(error).__name__}\n")
+        except (DataError, OSError) as failure:
+            say(f"lopd: {failure}", error=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from megatron_lopd.errors import ConfigError
 from megatron_lopd.registry import Registry, identity
 
 T = TypeVar("T")
+PATH_LIMIT = 4096  # characters: Linux takes no longer path
 
 
 def build(cls: type[T], raw: Any) -> T:
@@ -179,6 +180,8 @@ def _scalar(hint: Any, value: Any, name: str) -> Any:
 
 def _expanded(path: str, name: str) -> str:
     """With the home directory for `~` and the environment's for `$NAME` and `${NAME}`, as in a shell."""
+    if len(path) > PATH_LIMIT:
+        raise ConfigError(f"{name}: a path of {len(path):,} characters: {path[:20]}...")
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
         raise ConfigError(f"{name}: {path!r}: there is no such home directory: write the path out")

@@ -7,6 +7,7 @@ thought, say). What it leaves out is gone without a word, and two prompts that d
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from megatron_lopd.prompts.prompt import Message
 
 # What tells a tool's call from another, which few templates print, and none needs to.
 _HANDLES = frozenset({"id", "type", "index", "tool_call_id"})
+# What turns a model's thinking on or off, as a word by itself: a template may do as it says, and take it out.
+_SWITCH = re.compile(r"(?<!\S)/(?:no_)?think(?!\S)")
 
 
 def leaves(message: Message) -> Iterator[tuple[str, str]]:
@@ -41,12 +44,14 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, str]]:
 def first_unprinted(messages: Sequence[Message], rendered: str) -> tuple[int, str] | None:
     """(number, key) of the first text of `messages` that is not in `rendered`; None where all is.
 
-    White space is the template's to choose, and JSON may be in JSON's own spelling.
+    White space is the template's to choose, and JSON may be in JSON's own spelling. Of what is not an answer
+    the words that turn thinking on or off may be missing.
     """
     whole = _squeezed(rendered)
     for number, message in enumerate(messages):
         for key, text in leaves(message):
-            if not any(_squeezed(each) in whole for each in _spellings(text)):
+            said = [text] if message["role"] == "assistant" else [text, _SWITCH.sub("", text)]
+            if not any(_squeezed(each) in whole for form in said for each in _spellings(form)):
                 return number, key
     return None
 
@@ -84,7 +89,7 @@ def marked(messages: Sequence[Message]) -> list[dict[str, Any]]:
             return {name: mark(each, name) for name, each in value.items()}
         if isinstance(value, list):
             return [mark(each, key) for each in value]
-        if isinstance(value, str):
+        if isinstance(value, str) and value.strip():  # nothing can be missed of what says nothing
             count += 1
             return f"lopd{count}mark"
         return value

@@ -28,6 +28,7 @@ from megatron_lopd.engines.protocol import Prompted
 from megatron_lopd.errors import EngineDied, EngineError
 from megatron_lopd.registry import allowing_user_code
 from megatron_lopd.runtime import environment
+from megatron_lopd.runtime.bounded import bound_waiting
 from megatron_lopd.runtime.display import duration
 from megatron_lopd.runtime.signals import die_with_parent
 
@@ -48,6 +49,7 @@ class EngineProcess:
     def __init__(self, name: str, config: EngineConfig, model_dir: str, threads: int) -> None:
         self._name, self._patience = name, config.patience_seconds
         self._pipe, theirs = Pipe()
+        bound_waiting(self._pipe, self._patience)
         with theirs:
             self._process = subprocess.Popen(
                 [
@@ -123,25 +125,26 @@ class EngineProcess:
         return self._latest
 
     def _send(self, message: Any) -> None:
-        try:
-            self._pipe.send(message)
-        except (BrokenPipeError, ConnectionError):
-            raise self._ended() from None
+        self._over_pipe(lambda: self._pipe.send(message))
 
     def _receive(self) -> Any:
-        try:
-            if not self._pipe.poll(self._patience):
-                self._kill()
-                raise EngineDied(
-                    f"{self._name}'s process (pid {self.pid}) has not answered in "
-                    f"{duration(self._patience)} (engine.patience_minutes), and was killed"
-                )
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            raise self._ended() from None
+        answer = self._over_pipe(self._pipe.recv)
         if isinstance(answer, EngineError):
             raise answer
         return answer
+
+    def _over_pipe(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns: it waits for the other side no longer than its patience."""
+        try:
+            return call()
+        except BlockingIOError:
+            self._kill()
+            raise EngineDied(
+                f"{self._name}'s process (pid {self.pid}) has not answered in "
+                f"{duration(self._patience)} (engine.patience_minutes), and was killed"
+            ) from None
+        except (EOFError, ConnectionError):
+            raise self._ended() from None
 
     def _ended(self) -> EngineError:
         code = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.reading import parse_json, read_lines
@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # `lopd inspect` reads answers, and need not wait for what wr
 
 ANSWERS = "answers.jsonl"
 MODES = ("sampled", "greedy")
+Word = Literal["right", "wrong", "cut", "ungraded"]
+VERDICTS = get_args(Word)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class GradedAnswer:
     gold: str | None
     text: str
     answer: str | None
-    verdict: Literal["right", "wrong", "cut", "ungraded"]
+    verdict: Word
 
 
 def write_answers(
@@ -67,7 +69,24 @@ def read_answers(path: Path) -> Iterator[GradedAnswer]:
     """What `write_answers` wrote, one at a time. DataError naming the line that is damaged."""
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        try:
-            yield GradedAnswer(**parse_json(line, where))
-        except TypeError:
-            raise DataError(f"{where}: damaged: it is no graded answer") from None
+        plain = parse_json(line, where)
+        if not _is_answer(plain):
+            raise DataError(f"{where}: damaged: it is no graded answer")
+        yield GradedAnswer(**plain)
+
+
+def _is_answer(plain: Any) -> bool:
+    """Whether a value has a GradedAnswer's keys, and under each what may stand there: what a grader compares
+    is its own affair."""
+    if not isinstance(plain, dict) or plain.keys() != {field.name for field in fields(GradedAnswer)}:
+        return False
+    prompt = plain["prompt"]
+    return (
+        isinstance(plain["id"], str)
+        and plain["mode"] in MODES
+        and isinstance(prompt, list)
+        and all(isinstance(message, dict) for message in prompt)
+        and isinstance(plain["gold"], str | None)
+        and isinstance(plain["text"], str)
+        and plain["verdict"] in VERDICTS
+    )

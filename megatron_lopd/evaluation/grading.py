@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -210,7 +211,10 @@ def _marker_of(rollouts: Path, prompts: Sequence[Prompt], settings: EvaluateConf
 def _grades(
     responses: ShardReader[Rollout], sampled: dict[str, list[Verdict]], greedy: dict[str, list[Verdict]]
 ) -> Grades:
-    log_probs = [record.log_probs for record in responses if record.log_probs is not None]
+    # One at a time in memory: there may be a thousand million.
+    nats = math.fsum(
+        float(-record.log_probs.sum(dtype=np.float64)) for record in responses if record.log_probs is not None
+    )
     right = [[verdict.right for verdict in of_prompt] for of_prompt in sampled.values()]
     verdicts = [verdict for each in (*sampled.values(), *greedy.values()) for verdict in each]
     k = len(right[0])
@@ -226,9 +230,9 @@ def _grades(
         pass_at_k=float(np.mean([any(each) for each in right])),
         pass_at={fewer: estimate([pass_at_k(k, sum(each), fewer) for each in right]) for fewer in ks_of(k)},
         majority=_majority(list(sampled.values())),
-        entropy=float(-np.concatenate(log_probs).astype(np.float64).mean()),
+        entropy=nats / int(responses.lengths("log_probs").sum()),
         length=float(responses.lengths("response_tokens").mean()),
-        cut=float(np.mean([record.finish_reason == "length" for record in responses])),
+        cut=float(responses.matches("finish_reason", "length").mean()),
         ungraded=sum(v.ungraded for v in verdicts),
         late=sum(v.late for v in verdicts),
     )

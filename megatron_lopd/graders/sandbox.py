@@ -14,8 +14,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -25,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_lopd.errors import EngineDied, EngineError
+from megatron_lopd.runtime.bounded import bound_waiting
 from megatron_lopd.runtime.signals import die_with_parent
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class Sandbox:
         assert self._pipe is not None
         assert self._process is not None
         patience = PATIENCE_SECONDS + PATIENCE_TIMES * cpu_seconds
-        _bound(self._pipe, patience)
+        bound_waiting(self._pipe, patience)
         try:
             self._pipe.send((cpu_seconds, function, arguments))
             reply = self._pipe.recv()
@@ -145,15 +144,6 @@ class Sandbox:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-
-
-def _bound(pipe: Connection, seconds: float) -> None:
-    """Have a call on a pipe that waits for so long raise BlockingIOError."""
-    whole, part = divmod(seconds, 1)
-    limit = struct.pack("@ll", int(whole), int(part * 1e6))  # a struct timeval
-    with socket.socket(fileno=os.dup(pipe.fileno())) as same:
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            same.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _main() -> None:

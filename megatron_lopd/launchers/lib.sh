@@ -18,9 +18,12 @@ main() {
 # The batch shell: run the step, pass on the wish to stop, and see what is to be done about its end.
 job() {
     local attempt=${SLURM_RESTART_COUNT:-0} id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-    local asked="" step code
+    local asked="" fresh step code
     log=$directory/logs/$stage-$id-attempt$attempt.log
-    exec >> "$log" 2>&1
+    # New, and then put in its place: opened there, it would be whatever a link that is there leads to.
+    fresh=$(mktemp "$directory/logs/.XXXXXXXX") && chmod "$(printf '%o' $((0666 & ~$(umask))))" "$fresh" || exit 1
+    exec >> "$fresh" 2>&1
+    mv --force --no-target-directory "$fresh" "$log" || exit 1
     export LOPD_EXIT_FILE=$directory/logs/$stage-$id-attempt$attempt.exit
     rm -f "$LOPD_EXIT_FILE"
     say "$stage, job $id, attempt $attempt, on $SLURM_JOB_NODELIST, $(date --iso-8601=seconds)"
@@ -66,8 +69,8 @@ first_host() {
 }
 
 check_node() {
-    local probe=$directory/.clock-$SLURM_JOB_ID-$SLURM_NODEID off
-    if ! : > "$probe"; then
+    local probe off
+    if ! probe=$(mktemp "$directory/.clock-$SLURM_JOB_ID-$SLURM_NODEID-XXXXXXXX"); then
         say "$(hostname) cannot write $directory: mount it there (container.mounts, in a container)"
         exit 2
     fi

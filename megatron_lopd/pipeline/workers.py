@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,7 +92,7 @@ def make_parts(works: Sequence[Work]) -> None:
 
     Where an engine is killed or a shared file cannot be read, the part is tried again after a while, here or
     elsewhere; raises PartFailed when that has happened to it too often, or here to ATTEMPTS parts with none
-    made between, and any other error at once.
+    made between, Unreadable where its claims cannot be read for a while, and any other error at once.
     """
     with closing(_Worker(works)) as worker:
         while not worker.is_done():
@@ -129,10 +129,11 @@ class _Share:
 
     def is_there(self, part: Part | Derived) -> bool:
         """Whether somebody has published it, which counts it. DataError for what is there and no file."""
-        if not _is_published(part.path):
-            return False
-        self.done += _samples(part)
-        return True
+        with suppress(OSError):  # whoever claims it looks again
+            if _is_published(part.path):
+                self.done += _samples(part)
+                return True
+        return False
 
     def look_again(self, passed: Sequence[Part | Derived]) -> list[Part | Derived]:
         """Those of the parts that nobody has published yet."""
@@ -169,7 +170,7 @@ class _Worker:
         for part in share.left:
             if share.is_there(part):
                 continue
-            if isinstance(part, Part) or part.source.is_file():
+            if _can_be_made(part):
                 claim = share.claims.take(part.path.name)
                 if claim is not None:
                     with claim:
@@ -195,12 +196,12 @@ class _Worker:
         self._open = None
 
     def _make(self, share: _Share, part: Part | Derived, claim: Claim) -> None:
-        if _is_published(part.path):  # between the look and the claim
-            return
         private = part.path.with_name(f"{TEMPORARY_PREFIX}{claim.token}")
         progress = self._shown(share)
         try:
             try:
+                if _is_published(part.path):  # between the look and the claim
+                    return
                 self._write(share, part, private, progress, claim)
                 if not claim.is_lost():
                     publish(private, part.path)
@@ -238,6 +239,7 @@ class _Worker:
                 raise ClaimLost(f"{part.path.name}: taken over by another worker")
             part.write(engine, private, lambda records: progress.count(records, samples, claim))
         else:
+            os.stat(part.source)  # OSError where that could not be seen before
             part.write(private, lambda: claim.progress(0, 0, 0.0, 0.0))
 
     def _engine(self, work: Work) -> Engine:
@@ -289,6 +291,13 @@ class _Progress:
 
 def _samples(part: Part | Derived) -> int:
     return part.samples if isinstance(part, Part) else 0
+
+
+def _can_be_made(part: Part | Derived) -> bool:
+    """Whether what it is made from is there, or cannot be seen, which then is a failure to make it."""
+    with suppress(OSError):
+        return isinstance(part, Part) or part.source.is_file()
+    return True
 
 
 def _names_in(directory: Path) -> set[str]:

@@ -5,6 +5,8 @@ and all together so much memory more than this process has; the kernel ends what
 C function too. Processor time, not the clock's: how busy the machine is must not decide what is right.
 
 It keeps the run from accidents, not from an attack: the copy may do what the run may.
+
+And `bound_waiting`, for whoever waits for another process.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import pickle
 import resource
 import select
 import signal
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,6 +39,7 @@ COPIES = 4
 BATCH_SECONDS = 0.05
 
 _OVER_TIME = signal.SIGPROF
+_LONGEST_SECONDS = 1e9  # of waiting, where a user asks for more
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,18 @@ class Failed:
     """What came of one of them in place of a result: in a line, why."""
 
     reason: str
+
+
+def bound_waiting(pipe: Connection, seconds: float) -> None:
+    """Have a call on a pipe (of `Pipe()`, both ways) that waits for so long raise BlockingIOError.
+
+    The process at its other end may stop in the midst of a message, to or fro.
+    """
+    whole, part = divmod(min(seconds, _LONGEST_SECONDS), 1)
+    limit = struct.pack("@ll", int(whole), int(part * 1e6))  # a struct timeval
+    with socket.socket(fileno=os.dup(pipe.fileno())) as same:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            same.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def bounded(
@@ -75,17 +93,18 @@ def _of_a_copy(
     """As `bounded`, by one copy; it ends early where that waits for ever, but for the last."""
     if not given:
         return
-    ours, theirs = os.pipe()
+    pipe, theirs = Pipe()
     pid = os.fork()
     if not pid:
         # What is garbage here has threads to end, those of a process group, say, that the copy has not got.
         gc.freeze()
-        os.close(ours)
-        _work(function, given, cpu_seconds, memory_bytes, Connection(theirs, readable=False))
-    os.close(theirs)
+        pipe.close()
+        _work(function, given, cpu_seconds, memory_bytes, theirs)
+    theirs.close()
     got, status = 0, None
     try:
-        with Connection(ours, writable=False) as pipe:
+        with pipe:
+            bound_waiting(pipe, PATIENCE_SECONDS)
             while got < len(given):
                 told, waited, seen = False, 0.0, ""
                 while not told and waited < PATIENCE_SECONDS:
@@ -93,14 +112,16 @@ def _of_a_copy(
                     before, seen = seen, "" if told else _sleeping(pid)
                     if seen and seen == before and not is_last:
                         return
-                if not told:
-                    yield Failed(f"it has taken over {PATIENCE_SECONDS:.0f} seconds")
-                    return
                 try:
-                    results = pipe.recv()
+                    results = pipe.recv() if told else None
+                except BlockingIOError:  # stopped in the midst of them
+                    results = None
                 except (EOFError, ConnectionError):
                     _, status = os.waitpid(pid, 0)
                     yield Failed(_why(status, cpu_seconds, memory_bytes))
+                    return
+                if results is None:
+                    yield Failed(f"it has taken over {PATIENCE_SECONDS:.0f} seconds")
                     return
                 for result in results:
                     got += 1

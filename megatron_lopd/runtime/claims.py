@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_lopd.errors import DataError, LopdError, StopRequested
+from megatron_lopd.errors import DataError, LopdError, StopRequested, Unreadable
 from megatron_lopd.files.reading import require_regular
 from megatron_lopd.runtime.claim_files import (
     CLAIMS,
@@ -297,19 +297,25 @@ class Claims:
 
     def __post_init__(self) -> None:
         self._watched: dict[str, _Watched] = {}
+        self._unread: dict[str, tuple[int, float]] = {}  # looks that failed in a row, and when the last did
         make_claims_directory(self.directory)
         self._at_start = newest(self.directory)
 
     def is_over(self) -> bool:
         """Whether the artifact is committed, which takes its claims away."""
-        return not (self.directory / CLAIMS).is_dir()
+        with contextlib.suppress(OSError):  # nothing can be seen now
+            return not (self.directory / CLAIMS).is_dir()
+        return False
 
     def take(self, part: str) -> Claim | None:
-        """Claim `part`; None while another has it, or while it waits after a failure.
+        """Claim `part`; None while another has it, or it waits after a failure, or to be looked at again.
 
-        Raises PartFailed when it has failed ATTEMPTS times, DataError where claims cannot be made.
+        Raises PartFailed when it has failed ATTEMPTS times, Unreadable when that many looks at its claims
+        have, and DataError where claims cannot be made.
         """
-        states = claims_on(self.directory, part)
+        states = self._look(part)
+        if states is None:
+            return None
         if states and not self._is_free(states):
             return None
         state = ClaimState(part, len(states) + 1, self.owner)
@@ -321,6 +327,21 @@ class Claims:
     def delay(self, failures: int) -> float:
         """Seconds to wait before trying again what has failed so often: twice as long each time."""
         return self.backoff * 2.0 ** (failures - 1)
+
+    def _look(self, part: str) -> list[ClaimState] | None:
+        """The claims on a part, oldest first; None where they cannot be read now, which may pass."""
+        failed, last = self._unread.get(part, (0, 0.0))
+        if failed and time.monotonic() < last + self.delay(failed):
+            return None
+        try:
+            states = claims_on(self.directory, part)
+        except Unreadable:
+            if failed + 1 == ATTEMPTS:
+                raise
+            self._unread[part] = failed + 1, time.monotonic()
+            return None
+        self._unread.pop(part, None)
+        return states
 
     def _is_free(self, states: list[ClaimState]) -> bool:
         newest = states[-1]

@@ -37,8 +37,8 @@ def launch(arguments: Sequence[str], processes: int) -> tuple[int, bool]:
     Returns the first exit code that is not 0, and whether a stop signal came.
 
     Stop signals are passed on to every rank, and wake one that is suspended. When a rank fails, the others
-    are ended; so is one that stays suspended, which of several ranks they notice themselves. 128 + n stands
-    for a rank that signal n killed.
+    are ended; so is one that stays suspended, which of several ranks the others notice sooner, once they have
+    met. 128 + n stands for a rank that signal n killed.
     """
     port = _free_port()
     environments = [environment.for_rank(rank, processes, port, os.environ) for rank in range(processes)]
@@ -95,8 +95,13 @@ def _run(
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        watch = _Suspensions(ranks, "rank" if all_or_none else "worker")
-        code = _wait(ranks, watch) if all_or_none else _wait_for_one(ranks, watch)
+        silence = heartbeats.silence_seconds()
+        if all_or_none:
+            # Several watch each other once they have met, and can say more: theirs is the first word.
+            limit = silence if len(ranks) == 1 else 2 * silence
+            code = _wait(ranks, _Suspensions(ranks, "rank", limit))
+        else:
+            code = _wait_for_one(ranks, _Suspensions(ranks, "worker", silence))
         return code, bool(asked)
     finally:
         for number, handler in before.items():
@@ -107,11 +112,10 @@ def _run(
 
 
 class _Suspensions:
-    """Ends the processes that have been suspended for too long: they hold what others wait for."""
+    """Ends the processes that have been suspended for `limit` seconds: they hold what others wait for."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], kind: str) -> None:
-        self._processes, self._kind = processes, kind
-        self._limit = heartbeats.silence_seconds()
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], kind: str, limit: float) -> None:
+        self._processes, self._kind, self._limit = processes, kind, limit
         self._seconds = dict.fromkeys(range(len(processes)), 0.0)
         self._looked = time.monotonic()
 
@@ -140,8 +144,7 @@ class _Suspensions:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], watch: _Suspensions) -> int:
     deadline = float("inf")
     while True:
-        if len(ranks) == 1:  # several watch each other
-            watch.look()
+        watch.look()
         codes = [rank.poll() for rank in ranks]
         failed = next((code for code in codes if code), 0)
         if None not in codes or time.monotonic() > deadline:

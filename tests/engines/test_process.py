@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import sys
 import weakref
 from collections.abc import Callable
@@ -32,6 +34,9 @@ LINGERS = READ + 'eval "exec $3>&-"\nsleep 300 &\nsleep 300\n'
 ENDS = READ + '(eval "exec $3>&-"; exec sleep 300) &\nexit 3\n'
 WORKS = "#!/bin/bash\nsleep 300 &\nwait\n"
 HANGS = "#!/bin/bash\nexec sleep 300\n"
+# An answer is its length, in four bytes, and a pickle, which does not come.
+HALTS = READ + "printf '\\0\\0\\4\\0\\200\\4N' >&\"$3\"\nkill -STOP $$\n"
+UNANSWERED = r"not answered in \d+s \(engine.patience_minutes\), and was killed"
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -67,13 +72,27 @@ def test_a_process_that_hangs_with_its_pipe_closed_has_died(
         assert group(engine.pid) == []
 
 
-def test_a_process_that_answers_nothing_has_died_when_patience_is_at_its_end(tmp_path: Path) -> None:
-    config = replace(interpreter(tmp_path / "python", HANGS), patience_minutes=0.005)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("script", [HANGS, HALTS], ids=["at nothing", "in the midst of an answer"])
+def test_a_process_that_stops_answering_has_died_when_patience_is_at_its_end(
+    tmp_path: Path, script: str
+) -> None:
+    config = replace(interpreter(tmp_path / "python", script), patience_minutes=0.005)
     with EngineProcess("vLLM", config, "model", threads=1) as engine:
-        with pytest.raises(
-            EngineDied, match=r"not answered in 0s \(engine.patience_minutes\), and was killed"
-        ):
+        with pytest.raises(EngineDied, match=UNANSWERED):
             engine.ready()
+        assert group(engine.pid) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_is_stopped_before_it_has_read_a_request_has_died_too(tmp_path: Path) -> None:
+    """The request is above what a pipe holds."""
+    config = replace(interpreter(tmp_path / "python", HANGS), patience_minutes=0.005)
+    many = np.zeros(1 << 20, dtype=np.int32)
+    with EngineProcess("vLLM", config, "model", threads=1) as engine:
+        os.kill(engine.pid, signal.SIGSTOP)
+        with pytest.raises(EngineDied, match=UNANSWERED):
+            engine.score([unsampled("a", PROMPT, many)])
         assert group(engine.pid) == []
 
 

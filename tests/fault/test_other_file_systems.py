@@ -21,11 +21,20 @@ import pytest
 from megatron_lopd.errors import DataError, LopdError, Unreadable
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import atomic_write_json, publish
-from megatron_lopd.pipeline import execute
+from megatron_lopd.pipeline import execute, workers
 from megatron_lopd.runtime import claims
-from megatron_lopd.runtime.claim_files import CLAIMS, ClaimState, create_claim
+from megatron_lopd.runtime.claim_files import CLAIMS, READINGS, ClaimState, create_claim
 from megatron_lopd.runtime.owner import Owner
-from tests.shims.file_faults import Failing, Faults, bearing, build, module_of, preloaded, run_bearing
+from tests.shims.file_faults import (
+    Failing,
+    Faults,
+    bearing,
+    build,
+    failures,
+    module_of,
+    preloaded,
+    run_bearing,
+)
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -152,6 +161,34 @@ def stale(directory: Path) -> None:
     assert read_json(directory / "some.json") == {"a": 1}
     with pytest.raises(Unreadable, match=r"always\.json: cannot be read: Stale file handle"):
         read_json(directory / "always.json")
+
+
+def test_what_cannot_be_seen_for_a_moment_ends_no_worker(tmp_path: Path, library: Path) -> None:
+    """Be it the claims on a part, the part, or what it is made from."""
+    run_bearing(library, None, unseen, tmp_path)
+
+
+def unseen(root: Path) -> None:
+    claims.POLL_SECONDS = 0.01
+    workers.Claims = functools.partial(claims.Claims, backoff=0.01)  # type: ignore[misc,assignment]
+    for number, (call, name) in enumerate([("read", "part.1"), ("stat", "part"), ("stat", "source")]):
+        directory = root / str(number)
+        directory.mkdir()
+        part = workers.Derived(directory / "part", directory / "source", lambda path, tick: path.touch())
+        part.source.touch()
+        work = workers.Work("test", None, directory, [part])
+        failing = Failing(call, errno.EIO, pattern=f"{directory}/*{name}", count=READINGS)
+        before = claims.Claims(directory).take("part")
+        assert before is not None
+        with before:  # somebody had it, and has given it back
+            pass
+        with bearing(Faults(root, failing=(replace(failing, count=0),))), pytest.raises(LopdError) as caught:
+            workers.make_parts([work])
+        assert "Input/output error" in str(caught.value)
+        with bearing(Faults(root, failing=(failing,))):
+            workers.make_parts([work])
+            assert failures() == READINGS
+        assert part.path.exists()
 
 
 @pytest.mark.parametrize(

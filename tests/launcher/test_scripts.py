@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,37 @@ def test_a_value_that_may_be_a_secret_is_in_no_message(tmp_path: Path, value: st
     with pytest.raises(ConfigError, match="env: ") as caught:
         load_cluster(tmp_path / "cluster.yaml")
     assert "hush" not in str(caught.value)
+
+
+JOB = """
+source "$1"
+stage=sft directory=$2 max_requeues=0 srun_options=()
+srun() { check_node; echo said; }
+main
+"""
+
+
+@pytest.mark.parametrize(
+    "plant", [lambda path, other: path.symlink_to(other), lambda path, _: os.mkfifo(path)]
+)
+def test_a_job_writes_through_nothing_that_is_planted(tmp_path: Path, plant: Callable[..., None]) -> None:
+    directory, other = tmp_path / "slurm", tmp_path / "other"
+    (directory / "logs").mkdir(parents=True)
+    other.write_text("another's")
+    log = directory / "logs/sft-7-attempt0.log"
+    for path in (log, directory / ".clock-7-0"):
+        plant(path, other)
+    numbers = {"JOB_ID": "7", "NODEID": "0", "JOB_NODELIST": "n", "JOB_NUM_NODES": "1", "CPUS_PER_TASK": "1"}
+    subprocess.run(
+        ["bash", "-c", f"umask 027\n{JOB}", "job", slurm.LIBRARY, directory],
+        env=os.environ | {f"SLURM_{name}": value for name, value in numbers.items()},
+        check=True,
+        timeout=30,
+    )
+    assert other.read_text() == "another's"
+    assert stat.S_IMODE(log.lstat().st_mode) == 0o640
+    assert log.read_text().splitlines()[-2:] == ["said", "lopd launcher: sft is done"]
+    assert {path.name for path in directory.rglob("*")} == {"logs", log.name, ".clock-7-0"}
 
 
 def test_workers_that_a_node_has_no_gpus_for(tmp_path: Path) -> None:

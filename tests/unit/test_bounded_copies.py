@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
+import select
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +37,27 @@ def test_the_last_copy_is_given_all_the_patience(monkeypatch: pytest.MonkeyPatch
     with held:
         (failed,) = bounded.bounded(lambda number: held.acquire(), [1], cpu_seconds=5)
     assert failed == bounded.Failed("it has taken over 0 seconds")
+
+
+@pytest.mark.timeout(60)
+def test_a_copy_that_is_stopped_in_the_midst_of_an_answer_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "PATIENCE_SECONDS", 0.5)
+    look = select.select
+
+    def look_and_stop(*arguments: Any) -> Any:
+        if (ready := look(*arguments))[0]:  # it writes, and more than a pipe holds
+            os.kill(int((tmp_path / "copy").read_text()), signal.SIGSTOP)
+        return ready
+
+    def long(number: int) -> bytes:
+        (tmp_path / "copy").write_text(str(os.getpid()))
+        return bytes(1 << 24)
+
+    monkeypatch.setattr(bounded.select, "select", look_and_stop)
+    taken = list(bounded.bounded(long, [1], cpu_seconds=5))
+    assert taken == [bounded.Failed("it has taken over 0 seconds")]
 
 
 def test_a_copy_leaves_this_process_garbage_alone() -> None:

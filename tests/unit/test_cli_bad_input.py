@@ -15,6 +15,7 @@ import pytest
 from megatron_lopd import cli
 from megatron_lopd.cli import main
 from megatron_lopd.errors import ConfigError
+from megatron_lopd.evaluation.answers import ANSWERS, GradedAnswer
 from megatron_lopd.pipeline.execute import TIMING_FILE, seconds_of
 from tests.pipeline import write_recipe
 
@@ -216,6 +217,17 @@ def test_ctrl_c_is_no_fault_of_what_was_being_loaded(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_an_exit_code_is_noted_through_no_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").touch()
+    (tmp_path / "exit").symlink_to(tmp_path / "other")
+    monkeypatch.setenv("LOPD_EXIT_FILE", str(tmp_path / "exit"))
+    assert main(["status", str(tmp_path / "none.yaml")]) == 2
+    assert (tmp_path / "other").read_text() == ""
+    assert capsys.readouterr().err.endswith("exit: a link, not a file: remove it\n")
+
+
 def test_stages_out_of_order_say_which_to_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("rollout", "train", "export"):
         assert main([stage, "recipe.yaml"]) == 1
@@ -254,6 +266,33 @@ def test_a_damaged_metric_is_one_line_under_status(root: Path, capsys: pytest.Ca
     assert main(["status", "recipe.yaml"]) == 1
     (message,) = capsys.readouterr().err.splitlines()
     assert "run/sft/metrics.jsonl:2: damaged (it has no step)" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("id", 7),
+        ("mode", ["sampled"]),
+        ("mode", "loud"),
+        ("prompt", "q"),
+        ("prompt", ["q"]),
+        ("gold", {}),
+        ("text", None),
+        ("verdict", "perhaps"),
+        ("more", 1),
+        ("", None),
+    ],
+)
+def test_a_damaged_answer_is_one_line_under_inspect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    message = {"role": "user", "content": "1+2"}
+    whole = vars(GradedAnswer("p/0", "sampled", [message], "3", "so 3", "3", "right"))
+    path = tmp_path / ANSWERS
+    path.write_text(f"{json.dumps(whole)}\n{json.dumps(whole | {key: value} if key else value)}\n")
+    assert main(["inspect", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{ANSWERS}:2: damaged: it is no graded answer" in line
 
 
 @pytest.mark.parametrize("content", ['{"seconds": NaN}', '{"seconds": "long"}', "[]", "{"])

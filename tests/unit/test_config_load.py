@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -155,6 +156,23 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, text: str, override: str | 
         load_recipe(write(tmp_path, text), [override] if override else [])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=" + "1" * 400_000 + "x", "seed: expected int, got '111"),
+        ("run_dir=" + "${" * 200_000, "run_dir: a path of 400,000 characters: ${${"),
+    ],
+    ids=["what looks like a number to its end", "names that are not closed"],
+)
+def test_what_is_wrong_costs_no_more_time_than_it_has_characters(
+    tmp_path: Path, override: str, expected: str
+) -> None:
+    """By their square these would take hours."""
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load_recipe(write(tmp_path, GOOD), [override])
 
 
 def test_an_override_reaches_only_its_own_section(tmp_path: Path) -> None:

@@ -139,6 +139,38 @@ def test_what_a_template_leaves_out_is_refused_by_role_and_key(
         chat.prompt([*before, QUESTION], "s7", 1000)
 
 
+def test_what_says_nothing_is_not_missed(chatml: Chat) -> None:
+    """As data has it that fills in every key."""
+    empty = {"name": "", "reasoning_content": " \n", "tool_calls": [{"function": {"name": ""}}]}
+    answer = {"role": "assistant", "content": "2"}
+    found = chatml.conversation([QUESTION | empty, answer | empty], "s", 100)
+    for tokens, plain in zip(found, chatml.conversation([QUESTION, answer], "s", 100), strict=True):
+        assert tokens.tolist() == plain.tolist()
+    with pytest.raises(DataError, match=r"does not print messages\[0\]\.name"):  # of the same keys
+        chatml.prompt([QUESTION | empty | {"name": "a"}], "s", 100)
+
+
+# As SmolLM3's: the system's words turn the thinking on or off, and those that do are taken out.
+SWITCHED = CHATML.replace(
+    "{{ m.content }}", "{{ m.content | replace('/no_think', '') | replace('/think', '') }}"
+) + ("{% if '/no_think' in messages[0].content %}<think>\n\n</think>\n{% endif %}")
+
+
+def test_a_switch_that_a_template_heeds_is_no_part_of_what_is_said(tmp_path: Path) -> None:
+    chat = Chat(str(model_dir(tmp_path, SWITCHED)))
+    system = {"role": "system", "content": "Be brief. /no_think"}
+    prompt = chat.decode(chat.prompt([system, QUESTION], "s", 100))
+    assert "Be brief." in prompt
+    assert prompt.endswith("<think>\n\n</think>\n")
+    for whole in ("/think", "/no_think\nBe /think brief."):
+        chat.prompt([{"role": "system", "content": whole}, QUESTION], "s", 100)
+    for part in ("See src/thinker.py /no_think", "See src/think", "See /think/more", "a</think>b"):
+        with pytest.raises(DataError, match=r"s: the chat template does not print messages\[0\]\.content"):
+            chat.prompt([{"role": "system", "content": part}, QUESTION], "s", 100)
+    with pytest.raises(DataError, match=r"s: the chat template does not print messages\[1\]\.content"):
+        chat.conversation([QUESTION, {"role": "assistant", "content": "so /think of it"}], "s", 100)
+
+
 def test_an_answer_must_be_trained_on_whole(tmp_path: Path, chatml: Chat) -> None:
     thought = [QUESTION, {"role": "assistant", "content": "<think>\nr\n</think>\n\na"}]
     keeps = Chat(str(model_dir(tmp_path / "keeps", THINKING)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 from megatron_lopd.data.dataset import shard_name
 from megatron_lopd.data.records import Rollout
 from megatron_lopd.data.schemas import ROLLOUTS
-from megatron_lopd.data.shards import write_shard
+from megatron_lopd.data.shards import ShardReader, write_shard
 from megatron_lopd.errors import DataError, StopRequested
 from megatron_lopd.evaluation import verdicts
+from megatron_lopd.evaluation.grading import _grades
 from megatron_lopd.evaluation.verdicts import Marker
 from megatron_lopd.graders.grader import Grader, Verdict
 from megatron_lopd.pipeline.workers import Work, make_parts
@@ -100,3 +102,23 @@ def test_a_flipped_verdict_is_refused(work: Callable[[str], None], tmp_path: Pat
     path.write_text(path.read_text().replace("false", "true", 1))
     with pytest.raises(DataError, match=r"verdicts-rollouts-00001: damaged: remove it"):
         marker.by_prompt(sorted(tmp_path.glob("*.arrow")), Refusing(), tmp_path)
+
+
+def test_the_entropy_of_long_answers_takes_the_memory_of_one(tmp_path: Path) -> None:
+    tokens, count = 100_000, 40
+    log_probs = np.linspace(-2, 0, tokens, dtype=np.float16).astype(np.float32)  # as it is kept
+    records = [
+        Rollout(f"p{n}/0", PROMPT, np.ones(tokens, np.int32), "stop" if n else "length", log_probs)
+        for n in range(count)
+    ]
+    write_shard(tmp_path / "shard.arrow", ROLLOUTS, records)
+    answers = ShardReader(ROLLOUTS, [tmp_path / "shard.arrow"])
+    given = {f"p{n}": [Verdict(True)] for n in range(count)}
+    tracemalloc.start()
+    try:
+        found = _grades(answers, given, given)
+        assert tracemalloc.get_traced_memory()[1] < 20 * tokens
+    finally:
+        tracemalloc.stop()
+    assert found.cut == 1 / count
+    assert found.entropy == pytest.approx(1.0, abs=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -164,13 +165,33 @@ def test_a_stranger_that_connects_disturbs_nobody(start: Start, tmp_path: Path) 
     assert job.said() == ""
 
 
-def test_a_process_that_stays_suspended_is_ended_by_its_launcher(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# In the place of a Python. Rank 1 is woken too late.
+SUSPENDED = """#!/bin/bash
+[ "$RANK" = 0 ] || { (sleep 8; kill -CONT $$) & kill -STOP $$; }
+exec sleep 8
+"""
+
+
+def test_a_rank_that_is_suspended_before_it_has_joined_is_ended_by_its_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(heartbeats.SILENCE, "0.5")
+    """The others wait for it in their first meeting, and do not watch it yet."""
+    (tmp_path / "python").write_text(SUSPENDED)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.1)
+    monkeypatch.setenv(heartbeats.SILENCE, "0.3")
+    assert launch.launch(["train"], 2) == (128 + signal.SIGKILL, False)
+    said = capsys.readouterr().err
+    assert re.match(r"lopd: rank 1 \(pid \d+ on .*\) has been suspended for 1s, and is ended: ", said)
+
+
+def test_a_process_that_stays_suspended_is_ended_by_its_launcher(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     workers = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
     try:
-        watch = launch._Suspensions(workers, "worker")
+        watch = launch._Suspensions(workers, "worker", 0.5)
         workers[1].send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + SECONDS
         while workers[1].poll() is None:
