@@ -64,7 +64,9 @@ def equal(gold: Any, said: Any) -> bool:
     if _is_number(gold) and _is_number(said):
         return _same_number(gold, said)
     if isinstance(gold, Or) or isinstance(said, Or):
-        return bool(_holding(gold, said) == _holding(said, gold) is not None)
+        gold, said = _holding(gold, said), _holding(said, gold)
+        if gold is None or said is None:
+            return False
     gold, said = _united(gold, said), _united(said, gold)
     if _has_equation(gold) != _has_equation(said):
         gold, said = _valued(gold), _valued(said)

@@ -28,7 +28,7 @@ _END = re.compile(
     r"|\s\(?(?:because|since|as|so|which|where|when|for|if|but|by|with|in total)\b"
 )
 _COUNTED = re.compile(r"(\$?-?[\d.,/]*\d)\s+([A-Za-z]{2,}[A-Za-z -]*)")
-_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
+_TEXT = re.compile(r"\$+|\\[()[\]]|\\[a-z]+\s?\{[A-Za-z ]*\}|\\[A-Za-z]+")  # of a formula
 
 
 class Answer(NamedTuple):
@@ -82,7 +82,7 @@ def _said(tail: str) -> str | None:
     """The answer that a text without a box says in so many words; None where it is all prose."""
     *_, mark = [None, *_MARK.finditer(tail)]
     if mark is None:
-        return tail if "\n" not in tail and not _PROSE.search(_BRACKETS.sub("", tail)) else None
+        return tail if "\n" not in tail and not re.search("[A-Za-z]{2}", _TEXT.sub(" ", tail)) else None
     rest = tail[mark.end() :].strip()
     formulas = _FORMULAS.search(rest)
     end = _END.search(rest, formulas.end() if formulas and _is_first(rest, formulas) else 0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 from sympy import Or, Rational
 
@@ -22,6 +23,11 @@ from megatron_lopd.graders.finding import answers_in, last_boxed
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _NUMBER = re.compile(r"-?\d{1,1000}(?:\.\d{1,1000})?")
+# Of an answer, whose last variable is no unit: \pi r^2 h; and of prose.
+_ALONE = LatexExtractionConfig(
+    boxed_match_priority=0,
+    normalization_config=NormalizationConfig(malformed_operators=True, nits=True, boxed="all"),
+)
 _READERS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
 
@@ -80,6 +86,9 @@ def _is_same(gold: str, said: str, is_alone: bool) -> bool:
     decided = surface.decided(gold, said) if is_alone else None
     if decided is not None:
         return decided
+    (gold_name, gold), (said_name, said) = notation.quantity(gold), notation.quantity(said)
+    if None not in (gold_name, said_name) and gold_name != said_name:
+        return False
     golds = _read(gold, is_alone=True)
     if not golds and not _is_text(gold):
         raise ValueError(f"nothing to read in {gold!r}")
@@ -117,6 +126,7 @@ def _gold_text(gold: str) -> str:
 @lru_cache(maxsize=100)  # a gold is asked for by each of its responses
 def _read(text: str, is_alone: bool) -> list[Any]:
     """What `text` says, sympy's objects: a number, or what math-verify reads; none where it finds nothing."""
+    text = notation.unitless(text) if is_alone else text
     if is_alone and _NUMBER.fullmatch(text):
         return [Rational(text)]
     if is_alone and len(conditions := notation.alternatives(text)) > 1:
@@ -124,7 +134,7 @@ def _read(text: str, is_alone: bool) -> list[Any]:
         return [Or(*(each[0] for each in found), evaluate=False)] if all(found) else []
     found = parse(
         rf"\boxed{{{text}}}" if is_alone else text,
-        extraction_config=_READERS[: 1 if is_alone else 2],
+        extraction_config=[_ALONE] if is_alone else _READERS,
         parsing_timeout=None,
         raise_on_error=True,
         fallback_mode="no_fallback",

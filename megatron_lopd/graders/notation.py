@@ -62,10 +62,7 @@ _SPELLINGS = tuple(
         (r"\\[Bb]igg?[lrm]?(?![A-Za-z])\s?", ""),
         (r"\\([lr])brace(?![A-Za-z])\s?", lambda m: r"\{" if m[1] == "l" else r"\}"),
         (rf"(?<=[\d)}}])(?:\s|\\[,; !]|\{{\}})?(?:\\deg(?:ree)?(?![A-Za-z])|{_DEGREES})", r"^\\circ "),
-        (
-            r"\{\\(?:rm|bf|it|sf|tt) ?([^{}]*)\}|\\(?:rm|bf|it|sf|tt) ?\{([^{}]*)\}",
-            lambda m: _set(m[1] or m[2] or ""),
-        ),
+        (r"\{\\rm\s?([A-Za-z ./]+)\}|\\rm\s?\{([A-Za-z ./]+)\}", r"\\text{\1\2}"),
         (r"\\(?:bf|it|rm|large|Large|LARGE|huge|Huge|boldmath)(?![A-Za-z])\s?", ""),
         (r"\\(?:text)?color\s?\{[A-Za-z!\d]*\}\s?|\\(?:underline|uline|boldsymbol|bm)(?=\s?\{)", ""),
         (r"\s?(?:\\(?:checkmark|blacksquare|square|Box|qed)(?![A-Za-z])|[✓✔■□∎])\s?$", ""),
@@ -87,14 +84,17 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 
-_QUANTITY = (
-    r"(?:\\(?:sin|cos|tan|cot)(?![A-Za-z])\s?(?:\\angle\s?)?[A-Z]{1,3}|\|[A-Z]{1,3}\|"
-    r"|(?:\\Pr|\\mathbb\s?\{[PE]\}|[PED]|Var)\s?(?:\\left)?\([^()]*\))"
+# What an equation may say the value of, where math-verify cannot read or keep its name.
+_QUANTITY = re.compile(
+    r"(\\(?:sin|cos|tan|cot)(?![A-Za-z])\s?(?:\\angle\s?)?[A-Z]{1,3}|\|[A-Z]{1,3}\|"
+    r"|(?:\\Pr|\\mathbb\s?\{[PE]\}|[PED]|Var)\s?(?:\\left)?\([^()]*\))\s?=([^=]*)"
 )
-_SUCH_THAT = r"(?:\\mid(?![A-Za-z])|\||\\vert(?![A-Za-z])|:)"
+_SUCH_THAT = r"(?:\\middle\s?)?(?:\\mid(?![A-Za-z])|\||\\vert(?![A-Za-z])|:)"
 
 _OR = re.compile(rf"\s?(?:,\s?)?(?:{TEXT}\{{\s?or\s?\}}|\bor\b|\\(?:lor|vee|cup)(?![A-Za-z]))\s?")
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg](?:t|e|eq|eqslant)|neq?)(?![A-Za-z])")
+
+_TRAILING = re.compile(rf"{SPACE}*\\text\s?\{{[^{{}}]*\}}\s?(?:\^\s?\{{?\d\}}?)?$")
 
 # (pattern, what is put in its place), in order.
 _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
@@ -105,22 +105,23 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (rf"^{TEXT}\{{[^{{}}]*(?:\bis|\bare|:|=)\s*\}}", ""),  # The answer is
     (r"^.*(?:\\(?:(?:Long)?Rightarrow|implies|therefore)(?![A-Za-z])|[⇒∴])\s?", ""),
     (r"^\{((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
-    # What has a value, where math-verify cannot read its name.
-    (rf"^{_QUANTITY}\s?=(?=[^=]*$)", ""),
     # A prime is a name of its own.
     (
         r"([A-Za-z])(?:_(?:\{(\w+)\}|(\w)))?((?:'|\^\s?\{?(?:\s?\\prime(?![A-Za-z]))+\s?\}?)+)",
         lambda m: f"{m[1]}_{{{m[2] or m[3] or ''}{'p' * (m[4].count(chr(39)) + m[4].count('prime'))}}}",
     ),
-    (rf"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])[^=,;]*?{_DEGREES}", lambda m: _in_radians(m[0])),
+    (
+        rf"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])(?:\^\{{?-?\d\}}?)?\s?(?:\([^()]*\)|[^=,;()]*?{_DEGREES})",
+        lambda m: _in_radians(m[0]),
+    ),
     # For any integer k; and the set of the x for which.
     (
-        rf"(?<=[\w)}}])(?:{SPACE}|[,;])*(?:{TEXT}\{{[a-z, ]*\}}\s?)?\(?(?:{SPACE})*[A-Za-z](?:\s?,\s?[A-Za-z])*"
-        r"\s?\\in\s?\\mathbb\s?\{?([NQRZ])\}?([_^]\{?[*+]\}?)?\s?\)?$",
+        rf"(?<=[\w)}}])(?:{SPACE}|[,;])*(?:{TEXT}\{{[a-z, ]*\}}\s?)?\(?{SPACE}*(?<![\\A-Za-z])[A-Za-z]"
+        r"(?:\s?,\s?[A-Za-z])*\s?\\in\s?\\mathbb\s?\{?([NQRZ])\}?([_^]\{?[*+]\}?)?\s?\)?$",
         lambda m: rf" \text{{ in {m[1]}{'*' * bool(m[2])}}}",
     ),
     (
-        rf"^\\\{{\s?([a-z])\s?(?:\\in\s?\\mathbb\s?\{{?R\}}?\s?)?{_SUCH_THAT}\s?((?=[^{{}}]*\b\1\b)[^|]*)\\\}}$",
+        rf"^(?:\\left\s?)?\\\{{\s?([a-z])\s?(?:\\in\s?\\mathbb\s?\{{?R\}}?\s?)?{_SUCH_THAT}\s?((?=[^{{}}]*\b\1\b)[^|]*?)(?:\\right)?\s?\\\}}$",
         r"\2",
     ),
     (
@@ -165,6 +166,7 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (rf"^(?i:(?:{TEXT}\{{)?\s*({'|'.join(COUNTED)})\s*\}}?)$", lambda m: str(COUNTED.index(m[1].lower()))),
     (rf"^{TEXT}\{{\s*({_NUMBER})\s+([A-Za-z][A-Za-z .]*)\}}$", r"\1 \\text{ \2}"),
     (rf"^({_NUMBER})\s*({NAMES})(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
+    (rf"^({_NUMBER})\s([mgshL](?:/[a-z]+)?)(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
     (rf"^({_NUMBER})\s+([A-Za-z]{{4,}}(?: [A-Za-z]+)*)$", r"\1 \\text{ \2}"),
     (
         rf"^(-?)(?:{TEXT}\{{)?\\?([{''.join(CURRENCIES)}])\}}?\s*({_NUMBER})$",
@@ -201,6 +203,12 @@ def letter(text: str) -> str | None:
     return None if found is None else found[1] or found[2]
 
 
+def quantity(text: str) -> tuple[str | None, str]:
+    """The name of what has a value, and that; no name where math-verify reads both."""
+    found = _QUANTITY.fullmatch(text)
+    return (None, text) if found is None else (re.sub(r"\s", "", found[1]), found[2].strip())
+
+
 def alternatives(text: str) -> list[str]:
     """The conditions one of which holds, of an answer that has some; one text where it has not."""
     found = _OR.split(text)
@@ -235,9 +243,9 @@ def _written_out(match: Match[str]) -> str:
     return format(Decimal(f"{mantissa}e{sign}{digits}"), "f")
 
 
-def _set(content: str) -> str:
-    """What a font is for: words as text, and a formula as it is."""
-    return rf"\text{{{content}}}" if re.search("[A-Za-z]{2}", content) else content
+def unitless(text: str) -> str:
+    """An answer without the text at its end."""
+    return _TRAILING.sub("", text) or text
 
 
 def _in_radians(function: str) -> str:
