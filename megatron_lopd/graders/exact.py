@@ -16,6 +16,7 @@ from sympy import (
     Add,
     And,
     Basic,
+    Derivative,
     Eq,
     FiniteSet,
     Float,
@@ -108,23 +109,34 @@ def _has_equation(thing: Any) -> bool:
 def _valued(thing: Any) -> Any:
     """`thing` with what is named put for each of its equations; None where one names nothing: x + 2 = 5."""
     if isinstance(thing, Eq):
-        return thing.rhs if _is_name(thing.lhs) else None
+        if _is_number(thing.lhs) and isinstance(thing.rhs, Symbol):
+            return thing.lhs
+        return thing.rhs if _is_name(thing.lhs) or _is_identity(thing) else None
     if not _has_equation(thing):
         return thing
     parts = _equations(thing)
     if isinstance(thing, And):
         is_chain = all(isinstance(each, Eq) for each in parts)
-        return parts[-1].rhs if is_chain and _is_name(parts[0].lhs) else None
+        return _valued(Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)) if is_chain else None
     values = [_valued(each) for each in parts]
-    return None if None in values else thing.func(*values)
+    if None in values:
+        return None
+    names = {each.lhs for each in parts if isinstance(each, Eq)}
+    return (thing.func if len(set(values)) == len(values) or len(names) < 2 else Tuple)(*values)
+
+
+def _is_identity(equation: Any) -> bool:
+    """Whether it says what something comes to: 3 + 4 = 7, whatever x is."""
+    left, right = equation.lhs.doit(), equation.rhs
+    return isinstance(left, Expr) and isinstance(right, Expr) and _same_at_a_point(left, right) is True
 
 
 def _is_name(thing: Any) -> bool:
-    """Whether an equation with `thing` on its left says a value: of an unknown, a function's, a length AB, a
-    sum m + n, or what a number comes to. Of 2x, or x + y, it says none."""
+    """Whether an equation with `thing` on its left says a value: of an unknown, a function's, a length AB or
+    a sum m + n. Of 2x, or x + y, it says none."""
     if isinstance(thing, Tuple):
         return all(map(_is_name, thing.args))
-    if _is_number(thing) or isinstance(thing, Symbol | AppliedUndef):
+    if isinstance(thing, Symbol | AppliedUndef | Derivative):
         return True
     if isinstance(thing, Pow) and isinstance(thing.base, AppliedUndef) and thing.exp == -1:
         return True  # an inverse function
@@ -168,10 +180,14 @@ def _differ(a: Any, b: Any) -> bool:
             return any(all(_differ(one, other) for other in of_b) for one in of_a)
         return len(of_a) == len(of_b) and any(_differ(*each) for each in zip(of_a, of_b, strict=True))
     if isinstance(a, Expr) and isinstance(b, Expr):
-        point = _point(a, b)
-        at_a, at_b = a.xreplace(point), b.xreplace(point)
-        return _is_number(at_a) and _is_number(at_b) and not _same_number(at_a, at_b)
+        return _same_at_a_point(a, b) is False
     return False
+
+
+def _same_at_a_point(a: Expr, b: Expr) -> bool | None:
+    point = _point(a, b)
+    at_a, at_b = a.xreplace(point), b.xreplace(point)
+    return _same_number(at_a, at_b) if _is_number(at_a) and _is_number(at_b) else None
 
 
 def _parts(thing: Any) -> list[Any] | None:

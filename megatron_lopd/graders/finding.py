@@ -16,11 +16,11 @@ _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 # What an answer without a box follows.
 _MARK = re.compile(
-    r"####|\b[Aa]nswers?\b(?:[^.\n$=:\d]{0,40}?\s(?:is|are)\b)?\*{0,2}\s{0,3}"
+    r"####|\b(?i:answer)s?\b(?:[^.\n$=:\d]{0,40}?\s(?:is|are)\b)?\*{0,2}\s{0,3}"
     r"(?:[:\uff1a=]|(?<=is)|(?<=are)|\n)\s{0,3}\*{0,2}"
     r"|(?:答案[是为]?|故选)[:\uff1a]?"
 )
-_FORMULA = r"(?:\${1,2}[^$\n]{1,400}\${1,2}(?!\d)|\\\([^\n]{1,400}?\\\)|\\\[.{1,400}?\\\])"
+_FORMULA = r"(?:\$\$[^$]{1,400}\$\$|\$[^$\n]{1,400}\$(?!\d)|\\\([^\n]{1,400}?\\\)|\\\[.{1,400}?\\\])"
 _FORMULAS = re.compile(rf"{_FORMULA}(?:\s{{0,3}}(?:,|,? ?\b(?:and|or)\b)\s{{0,3}}{_FORMULA})*", re.DOTALL)
 _BRACKETS = re.compile(r"\$+|\\[()[\]]")
 _END = re.compile(

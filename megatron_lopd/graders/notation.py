@@ -58,11 +58,13 @@ _DEGREES = (
 _SPELLINGS = tuple(
     (re.compile(pattern), instead)
     for pattern, instead in (
+        (r"(?<!\\)\\!\s*", ""),
         (r"(?<!\\)(?:\s|\\[ ,;:!]|\\q?quad(?![A-Za-z])){2,}", " "),
         (r"\\[Bb]igg?[lrm]?(?![A-Za-z])\s?", ""),
         (r"\\([lr])brace(?![A-Za-z])\s?", lambda m: r"\{" if m[1] == "l" else r"\}"),
         (rf"(?<=[\d)}}])(?:\s|\\[,; !]|\{{\}})?(?:\\deg(?:ree)?(?![A-Za-z])|{_DEGREES})", r"^\\circ "),
         (r"\{\\rm\s?([A-Za-z ./]+)\}|\\rm\s?\{([A-Za-z ./]+)\}", r"\\text{\1\2}"),
+        (r"\\math(?:bf|rm|it|sf)\s(?=\d)", ""),
         (r"\\(?:bf|it|rm|large|Large|LARGE|huge|Huge|boldmath)(?![A-Za-z])\s?", ""),
         (r"\\(?:text)?color\s?\{[A-Za-z!\d]*\}\s?|\\(?:underline|uline|boldsymbol|bm)(?=\s?\{)", ""),
         (r"\s?(?:\\(?:checkmark|blacksquare|square|Box|qed)(?![A-Za-z])|[✓✔■□∎])\s?$", ""),
@@ -86,7 +88,7 @@ _CHOICE = re.compile(
 
 # What an equation may say the value of, where math-verify cannot read or keep its name.
 _QUANTITY = re.compile(
-    r"(\\(?:sin|cos|tan|cot)(?![A-Za-z])\s?(?:\\angle\s?)?[A-Z]{1,3}|\|[A-Z]{1,3}\|"
+    r"(\\(?:sin|cos|tan|cot)(?![A-Za-z])\s?(?:\\angle\s?)?[A-Z]{1,3}|\|[A-Z]{1,3}\||(?:\\angle\s?)?(?=[A-Z]*[XYZ])[A-Z]{2,3}"
     r"|(?:\\Pr|\\mathbb\s?\{[PE]\}|[PED]|Var)\s?(?:\\left)?\([^()]*\))\s?=([^=]*)"
 )
 _SUCH_THAT = r"(?:\\middle\s?)?(?:\\mid(?![A-Za-z])|\||\\vert(?![A-Za-z])|:)"
@@ -94,17 +96,19 @@ _SUCH_THAT = r"(?:\\middle\s?)?(?:\\mid(?![A-Za-z])|\||\\vert(?![A-Za-z])|:)"
 _OR = re.compile(rf"\s?(?:,\s?)?(?:{TEXT}\{{\s?or\s?\}}|\bor\b|\\(?:lor|vee|cup)(?![A-Za-z]))\s?")
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg](?:t|e|eq|eqslant)|neq?)(?![A-Za-z])")
 
-_TRAILING = re.compile(rf"{SPACE}*\\text\s?\{{[^{{}}]*\}}\s?(?:\^\s?\{{?\d\}}?)?$")
+_TRAILING = re.compile(
+    rf"(?:(?:{SPACE}|\\cdot|/)*\\text\s?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}\s?(?:\^\s?\{{?-?\d\}}?)?)+$"
+)
 
 # (pattern, what is put in its place), in order.
 _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
-    (rf"^(?:\*|{SPACE})+|(?:\*|{SPACE}|[,;]|\\\\)+$", ""),
+    (rf"^(?:\*|{SPACE})+|(?:\*|{SPACE}|[,;]|\\\\){{1,20}}$", ""),
     (r"(?<![.\\])\.$", ""),
     (r"^(?:\\approx(?![A-Za-z])|=)\s?", ""),
     (r"\\(?:displaystyle|textstyle)(?![A-Za-z])\s*", ""),
     (rf"^{TEXT}\{{[^{{}}]*(?:\bis|\bare|:|=)\s*\}}", ""),  # The answer is
     (r"^.*(?:\\(?:(?:Long)?Rightarrow|implies|therefore)(?![A-Za-z])|[⇒∴])\s?", ""),
-    (r"^\{((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
+    (r"^\{(?!.*\\(?:choose|over)(?![a-z]))((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
     # A prime is a name of its own.
     (
         r"([A-Za-z])(?:_(?:\{(\w+)\}|(\w)))?((?:'|\^\s?\{?(?:\s?\\prime(?![A-Za-z]))+\s?\}?)+)",
@@ -155,7 +159,7 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     # A number and a fraction: 1 3/4 is no product. In LaTeX math-verify knows.
     (rf"(?<![\d.}}/^_])(\d+){SPACE}+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (r"(\d+)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda m: _repeating(*m.groups())),
-    (rf"(\d+)\.(\d*?)(\d{{1,3}}?)\3{{2,}}\s*{DOTS}", lambda m: _repeating(*m.groups())),
+    (rf"(\d{{1,40}})\.(\d{{0,40}}?)(\d{{1,3}}?)\3{{2,20}}\s*{DOTS}", lambda m: _repeating(*m.groups())),
     # Text that is a number, numbers, or a number of something.
     (rf"^{TEXT}\{{\s*(?![A-Za-z]\s*\}})((?:(?![A-Za-z]{{2}})[^{{}}①-⑳\u4e00-\u9fff])+?)\s*\}}$", r"\1"),
     (r"(?<=[\d}])\s?(?:\\text\s?\{)?\s?([\u4e00-\u9fff]+)\}?(\^\{?\d\}?)?$", r" \\text{ \1}\2"),
@@ -167,7 +171,11 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (rf"^{TEXT}\{{\s*({_NUMBER})\s+([A-Za-z][A-Za-z .]*)\}}$", r"\1 \\text{ \2}"),
     (rf"^({_NUMBER})\s*({NAMES})(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
     (rf"^({_NUMBER})\s([mgshL](?:/[a-z]+)?)(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
-    (rf"^({_NUMBER})\s+([A-Za-z]{{4,}}(?: [A-Za-z]+)*)$", r"\1 \\text{ \2}"),
+    (
+        rf"(?<=[\d}}])\s*([ckm]m|kg|(?!(?:in|ft|yd|mi|mg|lb|oz|hr)(?![a-z]))(?:{NAMES}))(\^\{{?\d\}}?)?$",
+        r" \\text{ \1}\2",
+    ),
+    (rf"^({_NUMBER})\s+((?:[A-Za-z]{{4,}}|[b-z][aeiou][a-z])(?: [A-Za-z]+)*)$", r"\1 \\text{ \2}"),
     (
         rf"^(-?)(?:{TEXT}\{{)?\\?([{''.join(CURRENCIES)}])\}}?\s*({_NUMBER})$",
         lambda m: rf"{m[1]}{m[3]} \text{{ {CURRENCIES[m[2]]}}}",

@@ -30,7 +30,7 @@ _KNOWN = (
     "euro euros",
     "yen",
     "rupee rupees",
-    "degree degrees",
+    "degree degrees deg",
     "radian radians",
     "mph",
     "km/h",
