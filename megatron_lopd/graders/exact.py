@@ -64,7 +64,7 @@ def equal(gold: Any, said: Any) -> bool:
     """Of what `exact` gave. Raises whatever sympy raises, and may take for ever."""
     if _is_number(gold) and _is_number(said):
         return _same_number(gold, said)
-    if isinstance(gold, Or) or isinstance(said, Or):
+    if any(type(each) in (And, Or) for each in (gold, said)):
         gold, said = _holding(gold, said), _holding(said, gold)
         if gold is None or said is None:
             return False

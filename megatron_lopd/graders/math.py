@@ -14,7 +14,7 @@ from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-from sympy import Or, Rational
+from sympy import And, Or, Rational
 
 from megatron_lopd.graders import exact, notation, surface
 from megatron_lopd.graders.finding import answers_in, last_boxed
@@ -99,7 +99,8 @@ def _is_same(gold: str, said: str, is_alone: bool) -> bool:
 
 def _is_text(gold: str) -> bool:
     """Whether what math-verify cannot read may be compared as it is written: it is not spoilt."""
-    return gold.count("{") == gold.count("}") and re.search(r"\w", gold) is not None
+    braces = re.findall(r"(?<!\\)[{}]", gold)
+    return braces.count("{") == braces.count("}") and re.search(r"\w", gold) is not None
 
 
 def _bare(text: str) -> str:
@@ -129,9 +130,12 @@ def _read(text: str, is_alone: bool) -> list[Any]:
     text = notation.unitless(text) if is_alone else text
     if is_alone and _NUMBER.fullmatch(text):
         return [Rational(text)]
-    if is_alone and len(conditions := notation.alternatives(text)) > 1:
-        found = [_read(each, is_alone) for each in conditions]
-        return [Or(*(each[0] for each in found), evaluate=False)] if all(found) else []
+    if is_alone and (cases := notation.conditions(text)):
+        read = [[_read(each, is_alone) for each in case] for case in cases]
+        if all(map(all, read)):
+            condition = Or(*(And(*(each[0] for each in case)) for case in read), evaluate=False)
+            if len(condition.free_symbols) == 1:
+                return [condition]
     found = parse(
         rf"\boxed{{{text}}}" if is_alone else text,
         extraction_config=[_ALONE] if is_alone else _READERS,

@@ -71,6 +71,8 @@ _SPELLINGS = tuple(
         (r"(?<=\\in)\s?(?:\\math(?:bf|rm)\s?\{([NQRZ])\}|([NQRZ])(?![A-Za-z]))", r" \\mathbb{\1\2}"),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)|math(?:bf|it|rm|sf|tt)|emph|[mh]box)(?=\s?\{)", r"\\text"),
         (r"(\\text\s?\{)\s?(?:\\[ ,;:!]\s?)+", r"\1 "),
+        (r"\\text\s?\{\s?(\\?%|[\d.,/-]+)\s?\}", r"\1"),
+        (r"\\dot\s?\{?(\d)\}?(?:(\d*)\\dot\s?\{?(\d)\}?)?", r"\\overline{\1\2\3}"),
     )
 )
 # As a program writes a number with a power of ten, and as a person does.
@@ -89,11 +91,13 @@ _CHOICE = re.compile(
 # What an equation may say the value of, where math-verify cannot read or keep its name.
 _QUANTITY = re.compile(
     r"(\\(?:sin|cos|tan|cot)(?![A-Za-z])\s?(?:\\angle\s?)?[A-Z]{1,3}|\|[A-Z]{1,3}\||(?:\\angle\s?)?(?=[A-Z]*[XYZ])[A-Z]{2,3}"
-    r"|(?:\\Pr|\\mathbb\s?\{[PE]\}|[PED]|Var)\s?(?:\\left)?\([^()]*\))\s?=([^=]*)"
+    r"|(?:\\Pr|\\mathbb\s?\{[PE]\}|[PED]|Var|(?:[A-Za-z]_\s?)?\{?\\(?:max|min|gcd|lcm)\}?(?:\s?[a-z])?)\s?(?:\\left)?\([^()]*\)"
+    r"|(?:[A-Za-z]_\s?)?\{?\\(?:max|min)\}?)\s?=([^=]*)"
 )
 _SUCH_THAT = r"(?:\\middle\s?)?(?:\\mid(?![A-Za-z])|\||\\vert(?![A-Za-z])|:)"
 
 _OR = re.compile(rf"\s?(?:,\s?)?(?:{TEXT}\{{\s?or\s?\}}|\bor\b|\\(?:lor|vee|cup)(?![A-Za-z]))\s?")
+_AND = re.compile(rf"\s?(?:,\s?)?(?:{TEXT}\{{\s?and\s?\}}|\band\b|\\(?:land|wedge|cap)(?![A-Za-z]))\s?")
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg](?:t|e|eq|eqslant)|neq?)(?![A-Za-z])")
 
 _TRAILING = re.compile(
@@ -109,6 +113,11 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (rf"^{TEXT}\{{[^{{}}]*(?:\bis|\bare|:|=)\s*\}}", ""),  # The answer is
     (r"^.*(?:\\(?:(?:Long)?Rightarrow|implies|therefore)(?![A-Za-z])|[⇒∴])\s?", ""),
     (r"^\{(?!.*\\(?:choose|over)(?![a-z]))((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
+    # Equations below each other.
+    (
+        r"^(?:\\left\s?)?(?:\\\{)?\s?\\begin\{(cases|array|aligned)\}(?:\{[lcr]+\})?([^&]*)\\end\{\1\}(?:\s?\\right\s?\.)?$",
+        lambda m: re.sub(r"\s?,?\s?\\\\", ",", m[2]).strip(" ,"),
+    ),
     # A prime is a name of its own.
     (
         r"([A-Za-z])(?:_(?:\{(\w+)\}|(\w)))?((?:'|\^\s?\{?(?:\s?\\prime(?![A-Za-z]))+\s?\}?)+)",
@@ -120,12 +129,12 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     ),
     # For any integer k; and the set of the x for which.
     (
-        rf"(?<=[\w)}}])(?:{SPACE}|[,;])*(?:{TEXT}\{{[a-z, ]*\}}\s?)?\(?{SPACE}*(?<![\\A-Za-z])[A-Za-z]"
+        rf"(?<=[\w)}}\]])(?:{SPACE}|[,;])*(?:{TEXT}\{{[a-z, ]*\}}\s?)?\(?{SPACE}*(?<![\\A-Za-z])[A-Za-z]"
         r"(?:\s?,\s?[A-Za-z])*\s?\\in\s?\\mathbb\s?\{?([NQRZ])\}?([_^]\{?[*+]\}?)?\s?\)?$",
         lambda m: rf" \text{{ in {m[1]}{'*' * bool(m[2])}}}",
     ),
     (
-        rf"^(?:\\left\s?)?\\\{{\s?([a-z])\s?(?:\\in\s?\\mathbb\s?\{{?R\}}?\s?)?{_SUCH_THAT}\s?((?=[^{{}}]*\b\1\b)[^|]*?)(?:\\right)?\s?\\\}}$",
+        rf"^(?:\\left\s?)?\\\{{\s?([a-z])\s?(?:\\in\s?\\mathbb\s?\{{?R\}}?\s?)?{_SUCH_THAT}\s?(?:\1\s?\\in\s?\\mathbb\s?\{{R\}}\s?,\s?)?((?=[^{{}}]*\b\1\b)[^|]*?)(?:\\right)?\s?\\\}}$",
         r"\2",
     ),
     (
@@ -141,6 +150,10 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
         r" \\text{ and } ",
     ),
     (rf"^(?i:(?:{TEXT}\{{)?\s*(?:option|choice|answer):?)\s+\(?([A-J])\)?\s*\}}?$", r"\1"),
+    (rf"^(?:故?选项?:?\s?)?(?:{TEXT}\{{\s?)?\(?([A-J])[).:]?\s?\}}?$", r"\1"),
+    # Several choices at once, as Chinese tests have: ABD.
+    (rf"^{TEXT}\{{\s?(A?B?C?D?E?F?)\s?\}}$", r"\1"),
+    (r"^(?=[A-F]{2,6}$)(?!.*(.).*\1).*$", lambda m: ", ".join(sorted(m[0]))),
     (r"\\[lr]angle(?![A-Za-z])", lambda m: ")" if m[0][1] == "r" else "("),
     (rf"^(\w+)\s*(?:{TEXT}\{{)?\s*\(?base\s*\}}?\s*(\d+)\)?\s*\}}?$", r"\1_{\2}"),
     (rf"\s*(?:\\pmod|\\bmod|{TEXT}\{{\s*mod\s*\}}|\(?mod\b)\s*\{{?(\d+)\}}?\)?$", r" \\text{ mod \1}"),
@@ -172,10 +185,10 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (rf"^({_NUMBER})\s*({NAMES})(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
     (rf"^({_NUMBER})\s([mgshL](?:/[a-z]+)?)(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
     (
-        rf"(?<=[\d}}])\s*([ckm]m|kg|(?!(?:in|ft|yd|mi|mg|lb|oz|hr)(?![a-z]))(?:{NAMES}))(\^\{{?\d\}}?)?$",
+        rf"(?:(?<=[\d}}])\s*|(?<=\\pi)\s)([ckm]m|kg|(?!(?:in|ft|yd|mi|mg|lb|oz|hr)(?![a-z]))(?:{NAMES}))(\^\{{?\d\}}?)?$",
         r" \\text{ \1}\2",
     ),
-    (rf"^({_NUMBER})\s+((?:[A-Za-z]{{4,}}|[b-z][aeiou][a-z])(?: [A-Za-z]+)*)$", r"\1 \\text{ \2}"),
+    (rf"^({_NUMBER})\s+((?:[A-Za-z]{{4,}}|[b-z][aeiou][a-z])(?:[ -][A-Za-z]+)*)$", r"\1 \\text{ \2}"),
     (
         rf"^(-?)(?:{TEXT}\{{)?\\?([{''.join(CURRENCIES)}])\}}?\s*({_NUMBER})$",
         lambda m: rf"{m[1]}{m[3]} \text{{ {CURRENCIES[m[2]]}}}",
@@ -217,10 +230,11 @@ def quantity(text: str) -> tuple[str | None, str]:
     return (None, text) if found is None else (re.sub(r"\s", "", found[1]), found[2].strip())
 
 
-def alternatives(text: str) -> list[str]:
-    """The conditions one of which holds, of an answer that has some; one text where it has not."""
-    found = _OR.split(text)
-    return found if any(_INEQUALITY.search(each) for each in found) else [text]
+def conditions(text: str) -> list[list[str]]:
+    """Those of an answer, all of one of the lists hold; none of one that is none, or a single one."""
+    found = [_AND.split(each) for each in _OR.split(text)]
+    several = sum(map(len, found)) > 1 and _INEQUALITY.search(text) is not None
+    return found if several else []
 
 
 def readings(text: str) -> list[str]:

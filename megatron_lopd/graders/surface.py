@@ -32,7 +32,21 @@ _TURNING = frozenset(
             "cubed",
             "factorial",
         ),
-        *("twice", "double", "half", "third", "quarter", "least", "most", "less", "more", "greater", "fewer"),
+        *(
+            "twice",
+            "double",
+            "half",
+            "halves",
+            "third",
+            "thirds",
+            "quarter",
+            "least",
+            "most",
+            "less",
+            "more",
+            "greater",
+            "fewer",
+        ),
         *("above", "below", "under", "over", "between", "about"),
     ]
 )
