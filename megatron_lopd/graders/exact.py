@@ -35,6 +35,7 @@ from sympy import (
 )
 from sympy.core.expr import Expr, UnevaluatedExpr
 from sympy.core.function import AppliedUndef
+from sympy.core.numbers import ImaginaryUnit, NumberSymbol
 from sympy.core.relational import Relational
 from sympy.matrices import MatrixBase
 
@@ -109,9 +110,9 @@ def _has_equation(thing: Any) -> bool:
 def _valued(thing: Any) -> Any:
     """`thing` with what is named put for each of its equations; None where one names nothing: x + 2 = 5."""
     if isinstance(thing, Eq):
-        if _is_number(thing.lhs) and isinstance(thing.rhs, Symbol):
-            return thing.lhs
-        return thing.rhs if _is_name(thing.lhs) or _is_identity(thing) else None
+        if _is_name(thing.lhs) or _is_identity(thing):
+            return thing.rhs
+        return thing.lhs if _is_number(thing.lhs) and isinstance(thing.rhs, Symbol) else None
     if not _has_equation(thing):
         return thing
     parts = _equations(thing)
@@ -136,8 +137,8 @@ def _is_name(thing: Any) -> bool:
     a sum m + n. Of 2x, or x + y, it says none."""
     if isinstance(thing, Tuple):
         return all(map(_is_name, thing.args))
-    if isinstance(thing, Symbol | AppliedUndef | Derivative):
-        return True
+    if isinstance(thing, Symbol | AppliedUndef | Derivative | NumberSymbol | ImaginaryUnit):
+        return True  # e is an ellipse's eccentricity, and I a current
     if isinstance(thing, Pow) and isinstance(thing.base, AppliedUndef) and thing.exp == -1:
         return True  # an inverse function
     inner = thing.args[0] if isinstance(thing, Abs) else thing

@@ -156,11 +156,15 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (r"^(?=[A-F]{2,6}$)(?!.*(.).*\1).*$", lambda m: ", ".join(sorted(m[0]))),
     (r"\\[lr]angle(?![A-Za-z])", lambda m: ")" if m[0][1] == "r" else "("),
     (rf"^(\w+)\s*(?:{TEXT}\{{)?\s*\(?base\s*\}}?\s*(\d+)\)?\s*\}}?$", r"\1_{\2}"),
-    (rf"\s*(?:\\pmod|\\bmod|{TEXT}\{{\s*mod\s*\}}|\(?mod\b)\s*\{{?(\d+)\}}?\)?$", r" \\text{ mod \1}"),
+    (
+        rf"\s*(?:\\pmod|\\bmod|\(?{TEXT}\{{\s*mod\s*\}}|\(?mod\b){SPACE}*\{{?(\d+)\}}?\)?$",
+        r" \\text{ mod \1}",
+    ),
     (r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
     (r"\\varnothing(?![A-Za-z])|\\\{(?:\s|\\[,;! ])*\\\}", r"\\emptyset "),
     (rf"^(?i:(?:{TEXT}\{{)?\s*(?:{_NOTHING})\s*\}}?)$", r"\\emptyset "),
     (rf"^(?i:(?:{TEXT}\{{)?\s*(?:{_ALL})\s*\}}?)$|^{TEXT}\{{R\}}$", r"\\mathbb{R}"),
+    (rf"^(?:{TEXT}\{{)?\s?infinity\s?\}}?$", r"\\infty"),
     (rf"{TEXT}\{{\s*([ij])\s*\}}", r"\1"),
     (rf"\s*{TEXT}\{{\s*percent\s*\}}|(?<=\d)\s*percent\b", r"\\%"),
     # Ordinals: 4th.

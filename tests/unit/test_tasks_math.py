@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lopd.errors import ConfigError, DataError, EngineDied, EngineError
-from megatron_lopd.graders import Sandbox, Verdict, open_grader
-from megatron_lopd.graders.finding import Answer, answers_in, last_boxed
+from megatron_lopd.graders import Sandbox, Verdict, notation, open_grader, surface
+from megatron_lopd.graders.finding import TAIL, Answer, answers_in, last_boxed
 from megatron_lopd.graders.math_grader import MathGrader
 from megatron_lopd.graders.sandbox import CPU_SECONDS, MEMORY_BYTES, Outcome, Ration
 from megatron_lopd.prompts.prompt import Prompt
@@ -107,6 +107,16 @@ def test_nested_braces() -> None:
     assert last_boxed(r"\boxed{\boxed{5}}") == r"\boxed{5}"
     assert last_boxed(r"\\boxed{5} \boxed{") is None
     assert answers_in("x" * 5000 + r" \boxed{5} " + "x" * 5000) == [Answer("5", alone=True)]
+
+
+@pytest.mark.parametrize("piece", [" ", "\\ ", "1", ",", "1,", "a", "'", "{", "\\text{ ", "\\in", "①", "或"])
+def test_the_rules_of_a_long_answer_are_over_soon(piece: str) -> None:
+    for start in ("", r"\text{", "0."):
+        text = (start + piece * TAIL)[: TAIL - 1] + "x"
+        began = time.process_time()
+        for reading in notation.readings(text):
+            surface.decided(reading, "x")
+        assert time.process_time() - began < 1  # a tenth of it, alone
 
 
 def test_equal_answers_vote_together(grader: MathGrader) -> None:
