@@ -81,8 +81,11 @@ def answers_in(response: str) -> list[Answer]:
 def _said(tail: str) -> str | None:
     """The answer that a text without a box says in so many words; None where it is all prose."""
     *_, mark = [None, *_MARK.finditer(tail)]
+    if mark is None and "\n" not in tail and not re.search("[A-Za-z]{2}", _TEXT.sub(" ", tail)):
+        return tail
     if mark is None:
-        return tail if "\n" not in tail and not re.search("[A-Za-z]{2}", _TEXT.sub(" ", tail)) else None
+        *_, last = [None, *_FORMULAS.finditer(tail)]
+        return None if last is None or re.search(r"\w", tail[last.end() :]) else _BRACKETS.sub(" ", last[0])
     rest = tail[mark.end() :].strip()
     formulas = _FORMULAS.search(rest)
     end = _END.search(rest, formulas.end() if formulas and _is_first(rest, formulas) else 0)
