@@ -9,14 +9,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from latex2sympy2_extended import is_expr_of_only_symbols
 from math_verify import verify
-from sympy import Basic, Eq, FiniteSet, Float, I, Integer, Interval, Rational, Tuple, simplify
+from sympy import (
+    Abs,
+    Add,
+    And,
+    Basic,
+    Derivative,
+    Eq,
+    FiniteSet,
+    Float,
+    I,
+    Integer,
+    Interval,
+    Mul,
+    Or,
+    Pow,
+    Rational,
+    Set,
+    Symbol,
+    Tuple,
+    Union,
+    simplify,
+)
 from sympy.core.expr import Expr, UnevaluatedExpr
+from sympy.core.function import AppliedUndef
+from sympy.core.numbers import ImaginaryUnit, NumberSymbol
 from sympy.core.relational import Relational
 from sympy.matrices import MatrixBase
 
 _DIGITS = 100  # that irrational numbers are computed to
 _EQUAL = Rational(1, 10**90)  # relative difference of those that are equal
+
+_UNKNOWNS = frozenset("xyz")  # that no quantity is asked for by: x + y = 5 is a line, m + n = 5 an answer
 
 _AS_WRITTEN = "_unsorted_args"  # of math-verify's own sets: their members, in the order they were written in
 
@@ -39,8 +65,88 @@ def equal(gold: Any, said: Any) -> bool:
     """Of what `exact` gave. Raises whatever sympy raises, and may take for ever."""
     if _is_number(gold) and _is_number(said):
         return _same_number(gold, said)
+    if any(type(each) in (And, Or) for each in (gold, said)):
+        gold, said = _holding(gold, said), _holding(said, gold)
+        if gold is None or said is None:
+            return False
+    gold, said = _united(gold, said), _united(said, gold)
+    if _has_equation(gold) != _has_equation(said):
+        gold, said = _valued(gold), _valued(said)
+        if gold is None or said is None:
+            return False
     found = verify(gold, said, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
     return bool(found) and not _differ(gold, said)
+
+
+def _holding(thing: Any, other: Any) -> Any:
+    """The set that a condition on one unknown holds in, the same unknown as the other's; None of all else."""
+    if isinstance(thing, Set):
+        return thing
+    if isinstance(thing, Eq) and isinstance(thing.rhs, Set) and isinstance(thing.lhs, Symbol):
+        return thing.rhs
+    if not isinstance(thing, Relational | And | Or) or len(_free(thing)) != 1:
+        return None
+    unknown = _free(other) if isinstance(other, Relational | And | Or) else set()
+    return thing.as_set() if unknown <= _free(thing) else None
+
+
+def _united(thing: Any, other: Any) -> Any:
+    """Intervals in a row as the one set they are, where the other is a union."""
+    if isinstance(other, Union) and isinstance(thing, FiniteSet):
+        return Union(*thing.args) if all(isinstance(each, Interval) for each in thing.args) else thing
+    return thing
+
+
+def _equations(thing: Any) -> list[Any]:
+    return list(getattr(thing, _AS_WRITTEN, thing.args))
+
+
+def _has_equation(thing: Any) -> bool:
+    return isinstance(thing, Eq) or (
+        isinstance(thing, And | FiniteSet | Tuple) and any(map(_has_equation, thing.args))
+    )
+
+
+def _valued(thing: Any) -> Any:
+    """`thing` with what is named put for each of its equations; None where one names nothing: x + 2 = 5."""
+    if isinstance(thing, Eq):
+        if _is_name(thing.lhs) or _is_identity(thing):
+            return thing.rhs
+        return thing.lhs if _is_number(thing.lhs) and isinstance(thing.rhs, Symbol) else None
+    if not _has_equation(thing):
+        return thing
+    parts = _equations(thing)
+    if isinstance(thing, And):
+        is_chain = all(isinstance(each, Eq) for each in parts)
+        return _valued(Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)) if is_chain else None
+    values = [_valued(each) for each in parts]
+    if None in values:
+        return None
+    names = {each.lhs for each in parts if isinstance(each, Eq)}
+    return (thing.func if len(set(values)) == len(values) or len(names) < 2 else Tuple)(*values)
+
+
+def _is_identity(equation: Any) -> bool:
+    """Whether it says what something comes to: 3 + 4 = 7, whatever x is."""
+    left, right = equation.lhs.doit(), equation.rhs
+    return isinstance(left, Expr) and isinstance(right, Expr) and _same_at_a_point(left, right) is True
+
+
+def _is_name(thing: Any) -> bool:
+    """Whether an equation with `thing` on its left says a value: of an unknown, a function's, a length AB or
+    a sum m + n. Of 2x, or x + y, it says none."""
+    if isinstance(thing, Tuple):
+        return all(map(_is_name, thing.args))
+    if isinstance(thing, Symbol | AppliedUndef | Derivative | NumberSymbol | ImaginaryUnit):
+        return True  # e is an ellipse's eccentricity, and I a current
+    if isinstance(thing, Pow) and isinstance(thing.base, AppliedUndef) and thing.exp == -1:
+        return True  # an inverse function
+    inner = thing.args[0] if isinstance(thing, Abs) else thing
+    if isinstance(inner, Symbol):
+        return len(inner.name) > 1  # of an accent: a vector's length
+    names = {each.name for each in _free(inner)}
+    is_plain = isinstance(inner, Add | Mul | Pow) and is_expr_of_only_symbols(inner.subs(-1, 1))
+    return is_plain and len(names) > 1 and names.isdisjoint(_UNKNOWNS)
 
 
 def _free(thing: Any) -> set[Any]:
@@ -65,7 +171,6 @@ def _same_number(a: Any, b: Any) -> bool:
 
 def _differ(a: Any, b: Any) -> bool:
     """Whether two that math-verify finds equal have other values: those of their parts, or at a point."""
-    a, b = _value(a, b), _value(b, a)
     if isinstance(a, MatrixBase) and isinstance(b, MatrixBase):
         return any(_differ(*each) for each in zip(a.flat(), b.flat(), strict=True))
     if isinstance(a, Relational) and isinstance(b, Relational):
@@ -76,15 +181,14 @@ def _differ(a: Any, b: Any) -> bool:
             return any(all(_differ(one, other) for other in of_b) for one in of_a)
         return len(of_a) == len(of_b) and any(_differ(*each) for each in zip(of_a, of_b, strict=True))
     if isinstance(a, Expr) and isinstance(b, Expr):
-        point = _point(a, b)
-        at_a, at_b = a.xreplace(point), b.xreplace(point)
-        return _is_number(at_a) and _is_number(at_b) and not _same_number(at_a, at_b)
+        return _same_at_a_point(a, b) is False
     return False
 
 
-def _value(thing: Any, other: Any) -> Any:
-    """What an unknown is said to be, where the other says no unknown."""
-    return thing.rhs if isinstance(thing, Eq) and not isinstance(other, Relational) else thing
+def _same_at_a_point(a: Expr, b: Expr) -> bool | None:
+    point = _point(a, b)
+    at_a, at_b = a.xreplace(point), b.xreplace(point)
+    return _same_number(at_a, at_b) if _is_number(at_a) and _is_number(at_b) else None
 
 
 def _parts(thing: Any) -> list[Any] | None:

@@ -12,9 +12,9 @@ from re import Match
 
 from megatron_lopd.graders.units import CURRENCIES, NAMES
 
-TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*"
+TEXT = r"\\(?:text|operatorname)\s*"  # once `plain` has put all fonts so
 DOTS = r"(?:\.{3}|…|\\(?:l|c)?dots(?![A-Za-z]))"
-SPACE = r"(?:\s|~|\\[ ,;:!]|\\q?quad(?![A-Za-z]))"
+SPACE = r"(?:\s|\\[ ,;:!]|\\q?quad(?![A-Za-z]))"
 COUNTED = (
     *("zero", "one", "two", "three", "four", "five", "six"),
     *("seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -23,36 +23,57 @@ COUNTED = (
 _DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _GROUPED = r"[1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?"
 _NUMBER = rf"-?(?:{_GROUPED}|\d+/\d+|{_DECIMAL})"
-_MANY = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}"} | {
-    "million": "10^{6}",
+_MANY = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}"} | {
     "billion": "10^{9}",
     "trillion": "10^{12}",
+    "万": "10^{4}",
+    "亿": "10^{8}",
 }
 _TH = r"\s*(?:st|nd|rd|th)"
+_ALL = r"(?:the )?(?:set of )?(?:all )?(?:the )?(?:real numbers|reals)|all real"
 _NOTHING = r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set"
 
-_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-"),
-        **dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f\t\n", " "),
-        **{
-            "½": r"\frac{1}{2}",
-            "¼": r"\frac{1}{4}",
-            "¾": r"\frac{3}{4}",
-            "⅓": r"\frac{1}{3}",
-            "⅔": r"\frac{2}{3}",
-        },
-        **{
-            "\u00d7": r"\times ",
-            "·": r"\cdot ",
-            "÷": r"\div ",
-            "π": r"\pi ",
-            "∞": r"\infty ",
-            "°": r"^\circ ",
-        },
-        **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∅": r"\emptyset ", "\u222a": r"\cup "},
-        **{"θ": r"\theta ", "²": "^2", "³": "^3"},
-    }
+_SIGNS = {
+    **dict.fromkeys("\u2212\u2013\ufe63", "-"),
+    **dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f\u3000\t\n~", " "),
+    **dict.fromkeys("\u2032\u2019", "'"),
+    **dict.fromkeys("\u00b0\u00ba\u02da", r"^\circ "),
+    **{
+        "½": r"\frac{1}{2}",
+        "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}",
+        "⅓": r"\frac{1}{3}",
+        "⅔": r"\frac{2}{3}",
+    },
+    **{"\u00d7": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty "},
+    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∅": r"\emptyset ", "\u222a": r"\cup "},
+    **{"∈": r"\in ", "∠": r"\angle ", "\u211d": r"\mathbb{R}", "²": "^2", "³": "^3", "、": ",", "。": "."},
+}
+# And those of full width.
+_CHARACTERS = str.maketrans({chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)} | _SIGNS)
+_DEGREES = (
+    r"\^\s*(?:\{(?:\s|\\[,;! ])*(?:\\circ|\\mathrm\{o\}|[oO∘])\s*\}|\\circ(?![A-Za-z])|[oO∘](?![A-Za-z]))"
+)
+# Two names of one sign; what only looks. Of any text, an answer or not.
+_SPELLINGS = tuple(
+    (re.compile(pattern), instead)
+    for pattern, instead in (
+        (r"(?<!\\)\\!\s*", ""),
+        (r"(?<!\\)(?:\s|\\[ ,;:!]|\\q?quad(?![A-Za-z])){2,}", " "),
+        (r"\\[Bb]igg?[lrm]?(?![A-Za-z])\s?", ""),
+        (r"\\([lr])brace(?![A-Za-z])\s?", lambda m: r"\{" if m[1] == "l" else r"\}"),
+        (rf"(?<=[\d)}}])(?:\s|\\[,; !]|\{{\}})?(?:\\deg(?:ree)?(?![A-Za-z])|{_DEGREES})", r"^\\circ "),
+        (r"\{\\rm\s?([A-Za-z ./]+)\}|\\rm\s?\{([A-Za-z ./]+)\}", r"\\text{\1\2}"),
+        (r"\\math(?:bf|rm|it|sf)\s(?=\d)", ""),
+        (r"\\(?:bf|it|rm|large|Large|LARGE|huge|Huge|boldmath)(?![A-Za-z])\s?", ""),
+        (r"\\(?:text)?color\s?\{[A-Za-z!\d]*\}\s?|\\(?:underline|uline|boldsymbol|bm)(?=\s?\{)", ""),
+        (r"\s?(?:\\(?:checkmark|blacksquare|square|Box|qed)(?![A-Za-z])|[✓✔■□∎])\s?$", ""),
+        (r"(?<=\\in)\s?(?:\\math(?:bf|rm)\s?\{([NQRZ])\}|([NQRZ])(?![A-Za-z]))", r" \\mathbb{\1\2}"),
+        (r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)|math(?:bf|it|rm|sf|tt)|emph|[mh]box)(?=\s?\{)", r"\\text"),
+        (r"(\\text\s?\{)\s?(?:\\[ ,;:!]\s?)+", r"\1 "),
+        (r"\\text\s?\{\s?(\\?%|[\d.,/-]+)\s?\}", r"\1"),
+        (r"\\dot\s?\{?(\d)\}?(?:(\d*)\\dot\s?\{?(\d)\}?)?", r"\\overline{\1\2\3}"),
+    )
 )
 # As a program writes a number with a power of ten, and as a person does.
 _POWER_OF_TEN = re.compile(rf"(?<![\w\\.}}])({_DECIMAL}|\d+\.)[eE]([+-]?)(\d+)(?![\w.^{{])")
@@ -67,19 +88,83 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 
+# What an equation may say the value of, where math-verify cannot read or keep its name.
+_QUANTITY = re.compile(
+    r"(\\(?:sin|cos|tan|cot)(?![A-Za-z])\s?(?:\\angle\s?)?[A-Z]{1,3}|\|[A-Z]{1,3}\||(?:\\angle\s?)?(?=[A-Z]*[XYZ])[A-Z]{2,3}"
+    r"|(?:\\Pr|\\mathbb\s?\{[PE]\}|[PED]|Var|(?:[A-Za-z]_\s?)?\{?\\(?:max|min|gcd|lcm)\}?(?:\s?[a-z])?)\s?(?:\\left)?\([^()]*\)"
+    r"|(?:[A-Za-z]_\s?)?\{?\\(?:max|min)\}?)\s?=([^=]*)"
+)
+_SUCH_THAT = r"(?:\\middle\s?)?(?:\\mid(?![A-Za-z])|\||\\vert(?![A-Za-z])|:)"
+
+_OR = re.compile(rf"\s?(?:,\s?)?(?:{TEXT}\{{\s?or\s?\}}|\bor\b|\\(?:lor|vee|cup)(?![A-Za-z]))\s?")
+_AND = re.compile(rf"\s?(?:,\s?)?(?:{TEXT}\{{\s?and\s?\}}|\band\b|\\(?:land|wedge|cap)(?![A-Za-z]))\s?")
+_INEQUALITY = re.compile(r"[<>]|\\(?:[lg](?:t|e|eq|eqslant)|neq?)(?![A-Za-z])")
+
+_TRAILING = re.compile(
+    rf"(?:(?:{SPACE}|\\cdot|/)*\\text\s?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}\s?(?:\^\s?\{{?-?\d\}}?)?)+$"
+)
+
 # (pattern, what is put in its place), in order.
 _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
-    (rf"^(?:\*|{SPACE})+|(?:\*|{SPACE}|[,;]|\\\\)+$", ""),
+    (rf"^(?:\*|{SPACE})+|(?:\*|{SPACE}|[,;]|\\\\){{1,20}}$", ""),
     (r"(?<![.\\])\.$", ""),
+    (r"^(?:\\approx(?![A-Za-z])|=)\s?", ""),
     (r"\\(?:displaystyle|textstyle)(?![A-Za-z])\s*", ""),
     (rf"^{TEXT}\{{[^{{}}]*(?:\bis|\bare|:|=)\s*\}}", ""),  # The answer is
+    (r"^.*(?:\\(?:(?:Long)?Rightarrow|implies|therefore)(?![A-Za-z])|[⇒∴])\s?", ""),
+    (r"^\{(?!.*\\(?:choose|over)(?![a-z]))((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
+    # Equations below each other.
+    (
+        r"^(?:\\left\s?)?(?:\\\{)?\s?\\begin\{(cases|array|aligned)\}(?:\{[lcr]+\})?([^&]*)\\end\{\1\}(?:\s?\\right\s?\.)?$",
+        lambda m: re.sub(r"\s?,?\s?\\\\", ",", m[2]).strip(" ,"),
+    ),
+    # A prime is a name of its own.
+    (
+        r"([A-Za-z])(?:_(?:\{(\w+)\}|(\w)))?((?:'|\^\s?\{?(?:\s?\\prime(?![A-Za-z]))+\s?\}?)+)",
+        lambda m: f"{m[1]}_{{{m[2] or m[3] or ''}{'p' * (m[4].count(chr(39)) + m[4].count('prime'))}}}",
+    ),
+    (
+        rf"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])(?:\^\{{?-?\d\}}?)?\s?(?:\([^()]*\)|[^=,;()]*?{_DEGREES})",
+        lambda m: _in_radians(m[0]),
+    ),
+    # For any integer k; and the set of the x for which.
+    (
+        rf"(?<=[\w)}}\]])(?:{SPACE}|[,;])*(?:{TEXT}\{{[a-z, ]*\}}\s?)?\(?{SPACE}*(?<![\\A-Za-z])[A-Za-z]"
+        r"(?:\s?,\s?[A-Za-z])*\s?\\in\s?\\mathbb\s?\{?([NQRZ])\}?([_^]\{?[*+]\}?)?\s?\)?$",
+        lambda m: rf" \text{{ in {m[1]}{'*' * bool(m[2])}}}",
+    ),
+    (
+        rf"^(?:\\left\s?)?\\\{{\s?([a-z])\s?(?:\\in\s?\\mathbb\s?\{{?R\}}?\s?)?{_SUCH_THAT}\s?(?:\1\s?\\in\s?\\mathbb\s?\{{R\}}\s?,\s?)?((?=[^{{}}]*\b\1\b)[^|]*?)(?:\\right)?\s?\\\}}$",
+        r"\2",
+    ),
+    (
+        r"^[①-⑳][①-⑳,\s]*$",
+        lambda m: rf"\text{{{''.join(sorted(set(re.findall('[①-⑳]', m[0]))))}}}",
+    ),
+    (
+        r"(?:(?<=[\d})$])|(?<=[a-z]))\s?(?:\\text\s?\{)?\s?(?:或|或者)\s?\}?\s?(?=[\d\\a-z(-])",
+        r" \\text{ or } ",
+    ),
+    (
+        r"(?:(?<=[\d})$])|(?<=[a-z]))\s?(?:\\text\s?\{)?\s?[和与且]\s?\}?\s?(?=[\d\\a-z(-])",
+        r" \\text{ and } ",
+    ),
     (rf"^(?i:(?:{TEXT}\{{)?\s*(?:option|choice|answer):?)\s+\(?([A-J])\)?\s*\}}?$", r"\1"),
+    (rf"^(?:故?选项?:?\s?)?(?:{TEXT}\{{\s?)?\(?([A-J])[).:]?\s?\}}?$", r"\1"),
+    # Several choices at once, as Chinese tests have: ABD.
+    (rf"^{TEXT}\{{\s?(A?B?C?D?E?F?)\s?\}}$", r"\1"),
+    (r"^(?=[A-F]{2,6}$)(?!.*(.).*\1).*$", lambda m: ", ".join(sorted(m[0]))),
     (r"\\[lr]angle(?![A-Za-z])", lambda m: ")" if m[0][1] == "r" else "("),
     (rf"^(\w+)\s*(?:{TEXT}\{{)?\s*\(?base\s*\}}?\s*(\d+)\)?\s*\}}?$", r"\1_{\2}"),
-    (rf"\s*(?:\\pmod|\\bmod|{TEXT}\{{\s*mod\s*\}}|\(?mod\b)\s*\{{?(\d+)\}}?\)?$", r" \\text{ mod \1}"),
+    (
+        rf"\s*(?:\\pmod|\\bmod|\(?{TEXT}\{{\s*mod\s*\}}|\(?mod\b){SPACE}*\{{?(\d+)\}}?\)?$",
+        r" \\text{ mod \1}",
+    ),
     (r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
     (r"\\varnothing(?![A-Za-z])|\\\{(?:\s|\\[,;! ])*\\\}", r"\\emptyset "),
     (rf"^(?i:(?:{TEXT}\{{)?\s*(?:{_NOTHING})\s*\}}?)$", r"\\emptyset "),
+    (rf"^(?i:(?:{TEXT}\{{)?\s*(?:{_ALL})\s*\}}?)$|^{TEXT}\{{R\}}$", r"\\mathbb{R}"),
+    (rf"^(?:{TEXT}\{{)?\s?infinity\s?\}}?$", r"\\infty"),
     (rf"{TEXT}\{{\s*([ij])\s*\}}", r"\1"),
     (rf"\s*{TEXT}\{{\s*percent\s*\}}|(?<=\d)\s*percent\b", r"\\%"),
     # Ordinals: 4th.
@@ -91,9 +176,10 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     # A number and a fraction: 1 3/4 is no product. In LaTeX math-verify knows.
     (rf"(?<![\d.}}/^_])(\d+){SPACE}+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (r"(\d+)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda m: _repeating(*m.groups())),
-    (rf"(\d+)\.(\d*?)(\d{{1,3}}?)\3{{2,}}\s*{DOTS}", lambda m: _repeating(*m.groups())),
+    (rf"(\d{{1,40}})\.(\d{{0,40}}?)(\d{{1,3}}?)\3{{2,20}}\s*{DOTS}", lambda m: _repeating(*m.groups())),
     # Text that is a number, numbers, or a number of something.
-    (rf"^{TEXT}\{{\s*([^A-Za-z{{}}]+?)\s*\}}$", r"\1"),
+    (rf"^{TEXT}\{{\s*(?![A-Za-z]\s*\}})((?:(?![A-Za-z]{{2}})[^{{}}①-⑳\u4e00-\u9fff])+?)\s*\}}$", r"\1"),
+    (r"(?<=[\d}])\s?(?:\\text\s?\{)?\s?([\u4e00-\u9fff]+)\}?(\^\{?\d\}?)?$", r" \\text{ \1}\2"),
     (
         rf"^{TEXT}\{{([\d\s,.]+(?:(?:and|or)[\d\s,.]+)+)\}}$",
         lambda m: re.sub(r"\s*,?\s*(?:and|or)", ",", m[1]),
@@ -101,18 +187,28 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (rf"^(?i:(?:{TEXT}\{{)?\s*({'|'.join(COUNTED)})\s*\}}?)$", lambda m: str(COUNTED.index(m[1].lower()))),
     (rf"^{TEXT}\{{\s*({_NUMBER})\s+([A-Za-z][A-Za-z .]*)\}}$", r"\1 \\text{ \2}"),
     (rf"^({_NUMBER})\s*({NAMES})(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
-    (rf"^({_NUMBER})\s+([A-Za-z]{{4,}}(?: [A-Za-z]+)*)$", r"\1 \\text{ \2}"),
+    (rf"^({_NUMBER})\s([mgshL](?:/[a-z]+)?)(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
+    (
+        rf"(?:(?<=[\d}}])\s*|(?<=\\pi)\s)([ckm]m|kg|(?!(?:in|ft|yd|mi|mg|lb|oz|hr)(?![a-z]))(?:{NAMES}))(\^\{{?\d\}}?)?$",
+        r" \\text{ \1}\2",
+    ),
+    (rf"^({_NUMBER})\s+((?:[A-Za-z]{{4,}}|[b-z][aeiou][a-z])(?:[ -][A-Za-z]+)*)$", r"\1 \\text{ \2}"),
     (
         rf"^(-?)(?:{TEXT}\{{)?\\?([{''.join(CURRENCIES)}])\}}?\s*({_NUMBER})$",
         lambda m: rf"{m[1]}{m[3]} \text{{ {CURRENCIES[m[2]]}}}",
     ),
     # Thousands set apart, which are otherwise a product, or a pair: 1 234; (1,000), while (1,200) is a pair.
     (
-        r"(^|=\s*)(-?\d{1,3}(?:(?:\\[,!;: ]| )\d{3})+(?:\.\d+)?)$",
-        lambda m: m[1] + re.sub(r"\\[,!;: ]| ", "", m[2]),
+        rf"(^|=\s*)(-?\d{{1,3}}(?:(?:{SPACE}|')\d{{3}})+(?:\.\d+)?)$",
+        lambda m: m[1] + re.sub(rf"{SPACE}|'", "", m[2]),
     ),
     (r"^\(\s*([1-9]\d{0,2}(?:,\d{3})*,0\d\d(?:,\d{3})*)\s*\)$", r"\1"),
-    (rf"(?:^|=\s*)-?{_GROUPED}(?![\d,])", lambda m: re.sub(r"[,{}]", "", m[0])),
+    (rf"(?:^|=\s*|(?<=[A-Za-z}}]\{{))-?{_GROUPED}(?![\d,])", lambda m: re.sub(r"[,{}]", "", m[0])),
+    # As well where what follows a comma that separates is a space: (1,000, 2,000).
+    (
+        rf"^(?=.*\d,{SPACE})(?!.*,(?!{SPACE}|\d{{3}}(?!\d))).*$",
+        lambda m: re.sub(rf"(?<![\d,])-?{_GROUPED}(?![\d])", lambda n: n[0].replace(",", ""), m[0]),
+    ),
 )
 _COMPILED = [(re.compile(pattern), instead) for pattern, instead in _RULES]
 
@@ -120,8 +216,29 @@ _COMPILED = [(re.compile(pattern), instead) for pattern, instead in _RULES]
 def plain(text: str) -> str:
     """`text`, an answer or a sentence, with characters as LaTeX and powers of ten written out."""
     text = text.translate(_CHARACTERS)
+    for pattern, instead in _SPELLINGS:
+        text = pattern.sub(instead, text)
     text = _TIMES_TEN.sub(_written_out, text)
     return _POWER_OF_TEN.sub(lambda m: m[0] if _is_ambiguous(m) else _written_out(m), text)
+
+
+def letter(text: str) -> str | None:
+    """The choice that an answer begins with: B of (B) 7."""
+    found = _CHOICE.fullmatch(plain(text).strip().strip("$").strip())
+    return None if found is None else found[1] or found[2]
+
+
+def quantity(text: str) -> tuple[str | None, str]:
+    """The name of what has a value, and that; no name where math-verify reads both."""
+    found = _QUANTITY.fullmatch(text)
+    return (None, text) if found is None else (re.sub(r"\s", "", found[1]), found[2].strip())
+
+
+def conditions(text: str) -> list[list[str]]:
+    """Those of an answer, all of one of the lists hold; none of one that is none, or a single one."""
+    found = [_AND.split(each) for each in _OR.split(text)]
+    several = sum(map(len, found)) > 1 and _INEQUALITY.search(text) is not None
+    return found if several else []
 
 
 def readings(text: str) -> list[str]:
@@ -150,6 +267,15 @@ def _written_out(match: Match[str]) -> str:
     if int(digits[:9]) > _LARGEST_POWER:
         return match[0]
     return format(Decimal(f"{mantissa}e{sign}{digits}"), "f")
+
+
+def unitless(text: str) -> str:
+    """An answer without the text at its end."""
+    return _TRAILING.sub("", text) or text
+
+
+def _in_radians(function: str) -> str:
+    return re.sub(rf"(\d+(?:\.\d+)?|\.\d+|\\?[A-Za-z]+)\s?{_DEGREES}", r"\\frac{\1\\pi}{180}", function)
 
 
 def _repeating(whole: str, fixed: str, period: str) -> str:

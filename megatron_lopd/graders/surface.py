@@ -7,12 +7,15 @@ import re
 from megatron_lopd.graders.notation import COUNTED, DOTS, SPACE, TEXT
 from megatron_lopd.graders.units import unit_of
 
-_WORD = re.compile(rf"{TEXT}\{{\s*([^{{}}\\$]*?)\s*\}}|([A-Za-z][A-Za-z -]{{3,}}|[A-Z][a-z]{{2,}}(?: \d+)?)")
+# Bare words: one has four letters, and none has one only, as variables have; a name; and Chinese.
+_WORD = re.compile(
+    rf"{TEXT}\{{([^{{}}\\$]*)\}}"
+    r"|((?:an? )?(?=.*[A-Za-z]{4})[A-Za-z]{2,}(?:[ -][A-Za-z]{2,})*|[A-Z][a-z]{2,}(?: \d+)?|[\u4e00-\u9fff]+)"
+)
 _SHORT_WORDS = frozenset(["no", "on", "yes", "not", "odd", "all"])
 _NUMERAL = re.compile(r"[\d)]\}?\s*_")
 _GOES_ON = re.compile(rf"\.\d+\s*{DOTS}")
 _TIME = re.compile(rf"(\d{{1,2}}):(\d\d){SPACE}*(?:\\text\{{)?\s*(?:([ap])\.?\s*m\.?)?\s*\}}?", re.I)
-_PRIME = re.compile(r"'|\\prime")
 # Words beside a number that make another thing of it.
 _TURNING = frozenset(
     [
@@ -29,9 +32,28 @@ _TURNING = frozenset(
             "cubed",
             "factorial",
         ),
-        *("twice", "double", "half", "third", "quarter", "least", "most", "less", "more", "greater", "fewer"),
+        *(
+            "twice",
+            "double",
+            "half",
+            "halves",
+            "third",
+            "thirds",
+            "quarter",
+            "least",
+            "most",
+            "less",
+            "more",
+            "greater",
+            "fewer",
+        ),
         *("above", "below", "under", "over", "between", "about"),
     ]
+)
+# But not where they say what is counted: 3 times, 3 more apples, 8 half-hours.
+_COUNTING = re.compile(
+    rf"(?<=[\d}}])\s*(?:{TEXT}\{{)?\s*"
+    r"(?:(?:times|more|less|fewer)(?! than)(?:| [A-Za-z ]+)|[a-z]+-[A-Za-z ]+)\s*\}?$"
 )
 _NO_VARIABLE = re.compile(rf"{TEXT}\{{[^{{}}]*\}}|\\[A-Za-z]+|[A-Za-z]{{3,}}")
 
@@ -44,6 +66,11 @@ def word(text: str) -> str | None:
     found = " ".join((match[1] or match[2] or "").replace("-", " ").split()).strip(" .()")
     found = re.sub(r"^(?i:an?|the) ", "", found)
     return found.casefold() or None
+
+
+def turns(text: str) -> bool:
+    """Whether words in `text` make another thing of the number beside them."""
+    return bool(_turning(text))
 
 
 def decided(gold: str, said: str) -> bool | None:
@@ -61,7 +88,7 @@ def decided(gold: str, said: str) -> bool | None:
 def _contradict(gold: str, said: str) -> bool:
     if (_GOES_ON.search(gold) is None) != (_GOES_ON.search(said) is None):
         return True
-    if _PRIME.findall(gold) != _PRIME.findall(said) or _turning(gold) != _turning(said):
+    if _turning(gold) != _turning(said):
         return True
     units = {unit_of(each) for each in (gold, said)} - {None}
     brackets = {_brackets(each) for each in (gold, said)}
@@ -71,7 +98,7 @@ def _contradict(gold: str, said: str) -> bool:
 
 
 def _turning(text: str) -> frozenset[str]:
-    return _TURNING & set(re.findall(r"(?<![\\A-Za-z])[a-z]+", text.lower()))
+    return _TURNING & set(re.findall(r"(?<![\\A-Za-z])[a-z]+", _COUNTING.sub("", text).lower()))
 
 
 def _in_base(text: str) -> str:
@@ -87,7 +114,7 @@ def _minutes(time: re.Match[str]) -> int:
 
 
 def _brackets(text: str) -> str | None:
-    text = re.sub(r"\\(?:left|right|big|Big)(?![A-Za-z])|\s", "", text)
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\s", "", text)
     if re.fullmatch(r"\([^()]*,[^()]*\)", text):
         return "pair"
     return "set" if re.fullmatch(r"\\\{[^()]*\\\}", text) or "\\pm" in text else None

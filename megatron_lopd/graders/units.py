@@ -1,27 +1,27 @@
-"""Units and moduli that answers have: two that are known and differ make two answers of equal numbers."""
+"""Units, moduli and domains of answers: two that are known and differ make two answers of equal numbers."""
 
 from __future__ import annotations
 
 import re
 
 _KNOWN = (
-    "mm millimeter millimeters millimetre millimetres",
-    "cm centimeter centimeters centimetre centimetres",
-    "m meter meters metre metres",
-    "km kilometer kilometers kilometre kilometres",
+    "mm millimeter millimeters millimetre millimetres 毫米",
+    "cm centimeter centimeters centimetre centimetres 厘米",
+    "m meter meters metre metres 米",
+    "km kilometer kilometers kilometre kilometres 千米 公里",
     "in inch inches",
     "ft foot feet",
     "yd yard yards",
     "mi mile miles",
     "mg milligram milligrams",
-    "g gram grams",
-    "kg kilogram kilograms",
+    "g gram grams 克",
+    "kg kilogram kilograms 千克 公斤",
     "lb lbs pound pounds",
     "oz ounce ounces",
-    "s sec second seconds",
-    "min minute minutes",
-    "h hr hour hours",
-    "day days",
+    "s sec second seconds 秒",
+    "min minute minutes 分钟",
+    "h hr hour hours 小时",
+    "day days 天",
     "week weeks",
     "month months",
     "year years",
@@ -30,7 +30,7 @@ _KNOWN = (
     "euro euros",
     "yen",
     "rupee rupees",
-    "degree degrees",
+    "degree degrees deg",
     "radian radians",
     "mph",
     "km/h",
@@ -45,9 +45,8 @@ CURRENCIES = {"$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹"
 NAMES = "|".join(
     sorted({name for names in _KNOWN for name in names.split() if len(name) > 1}, key=len, reverse=True)
 )
-_TRAILING = re.compile(
-    r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{\s*([A-Za-z/ .]+?|mod \d+)\s*\}\s*(?:\^\s*\{?(\d)\}?)?$"
-)
+_TRAILING = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}\s*(?:\^\s*\{?(\d)\}?)?$")
+_POWERS = {"square": "2", "sq": "2", "平方": "2", "cubic": "3", "立方": "3"}
 
 
 def unit_of(text: str) -> str | None:
@@ -55,10 +54,12 @@ def unit_of(text: str) -> str | None:
     match = _TRAILING.search(text)
     if match is None or match.start() == 0:
         return None
-    words = match[1].lower().replace("miles per hour", "mph").strip(". ").split()
-    if words[0] == "mod":
+    words = re.sub(
+        "^(平方|立方)", r"\1 ", match[1].lower().replace("miles per hour", "mph").strip(". ")
+    ).split()
+    if len(words) == 2 and words[0] in ("mod", "in"):
         return " ".join(words)
-    power = {"square": "2", "sq": "2", "cubic": "3"}.get(words[0].strip("."))
+    power = _POWERS.get(words[0].strip(".")) if words else None
     if power is not None:
         words.pop(0)
     if len(words) != 1 or words[0] not in _UNITS:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_lopd.graders.math import TAIL
+from megatron_lopd.graders.finding import TAIL
 from megatron_lopd.graders.math_grader import MathGrader
 from megatron_lopd.graders.sandbox import Sandbox
 from megatron_lopd.prompts.prompt import Prompt

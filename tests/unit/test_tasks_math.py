@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lopd.errors import ConfigError, DataError, EngineDied, EngineError
-from megatron_lopd.graders import Sandbox, Verdict, open_grader
-from megatron_lopd.graders.math import answer_in, last_boxed
+from megatron_lopd.graders import Sandbox, Verdict, notation, open_grader, surface
+from megatron_lopd.graders.finding import TAIL, Answer, answers_in, last_boxed
 from megatron_lopd.graders.math_grader import MathGrader
 from megatron_lopd.graders.sandbox import CPU_SECONDS, MEMORY_BYTES, Outcome, Ration
 from megatron_lopd.prompts.prompt import Prompt
@@ -38,10 +38,14 @@ ANSWERS_ALONE = {"", "3+4=7", "7=7", "7?", r"\text{(3,4)}", r"\text{Yes, it is}"
 
 @pytest.fixture(scope="module")
 def verdicts(grader: MathGrader) -> dict[tuple[str, str], Verdict]:
-    """By gold and answer: of each row, and of its two sides exchanged."""
+    """By gold and answer: of each row, and of its two sides exchanged; an unboxed one as it is."""
     pairs = [(row["gold"], row["answer"]) for row in DISPUTED]
-    pairs += [(said, gold) for gold, said in pairs if said not in ANSWERS_ALONE]
-    asked = [(Prompt("q", (), gold), rf"So it is \boxed{{{said}}}.") for gold, said in pairs]
+    unboxed = {(row["gold"], row["answer"]) for row in DISPUTED if row["kind"] == "unboxed"}
+    pairs += [
+        (said, gold) for gold, said in pairs if (gold, said) not in unboxed and said not in ANSWERS_ALONE
+    ]
+    responses = [pair[1] if pair in unboxed else rf"So it is \boxed{{{pair[1]}}}." for pair in pairs]
+    asked = [(Prompt("q", (), gold), said) for (gold, _), said in zip(pairs, responses, strict=True)]
     return dict(zip(pairs, grader.grade_all(asked, seconds=2 * len(asked)), strict=True))
 
 
@@ -83,6 +87,11 @@ def test_a_gold_is_equal_to_itself(grader: MathGrader) -> None:
         ("The answer is 7e3", False),
         ("The answer is 7.", True),
         ("The answer is $7$", True),
+        ("Together 3 and 4.\n#### 7", True),
+        ("**Final Answer**\n\n$7$", True),
+        ("The answer is\n\n$$\n7\n$$", True),
+        ("The answer is 7.\nCheck: it's 3 plus 4, no more.", True),
+        ("The answer is $8$.\nCheck: it's not 7", False),
         ("7 is a number. The final answer is 3", False),
         ("", False),
         ("I do not know", False),
@@ -97,7 +106,17 @@ def test_nested_braces() -> None:
     assert last_boxed(r"\boxed{\{1, 2\}}") == r"\{1, 2\}"
     assert last_boxed(r"\boxed{\boxed{5}}") == r"\boxed{5}"
     assert last_boxed(r"\\boxed{5} \boxed{") is None
-    assert answer_in("x" * 5000 + r" \boxed{5} " + "x" * 5000) == r"\boxed{5}"
+    assert answers_in("x" * 5000 + r" \boxed{5} " + "x" * 5000) == [Answer("5", alone=True)]
+
+
+@pytest.mark.parametrize("piece", [" ", "\\ ", "1", ",", "1,", "a", "'", "{", "\\text{ ", "\\in", "①", "或"])
+def test_the_rules_of_a_long_answer_are_over_soon(piece: str) -> None:
+    for start in ("", r"\text{", "0."):
+        text = (start + piece * TAIL)[: TAIL - 1] + "x"
+        began = time.process_time()
+        for reading in notation.readings(text):
+            surface.decided(reading, "x")
+        assert time.process_time() - began < 1  # a tenth of it, alone
 
 
 def test_equal_answers_vote_together(grader: MathGrader) -> None:
