@@ -23,6 +23,7 @@ from megatron_lopd.pipeline.proofs import SAME_STUDENT, SAME_TEACHER, SAME_TOKEN
 from megatron_lopd.pipeline.stage import identity_of
 
 EVALUATED = {"sft": "sft", "lightning_opd": "export"}  # by role, who made the model
+VOICE = ("tokenizer", "chat_template", "end_tokens")  # what of a model training leaves alone, and copies
 CHECKPOINTS = "checkpoints"  # the folder, in the directory of the stage that trains
 
 
@@ -121,6 +122,11 @@ def _student(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
         made_by = parents.get("model") or parents.get("sft")
         if made_by is not None:
             yield from _made(run_dir, made_by.path, student, "the student that sampled")
+    if manifest.kind == "model" and student is not None and "sft" in parents:
+        yield from _made(run_dir, parents["sft"].path, student, "the student before it was trained")
+        if (written := _model_in(run_dir / stage, manifest)) is not None:
+            ours, theirs = Evidence(written, "what it made"), evidence(student, "that student")
+            yield _same("it speaks as that student does", ours, theirs, VOICE)
     if manifest.kind == "evaluation":
         for role, maker in EVALUATED.items():
             if role in parents:
@@ -138,12 +144,21 @@ def _student(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
 
 
 def _made(run_dir: Path, maker: str, model: Parent, who: str) -> Iterator[Proof]:
-    """That a model is the one that a stage of this run made; nothing where it made none."""
+    """That a model is the one that a stage of this run made, or took from elsewhere."""
     made = load_manifest(run_dir / maker)
-    if f"model/{LINEAGE_FILE}" in made.files:
-        said = committed_file(run_dir / maker, made, f"model/{LINEAGE_FILE}").read_json()["model"]
+    if (said := _model_in(run_dir / maker, made)) is not None:
         theirs = Evidence(said, f"what {maker} made")
         yield _same(f"{who} is what {maker} made", evidence(model, "it"), theirs)
+    elif (taken := made.parents.get("student")) is not None:
+        yield _same(f"{who} is what {maker} took", evidence(model, "it"), evidence(taken, f"{maker}'s"))
+
+
+def _model_in(directory: Path, manifest: Manifest) -> dict[str, str] | None:
+    """The digests of the model that an artifact holds; None where it holds none."""
+    if f"model/{LINEAGE_FILE}" not in manifest.files:
+        return None
+    said: dict[str, str] = committed_file(directory, manifest, f"model/{LINEAGE_FILE}").read_json()["model"]
+    return said
 
 
 def _job(directory: Path, manifest: Manifest) -> Iterator[Proof]:

@@ -202,16 +202,16 @@ def _graph(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proof]
     edges = []
     for stage, manifest in manifests.items():
         nodes[stage] = Node(stage, "artifact", stage, manifest.id, str(run.directory_of(stage)))
+        made_from: dict[str, str] = {}  # the role of each, the first that it has
         for role, parent in manifest.parents.items():
             if parent.kind == "artifact" and parent.path in manifests:
-                edges.append(Edge(parent.path, stage, role))
+                made_from.setdefault(parent.path, role)
             elif parent.kind == "model":
-                maker = _maker(parent.path, run, manifests)
+                maker, weights = _maker(parent.path, run, manifests), parent.digests["weights"]
                 if maker is None:
-                    weights = parent.digests["weights"]
                     nodes.setdefault(weights, Node(weights, "model", role, weights, parent.path))
-                if maker not in {edge.parent for edge in edges if edge.child == stage}:
-                    edges.append(Edge(maker or parent.digests["weights"], stage, role))
+                made_from.setdefault(maker or weights, role)
+        edges += [Edge(parent, stage, role) for parent, role in made_from.items()]
     about = {
         proved.SAME_TEACHER: ("generate", "score"),
         proved.SAME_STUDENT: ("rollout", "train"),

@@ -1,0 +1,115 @@
+"""What a stage reads of the run's own artifacts changes before it, while it works, or after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_lopd.artifacts.manifest import FileEntry, Manifest, load_manifest, write_manifest
+from megatron_lopd.cli import main
+from megatron_lopd.files.digests import sha256_file
+from megatron_lopd.pipeline.resolved import ResolvedRun
+from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.stages.evaluate import EvaluateStage
+from megatron_lopd.stages.export import ExportStage
+from tests.fault.test_lineage import refused, undo
+
+AFTER_TRAIN = ("export", "evaluate", "report")
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def edit(path: Path) -> None:
+    """As somebody would who wants the model to be read differently, each file still being one of its kind."""
+    if path.suffix == ".jinja":
+        path.write_text("Think. " + path.read_text())
+    else:
+        content = json.loads(path.read_text())
+        content["rope_parameters" if path.name == "config.json" else "clean_up_tokenization_spaces"] = (
+            {"rope_theta": 5e6, "rope_type": "default"} if path.name == "config.json" else True
+        )
+        path.write_text(json.dumps(content))
+
+
+READ = [
+    (ExportStage, "sft/model/config.json"),
+    (ExportStage, "sft/model/chat_template.jinja"),
+    (EvaluateStage, "export/model/config.json"),
+    (EvaluateStage, "sft/model/chat_template.jinja"),
+    (EvaluateStage, "generate/tokenizer/tokenizer_config.json"),
+]
+
+
+@pytest.mark.parametrize(("stage", "name"), READ)
+def test_what_was_edited_before_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], stage: type[Stage], name: str
+) -> None:
+    undo(root, *AFTER_TRAIN[AFTER_TRAIN.index(stage.name) :])
+    edit(root / "run" / name)
+    refused(capsys, [stage.name, "recipe.yaml"], 1, f"run/{name}: damaged")
+    assert not (root / "run" / stage.name / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("stage", "name"), READ)
+def test_what_is_edited_while_a_stage_works_is_refused(
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: type[Stage],
+    name: str,
+) -> None:
+    """It is read by its path, after all was hashed."""
+    undo(root, *AFTER_TRAIN[AFTER_TRAIN.index(stage.name) :])
+    commit = stage.commit
+
+    def edited_first(self: Stage, run: ResolvedRun, plan: Plan) -> Output:
+        edit(root / "run" / name)
+        return commit(self, run, plan)
+
+    monkeypatch.setattr(stage, "commit", edited_first)
+    refused(capsys, [stage.name, "recipe.yaml"], 1, name)
+    assert not (root / "run" / stage.name / "manifest.json").exists()
+
+
+def rewritten(directory: Path, manifest: Manifest, *names: str) -> Manifest:
+    """`manifest` with files as they are now, as somebody writes it who knows how."""
+    entries = {
+        name: FileEntry((directory / name).stat().st_size, sha256_file(directory / name)) for name in names
+    }
+    return replace(manifest, files=manifest.files | entries)
+
+
+def test_verify_tells_an_export_that_speaks_differently(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole artifact, of which every digest is right, whoever wrote it."""
+    assert main(["verify", "run/export"]) == 0
+    assert "  export: proved: it speaks as that student does: tokenizer " in capsys.readouterr().out
+    export, lineage = root / "run/export", root / "run/export/model/lopd_lineage.json"
+    said = json.loads(lineage.read_text())
+    said["model"]["chat_template"] = "f" * 64
+    lineage.write_text(json.dumps(said))
+    write_manifest(export, rewritten(export, load_manifest(export), "model/lopd_lineage.json"))
+    refused(capsys, ["verify", "run/export"], 3, "overridden that it speaks as that student does")
+
+
+def test_verify_walks_from_an_evaluation_to_all_that_it_rests_on(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "run/report"]) == 0
+    out = capsys.readouterr().out
+    for stage in ("generate", "sft", "rollout", "score", "train", "export", "evaluate"):
+        assert f"  {stage}: proved: " in out
+    made = load_manifest(root / "run/score")
+    write_manifest(root / "run/score", replace(made, counts=made.counts | {"samples": 41}))
+    refused(capsys, ["verify", "run/evaluate"], 3, "run/score now holds")
