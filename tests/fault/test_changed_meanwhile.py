@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_lopd.artifacts.digest_cache import TICKS
 from megatron_lopd.artifacts.manifest import FileEntry, Manifest, load_manifest, write_manifest
 from megatron_lopd.cli import main
+from megatron_lopd.config import PromptSource
+from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import sha256_file
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
+from megatron_lopd.prompts.sources import PromptSet
 from megatron_lopd.stages.evaluate import EvaluateStage
 from megatron_lopd.stages.export import ExportStage
+from megatron_lopd.stages.tokenize import TokenizeStage
 from tests.fault.test_lineage import refused, undo
 
 AFTER_TRAIN = ("export", "evaluate", "report")
@@ -113,3 +119,44 @@ def test_verify_walks_from_an_evaluation_to_all_that_it_rests_on(
     made = load_manifest(root / "run/score")
     write_manifest(root / "run/score", replace(made, counts=made.counts | {"samples": 41}))
     refused(capsys, ["verify", "run/evaluate"], 3, "run/score now holds")
+
+
+def test_text_from_a_file_is_the_text_that_was_hashed(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(answer: str) -> None:
+        messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": answer}]
+        Path("sft.jsonl").write_text(json.dumps({"messages": messages}))
+
+    commit, edited = TokenizeStage.commit, []
+
+    def edited_first(self: TokenizeStage, run: ResolvedRun, plan: Plan) -> Output:
+        write("3")
+        edited.append(True)
+        return commit(self, run, plan)
+
+    write("2")
+    arguments = ["recipe.yaml", "run_dir=run2", "sft.data=sft.jsonl", "sft.teacher=teacher"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizeStage, "commit", edited_first)
+        refused(capsys, ["tokenize", *arguments], 1, "sft.jsonl: changed since it was hashed")
+    assert edited
+    assert main(["tokenize", *arguments]) == 0
+    data = load_manifest(root / "run2/tokenize").parents["data"]
+    assert data.digests["sha256"] == sha256_file(root / "sft.jsonl")
+
+
+def test_prompts_are_those_that_the_parent_was_told_of(tmp_path: Path) -> None:
+    """What was hashed before need not be read to be told of, and is read later."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n')
+    time.sleep(TICKS + 0.05)  # else its digest is not kept
+    source = PromptSource(path=str(path))
+    first = PromptSet(source, "opd", 0)
+    assert first.prompts
+    assert first.parent
+    later = PromptSet(source, "opd", 0)
+    assert later.parent == first.parent
+    path.write_text('{"prompt": "two"}\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl: changed since it was hashed"):
+        later.prompts  # noqa: B018
