@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import (
     LINEAGE_FILE,
     OVERRIDE,
@@ -18,6 +19,7 @@ from megatron_lopd.artifacts.lineage import (
 )
 from megatron_lopd.artifacts.manifest import Manifest, Parent, committed_file, is_committed, load_manifest
 from megatron_lopd.errors import DataError, LineageError
+from megatron_lopd.pipeline.carried import carried_lineage
 from megatron_lopd.pipeline.plan_file import begun_plan
 from megatron_lopd.pipeline.proofs import SAME_STUDENT, SAME_TEACHER, SAME_TOKENS, evidence
 from megatron_lopd.pipeline.stage import identity_of
@@ -76,7 +78,7 @@ def _teacher(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
     if data is not None and data.kind == "file":
         yield _declared_answers(teacher, data)
     elif stage == "sft" and data is None:
-        yield _declared_checkpoint(manifest, teacher)
+        yield _taken_checkpoint(run_dir / stage, manifest, teacher)
     elif teacher is None or manifest.kind == "evaluation":
         return
     elif data is not None:
@@ -102,16 +104,39 @@ def _declared_answers(teacher: Parent | None, data: Parent) -> Proof:
     return Proof(f"{teacher.path} wrote {data.path}", "declared", "sft.teacher says so, and nothing else")
 
 
-def _declared_checkpoint(manifest: Manifest, teacher: Parent | None) -> Proof:
-    checkpoint = manifest.config.get("checkpoint")
+def _taken_checkpoint(directory: Path, manifest: Manifest, teacher: Parent | None) -> Proof:
+    """Who taught a student that was made elsewhere. LineageError where that is proved no longer."""
+    student = manifest.parents["student"]
     if teacher is None:
-        return Proof(f"nothing says who taught {checkpoint}", "declared", "sft.teacher is not set")
-    said = (
-        f"{LINEAGE_FILE} in it, and the artifact that it names"
-        if manifest.lineage == "proved"
-        else f"sft.teacher or {LINEAGE_FILE} says so, and no artifact that is here"
-    )
-    return Proof(f"{teacher.path} taught {checkpoint}", manifest.lineage, said)
+        return Proof(f"nothing says who taught {student.path}", "declared", "sft.teacher is not set")
+    said = f"sft.teacher or {LINEAGE_FILE} says so, and no artifact that is here"
+    if manifest.lineage == "proved":
+        said = f"{LINEAGE_FILE} in it, and the artifact that it names"
+        checkpoint = Path(student.path)
+        if not checkpoint.is_dir() or not _is_model(checkpoint, student):
+            said += ", when it was made: the model is not there to be looked at again"
+        elif reason := _why_taught_by_another(checkpoint, teacher):
+            raise LineageError(
+                f"refused: {directory} was proved by the lineage of {checkpoint}, and is no longer: "
+                f"{reason}: restore that, or remove {directory} and what follows to make them again"
+            )
+    return Proof(f"{teacher.path} taught {student.path}", manifest.lineage, said)
+
+
+def _is_model(directory: Path, model: Parent) -> bool:
+    found = fingerprint_model(directory).parts()
+    return all(found[part] == model.digests.get(part) for part in WHOLE_MODEL)
+
+
+def _why_taught_by_another(checkpoint: Path, teacher: Parent) -> str:
+    """Why a model does not prove by its lineage that it is `teacher`'s; empty where it does."""
+    carried = carried_lineage(checkpoint)
+    if carried is None:
+        return f"{checkpoint / LINEAGE_FILE} is missing"
+    if carried.status != "proved":
+        return carried.reason or f"it calls itself {carried.status}"
+    named = carried.lineage.teacher
+    return "" if named is not None and named.digests == teacher.digests else "it names another teacher"
 
 
 def _student(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:

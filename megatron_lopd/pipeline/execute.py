@@ -15,7 +15,7 @@ from typing import IO
 
 import megatron_lopd
 from megatron_lopd.artifacts.digest_cache import relying_on_hints, require_as_hashed
-from megatron_lopd.artifacts.lineage import prove_parent
+from megatron_lopd.artifacts.lineage import prove_parent, worst
 from megatron_lopd.artifacts.manifest import (
     MANIFEST,
     Manifest,
@@ -28,7 +28,7 @@ from megatron_lopd.artifacts.manifest import (
 )
 from megatron_lopd.artifacts.model_files import model_files
 from megatron_lopd.artifacts.unchanged import remember
-from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
+from megatron_lopd.errors import ConfigError, DataError, LineageError, LopdError, StopRequested
 from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import atomic_write_json, open_to_append
 from megatron_lopd.pipeline.plan_file import begin, begun_plan, has_parts, refuse_change
@@ -252,6 +252,12 @@ def check_unchanged(stage: Stage, run: ResolvedRun) -> None:
     if run.recipe.allow_teacher_mismatch and "teacher" in manifest.parents:
         plan.parents["teacher"] = manifest.parents["teacher"]  # the one that made it, whoever comes after
     refuse_change(stage.name, directory, manifest.config, manifest.parents, plan)
+    if worst([plan.lineage, manifest.lineage]) != manifest.lineage and not run.recipe.allow_teacher_mismatch:
+        raise LineageError(
+            f"refused: {directory} was {manifest.lineage} when it was made, and is {plan.lineage} now: lopd "
+            f"verify {directory} says why: restore that, or remove {directory} and what follows to make them "
+            "again"
+        )
 
 
 @relying_on_hints()

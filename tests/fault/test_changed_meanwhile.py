@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_lopd.artifacts.digest_cache import TICKS
 from megatron_lopd.artifacts.manifest import FileEntry, Manifest, load_manifest, write_manifest
@@ -160,3 +161,27 @@ def test_prompts_are_those_that_the_parent_was_told_of(tmp_path: Path) -> None:
     path.write_text('{"prompt": "two"}\n')
     with pytest.raises(DataError, match=r"prompts\.jsonl: changed since it was hashed"):
         later.prompts  # noqa: B018
+
+
+def test_a_checkpoint_is_weighed_again_while_it_is_there(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text())
+    recipe |= {"run_dir": "taken", "sft": {"checkpoint": "run/sft/model"}}
+    (root / "elsewhere.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["sft", "elsewhere.yaml"]) == 0
+    capsys.readouterr()
+    taught = "  sft: proved: teacher taught run/sft/model: lopd_lineage.json in it, and the artifact that it"
+    assert main(["verify", "taken/sft"]) == 0
+    assert f"{taught} names\n" in capsys.readouterr().out
+    (root / "run/generate").rename(root / "run/away")
+    lost = "run/generate, which it was made from, is not there as it was"
+    refused(capsys, ["verify", "taken/sft"], 3, "taken/sft was proved by the lineage of run/sft/model", lost)
+    refused(capsys, ["sft", "elsewhere.yaml"], 3, "taken/sft was proved when it was made, and is declared")
+    (root / "run/away").rename(root / "run/generate")
+    lineage = root / "run/sft/model/lopd_lineage.json"
+    lineage.rename(root / "away")
+    refused(capsys, ["verify", "taken/sft"], 3, "lopd_lineage.json is missing")
+    (root / "run/sft/model").rename(root / "model")
+    assert main(["verify", "taken/sft"]) == 0
+    assert f"{taught} names, when it was made: the model is not" in capsys.readouterr().out
