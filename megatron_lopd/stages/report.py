@@ -57,7 +57,7 @@ class ReportStage(Stage):
             for stage in ("sft", "train")
             if stage in manifests
         }
-        page = render_page(summary, histories, _graph(run, manifests, proofs), _answers(run))
+        page = render_page(summary, histories, _graph(run, manifests, proofs), _answers(run, manifests))
         atomic_write_json(directory / SUMMARY, summary)
         with atomic_file(directory / PAGE, "w") as stream:
             stream.write(page)
@@ -128,7 +128,7 @@ def _summary(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proo
     }
 
 
-def _answers(run: ResolvedRun) -> list[Examples]:
+def _answers(run: ResolvedRun, manifests: dict[str, Manifest]) -> list[Examples]:
     """Some of what each model answered to each set."""
     from megatron_lopd.evaluation.answers import ANSWERS, read_answers
     from megatron_lopd.report.accuracy import MODELS
@@ -138,7 +138,7 @@ def _answers(run: ResolvedRun) -> list[Examples]:
     return [
         examples(
             f"{MODELS.get(model, model)}{f' on {name}' if len(sets) > 1 else ''}",
-            read_answers(directory / model / name / ANSWERS),
+            read_answers(committed_file(directory, manifests["evaluate"], f"{model}/{name}/{ANSWERS}")),
         )
         for name in sets
         for model in models_of(run)

@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +21,8 @@ from megatron_lopd.files.digests import sha256_file
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
 from megatron_lopd.prompts.sources import PromptSet
+from megatron_lopd.report import page
+from megatron_lopd.stages import report
 from megatron_lopd.stages.evaluate import EvaluateStage
 from megatron_lopd.stages.export import ExportStage
 from megatron_lopd.stages.tokenize import TokenizeStage
@@ -185,3 +188,25 @@ def test_a_checkpoint_is_weighed_again_while_it_is_there(
     (root / "run/sft/model").rename(root / "model")
     assert main(["verify", "taken/sft"]) == 0
     assert f"{taught} names, when it was made: the model is not" in capsys.readouterr().out
+
+
+def test_answers_are_read_as_what_was_committed(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put back before the report is committed, they would not be missed by it."""
+    undo(root, "report")
+    answers, summary, render = root / "run/evaluate/sft/eval/answers.jsonl", report._summary, page.render_page
+    text = answers.read_text()
+
+    def edited_first(*given: Any) -> dict[str, Any]:
+        answers.write_text(text.replace('"sampled"', '"greedy"'))
+        return summary(*given)
+
+    def put_back_first(*given: Any) -> str:
+        answers.write_text(text)
+        return render(*given)
+
+    monkeypatch.setattr(report, "_summary", edited_first)
+    monkeypatch.setattr(page, "render_page", put_back_first)
+    refused(capsys, ["report", "recipe.yaml"], 1, "answers.jsonl: damaged")
+    refused(capsys, ["inspect", "run/evaluate"], 1, "answers.jsonl: damaged")
