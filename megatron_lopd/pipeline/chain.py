@@ -47,16 +47,26 @@ def links(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
 
 
 def chain(run_dir: Path, stage: str, manifest: Manifest) -> dict[str, list[Proof]]:
-    """The `links` of a stage's artifact and of all that it comes from, by stage, the first made first."""
+    """The `links` of a stage's artifact and of all that it comes from, by stage, the first made first.
+
+    Raises as `links`, and DataError where one was made from itself.
+    """
     found: dict[str, list[Proof]] = {}
-
-    def walk(name: str, made: Manifest) -> None:
-        for parent in made.parents.values():
-            if parent.kind == "artifact" and parent.path not in found:
-                walk(parent.path, load_manifest(run_dir / parent.path))
-        found[name] = list(links(run_dir, name, made))
-
-    walk(stage, manifest)
+    line = [(stage, manifest)]  # each made from the next
+    while line:
+        name, made = line[-1]
+        left = (each.path for each in made.parents.values() if each.kind == "artifact")
+        parent = next((path for path in left if path not in found), None)
+        if parent is None:
+            found[name] = list(links(run_dir, name, made))
+            line.pop()
+        elif parent in (each for each, _ in line):
+            raise DataError(
+                f"{run_dir / name}: damaged: its manifest has it made from {parent}, which was made from it: "
+                "restore it or make the artifact again"
+            )
+        else:
+            line.append((parent, load_manifest(run_dir / parent)))
     return found
 
 
@@ -182,8 +192,12 @@ def _model_in(directory: Path, manifest: Manifest) -> dict[str, str] | None:
     """The digests of the model that an artifact holds; None where it holds none."""
     if f"model/{LINEAGE_FILE}" not in manifest.files:
         return None
-    said: dict[str, str] = committed_file(directory, manifest, f"model/{LINEAGE_FILE}").read_json()["model"]
-    return said
+    file = committed_file(directory, manifest, f"model/{LINEAGE_FILE}")
+    said = file.read_json()
+    model = said.get("model") if isinstance(said, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(model.get(part), str) for part in WHOLE_MODEL):
+        raise DataError(f"{file.path}: damaged: it has not the digests of a model: make the artifact again")
+    return model
 
 
 def _job(directory: Path, manifest: Manifest) -> Iterator[Proof]:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_lopd.artifacts.digest_cache import TICKS
+from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.artifacts.manifest import FileEntry, Manifest, load_manifest, write_manifest
+from megatron_lopd.artifacts.stamps import TICK
 from megatron_lopd.cli import main
-from megatron_lopd.config import PromptSource
+from megatron_lopd.config import PromptSource, load_recipe
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import sha256_file
+from megatron_lopd.pipeline.proofs import prove_training
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
 from megatron_lopd.prompts.sources import PromptSet
@@ -154,7 +156,7 @@ def test_prompts_are_those_that_the_parent_was_told_of(tmp_path: Path) -> None:
     """What was hashed before need not be read to be told of, and is read later."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one"}\n')
-    time.sleep(TICKS + 0.05)  # else its digest is not kept
+    time.sleep(2 * TICK / 1e9)  # else its digest is not kept
     source = PromptSource(path=str(path))
     first = PromptSet(source, "opd", 0)
     assert first.prompts
@@ -210,3 +212,32 @@ def test_answers_are_read_as_what_was_committed(
     monkeypatch.setattr(page, "render_page", put_back_first)
     refused(capsys, ["report", "recipe.yaml"], 1, "answers.jsonl: damaged")
     refused(capsys, ["inspect", "run/evaluate"], 1, "answers.jsonl: damaged")
+
+
+def test_an_artifact_made_from_itself_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage, parent in (("sft", "sft"), ("rollout", "score"), ("generate", "train")):
+        made = load_manifest(root / "run" / stage)
+        other = artifact_parent(parent, load_manifest(root / "run" / parent))
+        write_manifest(root / "run" / stage, replace(made, parents=made.parents | {"a": other}))
+        refused(capsys, ["verify", f"run/{stage}"], 1, "which was made from it")
+        write_manifest(root / "run" / stage, made)
+
+
+def test_a_manifest_that_lacks_what_is_asked_of_it_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the right kind and with every digest right, it is no manifest that a stage wrote."""
+    run = ResolvedRun(load_recipe("recipe.yaml"))
+    for stage, role in (("score", "rollouts"), ("score", "teacher"), ("rollout", "sft")):
+        made = load_manifest(root / "run" / stage)
+        parents = {name: parent for name, parent in made.parents.items() if name != role}
+        write_manifest(root / "run" / stage, replace(made, parents=parents))
+        with pytest.raises(
+            DataError, match=f"run/{stage}/manifest.json: damaged: no '{role}' in its parents"
+        ):
+            prove_training(run, run.start.parent)
+        refused(capsys, ["verify", f"run/{stage}"], 1, f"run/{stage}/")
+        write_manifest(root / "run" / stage, made)
+    for part in (made.config, made.counts, made.parents["sft"].digests):
+        with pytest.raises(DataError, match=r"rollout/manifest\.json: damaged: no 'nothing' in its "):
+            part["nothing"]
