@@ -13,9 +13,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from megatron_lopd.artifacts.committed import CommittedFile, FileEntry, seal, verify
 from megatron_lopd.errors import ConfigError, DataError
@@ -31,6 +31,7 @@ MAX_NAME_BYTES = 1024  # of a file in an artifact, its folders included
 
 LineageStatus = Literal["proved", "declared", "overridden"]
 ParentKind = Literal["artifact", "model", "file", "checkpoint"]
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
             lineage=raw["lineage"],
         )
         problem = _problem(manifest)
+        manifest = _naming(path, manifest)
     except (KeyError, TypeError, AttributeError) as error:
         problem = f"a part is missing or of the wrong type ({error})"
     if problem is None and manifest.text().encode() != read_bytes(path, follow_links=False):
@@ -142,6 +144,36 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
     if kind is not None and manifest.kind != kind:
         raise DataError(f"{directory}: holds {manifest.kind}, not {kind}: give another path")
     return manifest
+
+
+class _Part(dict[str, V]):
+    """Part of a manifest. What is asked of it and is not there is told as what is damaged is: DataError."""
+
+    where, what = Path(MANIFEST), "parts"
+
+    def __missing__(self, name: str) -> V:
+        lacking = f"no {shown(name)} in its {self.what}"
+        raise DataError(f"{self.where}: damaged: {lacking}: restore it or make the artifact again")
+
+
+def _part(where: Path, what: str, said: Mapping[str, V]) -> _Part[V]:
+    part = _Part(said)
+    part.where, part.what = where, what
+    return part
+
+
+def _naming(path: Path, manifest: Manifest) -> Manifest:
+    """The same, whose parts name the file and themselves where one lacks what a reader needs."""
+    parents = {
+        role: replace(parent, digests=_part(path, f"parent {shown(role)}", parent.digests))
+        for role, parent in manifest.parents.items()
+    }
+    return replace(
+        manifest,
+        config=_part(path, "config", manifest.config),
+        counts=_part(path, "counts", manifest.counts),
+        parents=_part(path, "parents", parents),
+    )
 
 
 def _problem(manifest: Manifest) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_lopd.artifacts.digest_cache import digest_of, is_kept
 from megatron_lopd.artifacts.model_files import GENERATION, MORE_TEMPLATES, TEMPLATE, ModelFiles
 from megatron_lopd.artifacts.named_ids import named_ids
+from megatron_lopd.artifacts.places import without_places
 from megatron_lopd.errors import DataError, LopdError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
 from megatron_lopd.files.reading import read_bytes, read_object
@@ -114,7 +115,8 @@ def _deciding(files: ModelFiles) -> list[Path]:
 
 
 def _part() -> str:
-    return f"tokenizer, by transformers {version('transformers')}, tokenizers {version('tokenizers')}"
+    libraries = f"transformers {version('transformers')}, tokenizers {version('tokenizers')}"
+    return f"tokenizer without places, by {libraries}"
 
 
 def _loaded(files: ModelFiles) -> dict[str, Any]:
@@ -161,7 +163,14 @@ def _result(state: Any, end: int | None) -> str:
 
 def _of_files(files: ModelFiles, end: int | None, kind: str) -> str:
     made_of = [path for path in files.voice if path.name != GENERATION and path.suffix != ".jinja"]
-    return _result([kind, [[path.name, sha256_file(path)] for path in (*made_of, *files.code)]], end)
+    return _result([kind, [[path.name, _digest(path)] for path in (*made_of, *files.code)]], end)
+
+
+def _digest(path: Path) -> str:
+    """Of a file; of tokenizer_config.json without the places in it, which are not given away."""
+    if path.name != "tokenizer_config.json":
+        return sha256_file(path)
+    return sha256_bytes(canonical_json(without_places(read_object(path))))
 
 
 def _without_defaults(state: dict[str, Any]) -> dict[str, Any]:

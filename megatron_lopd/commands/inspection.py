@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lopd.artifacts.committed import CommittedFile
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import committed_files, is_committed, load_manifest
 from megatron_lopd.commands.verify import artifacts_of
@@ -50,8 +51,7 @@ def describe_path(path: Path, samples: int) -> Iterator[str]:
         if file.name.endswith(".arrow") and not file.path.parent.with_name(ANSWERS).is_file():
             yield from describe_shard(file, samples)
         if file.path.name == ANSWERS:
-            file.check()
-            yield from _describe_answers(file.path, samples)
+            yield from _describe_answers(file, samples)
 
 
 def _describe_run(path: Path) -> Iterator[str]:
@@ -73,11 +73,11 @@ def _describe_run(path: Path) -> Iterator[str]:
     yield f"look into one with lopd inspect {artifacts[0]}"
 
 
-def _describe_answers(path: Path, samples: int) -> Iterator[str]:
+def _describe_answers(file: Path | CommittedFile, samples: int) -> Iterator[str]:
     """The first `samples` graded answers of each mode."""
-    yield f"{path}: graded answers"
+    yield f"{file if isinstance(file, Path) else file.path}: graded answers"
     shown: Counter[str] = Counter()
-    for each in read_answers(path):
+    for each in read_answers(file):
         shown[each.mode] += 1
         if shown[each.mode] > samples:
             continue

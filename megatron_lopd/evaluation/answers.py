@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from megatron_lopd.artifacts.committed import CommittedFile
 from megatron_lopd.errors import DataError
-from megatron_lopd.files.reading import parse_json, read_lines
+from megatron_lopd.files.reading import lines_of, parse_json, read_lines
 from megatron_lopd.files.writing import atomic_file
 
 if TYPE_CHECKING:  # `lopd inspect` reads answers, and need not wait for what writes them
@@ -65,9 +66,18 @@ def _graded(rollout: Rollout, mode: str, prompt: Prompt, verdict: Verdict, text:
     return GradedAnswer(rollout.sample_id, mode, prompt.messages, prompt.answer, text, verdict.answer, word)
 
 
-def read_answers(path: Path) -> Iterator[GradedAnswer]:
+def _lines(file: Path | CommittedFile) -> Iterator[tuple[int, str]]:
+    if isinstance(file, Path):
+        yield from read_lines(file)
+    else:
+        with file.open() as stream:
+            yield from lines_of(stream, file.path)
+
+
+def read_answers(file: Path | CommittedFile) -> Iterator[GradedAnswer]:
     """What `write_answers` wrote, one at a time. DataError naming the line that is damaged."""
-    for number, line in read_lines(path):
+    path = file if isinstance(file, Path) else file.path
+    for number, line in _lines(file):
         where = f"{path}:{number}"
         plain = parse_json(line, where)
         if not _is_answer(plain):

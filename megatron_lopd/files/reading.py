@@ -141,17 +141,24 @@ def read_lines(
     Raises as `read_text`, naming the line.
     """
     with open_file(path, error=error, follow_links=follow_links) as stream:
-        number = 0
-        while True:
-            with reading(path, error):
-                line = stream.readline(limit + 1)
-            if not line:
-                return
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) > limit:
-                raise error(f"{where}: a line above {limit:,} bytes: it is no sample of text")
-            yield number, _decode(line, where, error, first=number == 1)
+        yield from lines_of(stream, path, limit=limit, error=error)
+
+
+def lines_of(
+    stream: BinaryIO, path: Path, *, limit: int = LINE_LIMIT, error: type[LopdError] = DataError
+) -> Iterator[tuple[int, str]]:
+    """As `read_lines`, of what is open already: the file at `path`."""
+    number = 0
+    while True:
+        with reading(path, error):
+            line = stream.readline(limit + 1)
+        if not line:
+            return
+        number += 1
+        where = f"{path}:{number}"
+        if len(line) > limit:
+            raise error(f"{where}: a line above {limit:,} bytes: it is no sample of text")
+        yield number, _decode(line, where, error, first=number == 1)
 
 
 def read_json(

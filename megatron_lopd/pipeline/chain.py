@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import (
     LINEAGE_FILE,
     OVERRIDE,
@@ -18,11 +19,13 @@ from megatron_lopd.artifacts.lineage import (
 )
 from megatron_lopd.artifacts.manifest import Manifest, Parent, committed_file, is_committed, load_manifest
 from megatron_lopd.errors import DataError, LineageError
+from megatron_lopd.pipeline.carried import carried_lineage
 from megatron_lopd.pipeline.plan_file import begun_plan
 from megatron_lopd.pipeline.proofs import SAME_STUDENT, SAME_TEACHER, SAME_TOKENS, evidence
 from megatron_lopd.pipeline.stage import identity_of
 
 EVALUATED = {"sft": "sft", "lightning_opd": "export"}  # by role, who made the model
+VOICE = ("tokenizer", "chat_template", "end_tokens")  # what of a model training leaves alone, and copies
 CHECKPOINTS = "checkpoints"  # the folder, in the directory of the stage that trains
 
 
@@ -44,16 +47,26 @@ def links(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
 
 
 def chain(run_dir: Path, stage: str, manifest: Manifest) -> dict[str, list[Proof]]:
-    """The `links` of a stage's artifact and of all that it comes from, by stage, the first made first."""
+    """The `links` of a stage's artifact and of all that it comes from, by stage, the first made first.
+
+    Raises as `links`, and DataError where one was made from itself.
+    """
     found: dict[str, list[Proof]] = {}
-
-    def walk(name: str, made: Manifest) -> None:
-        for parent in made.parents.values():
-            if parent.kind == "artifact" and parent.path not in found:
-                walk(parent.path, load_manifest(run_dir / parent.path))
-        found[name] = list(links(run_dir, name, made))
-
-    walk(stage, manifest)
+    line = [(stage, manifest)]  # each made from the next
+    while line:
+        name, made = line[-1]
+        left = (each.path for each in made.parents.values() if each.kind == "artifact")
+        parent = next((path for path in left if path not in found), None)
+        if parent is None:
+            found[name] = list(links(run_dir, name, made))
+            line.pop()
+        elif parent in (each for each, _ in line):
+            raise DataError(
+                f"{run_dir / name}: damaged: its manifest has it made from {parent}, which was made from it: "
+                "restore it or make the artifact again"
+            )
+        else:
+            line.append((parent, load_manifest(run_dir / parent)))
     return found
 
 
@@ -75,7 +88,7 @@ def _teacher(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
     if data is not None and data.kind == "file":
         yield _declared_answers(teacher, data)
     elif stage == "sft" and data is None:
-        yield _declared_checkpoint(manifest, teacher)
+        yield _taken_checkpoint(run_dir / stage, manifest, teacher)
     elif teacher is None or manifest.kind == "evaluation":
         return
     elif data is not None:
@@ -101,16 +114,39 @@ def _declared_answers(teacher: Parent | None, data: Parent) -> Proof:
     return Proof(f"{teacher.path} wrote {data.path}", "declared", "sft.teacher says so, and nothing else")
 
 
-def _declared_checkpoint(manifest: Manifest, teacher: Parent | None) -> Proof:
-    checkpoint = manifest.config.get("checkpoint")
+def _taken_checkpoint(directory: Path, manifest: Manifest, teacher: Parent | None) -> Proof:
+    """Who taught a student that was made elsewhere. LineageError where that is proved no longer."""
+    student = manifest.parents["student"]
     if teacher is None:
-        return Proof(f"nothing says who taught {checkpoint}", "declared", "sft.teacher is not set")
-    said = (
-        f"{LINEAGE_FILE} in it, and the artifact that it names"
-        if manifest.lineage == "proved"
-        else f"sft.teacher or {LINEAGE_FILE} says so, and no artifact that is here"
-    )
-    return Proof(f"{teacher.path} taught {checkpoint}", manifest.lineage, said)
+        return Proof(f"nothing says who taught {student.path}", "declared", "sft.teacher is not set")
+    said = f"sft.teacher or {LINEAGE_FILE} says so, and no artifact that is here"
+    if manifest.lineage == "proved":
+        said = f"{LINEAGE_FILE} in it, and the artifact that it names"
+        checkpoint = Path(student.path)
+        if not checkpoint.is_dir() or not _is_model(checkpoint, student):
+            said += ", when it was made: the model is not there to be looked at again"
+        elif reason := _why_taught_by_another(checkpoint, teacher):
+            raise LineageError(
+                f"refused: {directory} was proved by the lineage of {checkpoint}, and is no longer: "
+                f"{reason}: restore that, or remove {directory} and what follows to make them again"
+            )
+    return Proof(f"{teacher.path} taught {student.path}", manifest.lineage, said)
+
+
+def _is_model(directory: Path, model: Parent) -> bool:
+    found = fingerprint_model(directory).parts()
+    return all(found[part] == model.digests.get(part) for part in WHOLE_MODEL)
+
+
+def _why_taught_by_another(checkpoint: Path, teacher: Parent) -> str:
+    """Why a model does not prove by its lineage that it is `teacher`'s; empty where it does."""
+    carried = carried_lineage(checkpoint)
+    if carried is None:
+        return f"{checkpoint / LINEAGE_FILE} is missing"
+    if carried.status != "proved":
+        return carried.reason or f"it calls itself {carried.status}"
+    named = carried.lineage.teacher
+    return "" if named is not None and named.digests == teacher.digests else "it names another teacher"
 
 
 def _student(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
@@ -121,6 +157,11 @@ def _student(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
         made_by = parents.get("model") or parents.get("sft")
         if made_by is not None:
             yield from _made(run_dir, made_by.path, student, "the student that sampled")
+    if manifest.kind == "model" and student is not None and "sft" in parents:
+        yield from _made(run_dir, parents["sft"].path, student, "the student before it was trained")
+        if (written := _model_in(run_dir / stage, manifest)) is not None:
+            ours, theirs = Evidence(written, "what it made"), evidence(student, "that student")
+            yield _same("it speaks as that student does", ours, theirs, VOICE)
     if manifest.kind == "evaluation":
         for role, maker in EVALUATED.items():
             if role in parents:
@@ -138,12 +179,25 @@ def _student(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
 
 
 def _made(run_dir: Path, maker: str, model: Parent, who: str) -> Iterator[Proof]:
-    """That a model is the one that a stage of this run made; nothing where it made none."""
+    """That a model is the one that a stage of this run made, or took from elsewhere."""
     made = load_manifest(run_dir / maker)
-    if f"model/{LINEAGE_FILE}" in made.files:
-        said = committed_file(run_dir / maker, made, f"model/{LINEAGE_FILE}").read_json()["model"]
+    if (said := _model_in(run_dir / maker, made)) is not None:
         theirs = Evidence(said, f"what {maker} made")
         yield _same(f"{who} is what {maker} made", evidence(model, "it"), theirs)
+    elif (taken := made.parents.get("student")) is not None:
+        yield _same(f"{who} is what {maker} took", evidence(model, "it"), evidence(taken, f"{maker}'s"))
+
+
+def _model_in(directory: Path, manifest: Manifest) -> dict[str, str] | None:
+    """The digests of the model that an artifact holds; None where it holds none."""
+    if f"model/{LINEAGE_FILE}" not in manifest.files:
+        return None
+    file = committed_file(directory, manifest, f"model/{LINEAGE_FILE}")
+    said = file.read_json()
+    model = said.get("model") if isinstance(said, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(model.get(part), str) for part in WHOLE_MODEL):
+        raise DataError(f"{file.path}: damaged: it has not the digests of a model: make the artifact again")
+    return model
 
 
 def _job(directory: Path, manifest: Manifest) -> Iterator[Proof]:

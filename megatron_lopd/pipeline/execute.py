@@ -15,6 +15,7 @@ from typing import IO
 
 import megatron_lopd
 from megatron_lopd.artifacts.digest_cache import relying_on_hints, require_as_hashed
+from megatron_lopd.artifacts.lineage import prove_parent, worst
 from megatron_lopd.artifacts.manifest import (
     MANIFEST,
     Manifest,
@@ -23,10 +24,11 @@ from megatron_lopd.artifacts.manifest import (
     is_committed,
     load_manifest,
     refuse_links,
+    verify_files,
 )
 from megatron_lopd.artifacts.model_files import model_files
 from megatron_lopd.artifacts.unchanged import remember
-from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
+from megatron_lopd.errors import ConfigError, DataError, LineageError, LopdError, StopRequested
 from megatron_lopd.files.reading import read_object
 from megatron_lopd.files.writing import atomic_write_json, open_to_append
 from megatron_lopd.pipeline.plan_file import begin, begun_plan, has_parts, refuse_change
@@ -96,6 +98,7 @@ def _make(stage: Stage, run: ResolvedRun, plan: Plan, started: float) -> None:
     _record_seconds(directory, time.monotonic() - started)
     _require_models(plan)
     plan = stage.complete(run, plan)
+    _require_artifacts(stage.name, run, plan)
     manifest = commit(
         directory,
         stage.kind,
@@ -116,6 +119,20 @@ def _require_models(plan: Plan) -> None:
         if parent.kind == "model" and directory.is_dir():
             files = model_files(directory, weights=not parent.digests["weights"].startswith("random"))
             require_as_hashed(files.all)
+
+
+def _require_artifacts(stage: str, run: ResolvedRun, plan: Plan) -> None:
+    """Raise unless the artifacts of the plan are still what they were when this process hashed them.
+
+    Whatever was read of them by its path was then what their manifests say. What is gone by now was read.
+    LineageError where another is in the place of one, DataError where a file has changed.
+    """
+    for role, parent in plan.parents.items():
+        directory = run.directory / parent.path
+        if parent.kind in ("artifact", "checkpoint") and is_committed(directory):
+            manifest = load_manifest(directory)
+            prove_parent(stage, role, parent, manifest, directory)
+            verify_files(directory, manifest)
 
 
 def _execute_shared(stage: SharedStage, run: ResolvedRun, plan: Plan) -> None:
@@ -235,6 +252,12 @@ def check_unchanged(stage: Stage, run: ResolvedRun) -> None:
     if run.recipe.allow_teacher_mismatch and "teacher" in manifest.parents:
         plan.parents["teacher"] = manifest.parents["teacher"]  # the one that made it, whoever comes after
     refuse_change(stage.name, directory, manifest.config, manifest.parents, plan)
+    if worst([plan.lineage, manifest.lineage]) != manifest.lineage and not run.recipe.allow_teacher_mismatch:
+        raise LineageError(
+            f"refused: {directory} was {manifest.lineage} when it was made, and is {plan.lineage} now: lopd "
+            f"verify {directory} says why: restore that, or remove {directory} and what follows to make them "
+            "again"
+        )
 
 
 @relying_on_hints()

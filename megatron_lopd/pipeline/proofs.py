@@ -34,7 +34,7 @@ def prove_reference(run: ResolvedRun, reference: Parent) -> tuple[Manifest, list
     Raises LineageError when something does not hold, DataError when sft has not run or is damaged.
     """
     sft = run.unchanged_manifest("sft")
-    made = sft.parents["student"] if run.sft.checkpoint else _made_by_sft(run)
+    made = sft.parents["student"] if run.sft.checkpoint else _made_by(run, "sft")
     proofs = [
         prove_same(
             "the reference student is what sft made",
@@ -62,8 +62,21 @@ def prove_reference(run: ResolvedRun, reference: Parent) -> tuple[Manifest, list
     return sft, proofs
 
 
-def _made_by_sft(run: ResolvedRun) -> Parent:
-    directory = run.directory_of("sft") / "model"
+def prove_exported(run: ResolvedRun, model: Parent) -> tuple[Manifest, Proof]:
+    """The export manifest, with the proof that `model` is what export made. Raises as `prove_reference`."""
+    export = run.unchanged_manifest("export")
+    proof = prove_same(
+        "the trained student is what export made",
+        evidence(model, "the trained student"),
+        evidence(_made_by(run, "export"), "export's model"),
+        parts=WHOLE_MODEL,
+        allow=False,
+    )
+    return export, proof
+
+
+def _made_by(run: ResolvedRun, stage: str) -> Parent:
+    directory = run.directory_of(stage) / "model"
     lineage = read_model_lineage(directory)
     if lineage is None:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from megatron_lopd.artifacts.fingerprint import fingerprint_model
 from megatron_lopd.artifacts.lineage import ModelLineage, write_model_lineage
 from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent
+from megatron_lopd.artifacts.places import without_places
 from megatron_lopd.config import ExportConfig, Recipe, TrainConfig, TrainingConfig
 from megatron_lopd.convert.hf_checkpoint import check_weights
 from megatron_lopd.convert.offline import megatron_to_hf
@@ -18,7 +18,7 @@ from megatron_lopd.data.end_tokens import end_tokens, write_end_tokens
 from megatron_lopd.data.vocabulary import load_tokenizer
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.families.architecture import check_layout
-from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import atomic_write_json, remove
 from megatron_lopd.loggers import METRICS_FILE, require_every_step
 from megatron_lopd.mcore import compat
@@ -150,19 +150,20 @@ def write_student(
 
 def seal_model(out_dir: Path, lineage: ModelLineage) -> list[str]:
     """Write the lineage of the model in `out_dir`, with its fingerprint; returns its files, relative."""
-    _forget_place(out_dir / "config.json")
+    for path in out_dir.rglob("*config.json"):
+        _forget_places(path)
     model = fingerprint_model(out_dir).parts()
     write_model_lineage(out_dir, ModelLineage(**(vars(lineage) | {"model": model})))
     files = (path for path in out_dir.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(out_dir)) for path in files)
 
 
-def _forget_place(config: Path) -> None:
-    """Leave the name alone of what a library has noted in a config.json as the place that it read it from."""
-    noted = read_object(config)
-    place = noted.get("_name_or_path")
-    if isinstance(place, str) and os.path.isabs(place):
-        atomic_write_json(config, noted | {"_name_or_path": Path(place).name})
+def _forget_places(path: Path) -> None:
+    """Leave the last name alone of each place that a library has noted as where it read something from."""
+    noted = read_json(path)
+    without = without_places(noted)
+    if without != noted:
+        atomic_write_json(path, without)
 
 
 def lineage_of(

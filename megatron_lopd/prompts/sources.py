@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_lopd.artifacts.digest_cache import digest_of, stamp
 from megatron_lopd.artifacts.manifest import Parent
 from megatron_lopd.config import PromptSource
-from megatron_lopd.errors import ConfigError
+from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
 from megatron_lopd.prompts.prompt import Prompt
 from megatron_lopd.prompts.reader import Reader, reader_of
@@ -54,10 +54,13 @@ class PromptSet:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """The prompts, in order."""
-        reader = self._reader()
+        """The prompts, in order. DataError where the parent that was told of them before is of others."""
+        reader, told = self._reader(), self.__dict__.get("parent")
         self._read = None if reader is None else stamp(Path(self._source.path or ""))
-        return load_prompts(self._source, self._split, self._seed)
+        prompts = load_prompts(self._source, self._split, self._seed)
+        if told is not None and told.digests["sha256"] != _digest_of_prompts(prompts):
+            raise DataError(f"{told.path}: changed since it was hashed: leave it alone, and start again")
+        return prompts
 
     @cached_property
     def parent(self) -> Parent:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.config import deciding
 from megatron_lopd.engines import kind_of
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline.encoded import longest_prompt
+from megatron_lopd.pipeline.proofs import prove_exported, prove_reference, status_of
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
 from megatron_lopd.pipeline.text_checks import check_evaluated
@@ -51,8 +53,19 @@ class EvaluateStage(SharedStage):
         parents = {_role(name): each.parent for name, each in run.evaluation_sets.items()}
         for name, model in models_of(run).items():
             parents[name] = run.teacher_parent(self.name) if name == "teacher" else model.parent
-        made_by = run.manifest("train" if run.recipe.train is not None else "sft")
-        return Plan(deciding(run.recipe.evaluate) | {"seed": run.recipe.seed}, parents, made_by.lineage)
+        sft, found = prove_reference(run, parents["sft"])
+        made = {"sft": sft}
+        if run.recipe.train is not None:
+            made["export"], proof = prove_exported(run, parents["lightning_opd"])
+            found.append(proof)
+        if _teacher_prompts(run):
+            made["generate"] = run.manifest("generate")
+        parents |= {f"{stage} stage": artifact_parent(stage, each) for stage, each in made.items()}
+        return Plan(
+            config=deciding(run.recipe.evaluate) | {"seed": run.recipe.seed},
+            parents=parents,
+            lineage=status_of(found, *(each.lineage for each in made.values())),
+        )
 
     def share(self, run: ResolvedRun, plan: Plan) -> None:
         from megatron_lopd.evaluation.grading import answering

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_lopd.artifacts.lineage import ModelLineage, artifact_parent
 from megatron_lopd.config import deciding
 from megatron_lopd.files.writing import remove
+from megatron_lopd.pipeline.proofs import prove_reference, status_of
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage
 
@@ -36,11 +37,17 @@ class ExportStage(Stage):
         return lines
 
     def plan(self, run: ResolvedRun) -> Plan:
-        train = run.manifest("train")
-        parents = {"train": artifact_parent("train", train)}
+        train, student = run.manifest("train"), run.reference.parent
+        sft, found = prove_reference(run, student)  # whose config.json and tokenizer are copied
+        parents = {
+            "sft": artifact_parent("sft", sft),
+            "student": student,
+            "train": artifact_parent("train", train),
+        }
         if run.recipe.export.quantization == "fp8":  # calibration reads them again
             parents["rollout"] = artifact_parent("rollout", run.manifest("rollout"))
-        return Plan(deciding(run.recipe.export), parents, train.lineage)
+        lineage = status_of(found, sft.lineage, train.lineage)
+        return Plan(deciding(run.recipe.export), parents, lineage)
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.pipeline.students import lineage_of, write_student

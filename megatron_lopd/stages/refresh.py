@@ -61,13 +61,18 @@ class RefreshStudentStage(Stage):
 
     def plan(self, run: ResolvedRun) -> Plan:
         config = deciding(run.recipe.export) | {"step": self.round.first_step}
+        student = run.reference.parent
+        sft, found = proofs.prove_reference(run, student)  # whose config.json and tokenizer are copied
         if run.is_committed(self.name):  # train may have removed the checkpoint since
             made, _ = prove_student(run, self.round, train_identity(run))
-            return Plan(config, {"checkpoint": made.parents["checkpoint"]}, made.lineage)
-        path, checkpoint = checkpoint_of(run, self.round, rehash=False)  # `commit` reads it, and does
-        digests = {"id": checkpoint.id, "identity": checkpoint.config["identity"]}
-        where = str(path.relative_to(run.directory))
-        return Plan(config, {"checkpoint": Parent("checkpoint", where, digests)}, checkpoint.lineage)
+            checkpoint, lineage = made.parents["checkpoint"], made.lineage
+        else:
+            path, manifest = checkpoint_of(run, self.round, rehash=False)  # `commit` reads it, and does
+            digests = {"id": manifest.id, "identity": manifest.config["identity"]}
+            checkpoint = Parent("checkpoint", str(path.relative_to(run.directory)), digests)
+            lineage = manifest.lineage
+        parents = {"checkpoint": checkpoint, "sft": artifact_parent("sft", sft), "student": student}
+        return Plan(config, parents, proofs.status_of(found, sft.lineage, lineage))
 
     def commit(self, run: ResolvedRun, plan: Plan) -> Output:
         from megatron_lopd.pipeline.students import lineage_of, write_student

@@ -57,7 +57,7 @@ class ReportStage(Stage):
             for stage in ("sft", "train")
             if stage in manifests
         }
-        page = render_page(summary, histories, _graph(run, manifests, proofs), _answers(run))
+        page = render_page(summary, histories, _graph(run, manifests, proofs), _answers(run, manifests))
         atomic_write_json(directory / SUMMARY, summary)
         with atomic_file(directory / PAGE, "w") as stream:
             stream.write(page)
@@ -128,7 +128,7 @@ def _summary(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proo
     }
 
 
-def _answers(run: ResolvedRun) -> list[Examples]:
+def _answers(run: ResolvedRun, manifests: dict[str, Manifest]) -> list[Examples]:
     """Some of what each model answered to each set."""
     from megatron_lopd.evaluation.answers import ANSWERS, read_answers
     from megatron_lopd.report.accuracy import MODELS
@@ -138,7 +138,7 @@ def _answers(run: ResolvedRun) -> list[Examples]:
     return [
         examples(
             f"{MODELS.get(model, model)}{f' on {name}' if len(sets) > 1 else ''}",
-            read_answers(directory / model / name / ANSWERS),
+            read_answers(committed_file(directory, manifests["evaluate"], f"{model}/{name}/{ANSWERS}")),
         )
         for name in sets
         for model in models_of(run)
@@ -202,16 +202,16 @@ def _graph(run: ResolvedRun, manifests: dict[str, Manifest], proofs: list[Proof]
     edges = []
     for stage, manifest in manifests.items():
         nodes[stage] = Node(stage, "artifact", stage, manifest.id, str(run.directory_of(stage)))
+        made_from: dict[str, str] = {}  # the role of each, the first that it has
         for role, parent in manifest.parents.items():
             if parent.kind == "artifact" and parent.path in manifests:
-                edges.append(Edge(parent.path, stage, role))
+                made_from.setdefault(parent.path, role)
             elif parent.kind == "model":
-                maker = _maker(parent.path, run, manifests)
+                maker, weights = _maker(parent.path, run, manifests), parent.digests["weights"]
                 if maker is None:
-                    weights = parent.digests["weights"]
                     nodes.setdefault(weights, Node(weights, "model", role, weights, parent.path))
-                if maker not in {edge.parent for edge in edges if edge.child == stage}:
-                    edges.append(Edge(maker or parent.digests["weights"], stage, role))
+                made_from.setdefault(maker or weights, role)
+        edges += [Edge(parent, stage, role) for parent, role in made_from.items()]
     about = {
         proved.SAME_TEACHER: ("generate", "score"),
         proved.SAME_STUDENT: ("rollout", "train"),

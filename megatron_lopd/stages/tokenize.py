@@ -6,8 +6,11 @@ token in the response; nothing was sampled, so there are no behaviour log-probs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_lopd.artifacts.digest_cache import digest_of, require_as_hashed
 from megatron_lopd.artifacts.manifest import Parent
 from megatron_lopd.files.digests import sha256_file
 from megatron_lopd.pipeline.resolved import Model, ResolvedRun
@@ -19,6 +22,10 @@ from megatron_lopd.pipeline.text_checks import (
     student_chat,
     tokenized,
 )
+
+if TYPE_CHECKING:
+    from megatron_lopd.data.chat import Chat
+    from megatron_lopd.data.records import Rollout
 
 
 class TokenizeStage(Stage):
@@ -41,7 +48,9 @@ class TokenizeStage(Stage):
     def plan(self, run: ResolvedRun) -> Plan:
         data = data_file(run)
         parents = {
-            "data": Parent("file", str(data), {"sha256": sha256_file(data)}),
+            "data": Parent(
+                "file", str(data), {"sha256": digest_of("sft.data", [data], lambda: sha256_file(data))}
+            ),
             "student": run.student_parent,
         }
         if run.sft.teacher is not None:
@@ -57,9 +66,15 @@ class TokenizeStage(Stage):
 
         directory, chat = run.directory_of(self.name), student_chat(run)
         name = shard_name(ROLLOUTS, 0)
-        write_shard(directory / name, ROLLOUTS, tokenized(run, chat), identity_of(plan))
+        write_shard(directory / name, ROLLOUTS, _as_hashed(run, chat), identity_of(plan))
         voice = copy_voice(run.student.directory, directory / "tokenizer", chat.end_tokens)
         return Output(
             [name, *(f"tokenizer/{file}" for file in voice)],
             count_rollouts(ShardReader(ROLLOUTS, [directory / name])),
         )
+
+
+def _as_hashed(run: ResolvedRun, chat: Chat) -> Iterator[Rollout]:
+    """As `tokenized`. DataError where the file is not the one that was hashed for the plan."""
+    yield from tokenized(run, chat)
+    require_as_hashed([data_file(run)])

@@ -194,7 +194,7 @@ def _progress_of(path: Path, manifest: Manifest) -> Progress:
             and isinstance(config["identity"], str)
             and isinstance(config["architecture"], dict)
         )
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError, DataError):  # that of a manifest that lacks one
         whole = False
     if not whole:
         raise DataError(f"{path / MANIFEST}: damaged: it records no progress of a job: remove {path}")

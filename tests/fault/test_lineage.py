@@ -417,6 +417,13 @@ def test_a_model_that_is_given_away_names_no_folder(tmp_path: Path, monkeypatch:
     (root / "sft.jsonl").write_text("".join(f'{{"prompt": "{at}+2*3"}}\n' for at in range(1, 9)))
     config = json.loads((root / "student/config.json").read_text())  # as libraries have written it
     (root / "student/config.json").write_text(json.dumps(config | {"_name_or_path": f"{root}/student"}))
+    voice = json.loads((root / "teacher/tokenizer_config.json").read_text())
+    noted = {
+        "special_tokens_map_file": f"{root}/map.json",
+        "tokenizer_file": "../somebody's home/tokenizer.json",
+    }
+    noted |= {"name_or_path": f"{root}/teacher/", "_name_or_path": "owner/model"}
+    (root / "teacher/tokenizer_config.json").write_text(json.dumps(voice | noted))
     monkeypatch.chdir(tmp_path)
     places = {"run_dir": "run", "teacher.model": "teacher", "student.model": "student"}
     absolute = [f"{key}={json.dumps(f'{root}/{name}')}" for key, name in places.items()]
@@ -426,6 +433,24 @@ def test_a_model_that_is_given_away_names_no_folder(tmp_path: Path, monkeypatch:
     model = root / "run/sft/model"
     for path in model.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path
+        assert b"somebody" not in path.read_bytes(), path
+    kept = json.loads((model / "tokenizer_config.json").read_text())
+    assert (kept["name_or_path"], kept["_name_or_path"]) == ("teacher", "owner/model")
     lineage = json.loads((model / "lopd_lineage.json").read_text())
     assert lineage["teacher"]["path"] == "teacher"
     assert lineage["chain"]["generate"]["parents"]["prompts"]["path"] == "sft.jsonl"
+
+
+def test_a_tokenizer_that_is_its_files_is_the_same_without_the_places_in_them(tmp_path: Path) -> None:
+    """As one with code of its own is. Its student is given away without them, and must speak as it does."""
+    make_model_dir(tmp_path, seed=1, **SMALL)
+    (tmp_path / "own.py").write_text("class Own: ...\n")
+    path = tmp_path / "tokenizer_config.json"
+    said = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    digests = set()
+    for place in ("/somebody/model", "/other/model", "model"):
+        path.write_text(json.dumps(said | {"name_or_path": place}))
+        digests.add(fingerprint_model(tmp_path).tokenizer)
+    assert len(digests) == 1
+    path.write_text(json.dumps(said | {"name_or_path": "model", "model_max_length": 7}))
+    assert fingerprint_model(tmp_path).tokenizer not in digests, "a tokenizer with code is its files"

@@ -212,6 +212,10 @@ def test_a_student_of_another_step_is_refused(root: Path, capsys: pytest.Capture
     shutil.rmtree(root / "run/refresh-02")
     shutil.copytree(root / "run/refresh-01", root / "run/refresh-02")
     refused(capsys, ["train", "recipe.yaml"], 3, "refresh-02/student", "step 3", "step 6")
+    made = load_manifest(root / "run/refresh-02/student")
+    stepless = {name: value for name, value in made.config.items() if name != "step"}
+    write_manifest(root / "run/refresh-02/student", replace(made, config=stepless))
+    refused(capsys, ["train", "recipe.yaml"], 1, "student/manifest.json: damaged: no 'step' in its config")
 
 
 def test_another_teacher_may_not_score_a_refresh(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
