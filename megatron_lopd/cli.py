@@ -6,12 +6,9 @@ import argparse
 import io
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import yaml
@@ -24,6 +21,7 @@ from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequeste
 from megatron_lopd.files.writing import open_to_append
 from megatron_lopd.runtime import environment
 from megatron_lopd.runtime.display import printable, say
+from megatron_lopd.runtime.signals import interrupted_at_once
 
 EXIT_CODES = """exit codes:
   0   done
@@ -68,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     options = parse(arguments)
-    with _noticing_interrupts() as interrupted:
+    with interrupted_at_once() as interrupted:
         try:
             environment.make_writable()
             digest_cache.session()  # of the processes that this one starts, too
             options.handler(options)
         except LopdError as error:
-            if interrupted:  # taken, by whoever caught it, for a module or a model that does not load
+            if interrupted():  # taken, by whoever caught it, for a module or a model that does not load
                 return _say_interrupted(options)
             return _say_error(options, error)
         except BrokenPipeError:  # `lopd inspect ... | head`
@@ -117,25 +115,6 @@ def _say_error(options: argparse.Namespace, error: LopdError) -> int:
 def _say_interrupted(options: argparse.Namespace) -> int:
     say(f"lopd {options.command}: interrupted: run the same command again to go on", error=True)
     return 130
-
-
-@contextmanager
-def _noticing_interrupts() -> Iterator[list[int]]:
-    """A list that Ctrl-C puts something into, beside raising KeyboardInterrupt as ever."""
-    interrupted: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupted.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield interrupted
-    finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
 
 
 def _record_end(error: LopdError) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -55,23 +55,59 @@ def stopping_at_once(message: str) -> Iterator[None]:
     For work that has nothing to save: what it has in hand is dropped and made again. Further signals do
     not disturb the way out.
     """
+    with _raising(STOP_SIGNALS, lambda: StopRequested(message), StopRequested, once=True) as raised:
+        try:
+            yield
+        except LopdError as error:
+            if raised() and not isinstance(
+                error, StopRequested
+            ):  # in an import, say, taken for a fault
+                raise StopRequested(message) from error
+            raise
 
+
+@contextmanager
+def interrupted_at_once() -> Iterator[Callable[[], bool]]:
+    """While entered, Ctrl-C raises KeyboardInterrupt as ever, also where Python drops it the first time.
+
+    Gives whether it has. Nothing changes where somebody else answers Ctrl-C.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    with _raising((signal.SIGINT,), KeyboardInterrupt, KeyboardInterrupt, once=False) as raised:
+        yield raised
+
+
+@contextmanager
+def _raising(
+    numbers: Sequence[signal.Signals],
+    make: Callable[[], BaseException],
+    kind: type[BaseException],
+    *,
+    once: bool,
+) -> Iterator[Callable[[], bool]]:
+    """While entered, a signal of `numbers` raises `make()`, a `kind`, wherever the main thread is.
+
+    That may be a finalizer, of which Python reports what it raises and goes on: then it is raised again. With
+    `once` further signals do nothing. Gives whether it has been raised.
+    """
     raised = reporting = missed = False
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def answer(number: int, frame: FrameType | None) -> None:
         nonlocal raised, missed
-        if raised:
+        if raised and once:
             return
         if reporting:  # what is raised there goes nowhere
             missed = True
             return
         raised = True
-        raise StopRequested(message)
+        raise make()
 
     def unraisable(dropped: sys.UnraisableHookArgs) -> None:
         nonlocal raised, reporting, missed
         reporting = True
-        if isinstance(dropped.exc_value, StopRequested):  # it came while Python ran a finalizer
+        if isinstance(dropped.exc_value, kind):  # it came while Python ran a finalizer
             raised, missed = False, True
         else:
             report(dropped)
@@ -84,19 +120,15 @@ def stopping_at_once(message: str) -> Iterator[None]:
         assert main is not None  # it runs
         while not over.wait(AGAIN_SECONDS):
             if not raised:
-                signal.pthread_kill(main, STOP_SIGNALS[0])
+                signal.pthread_kill(main, numbers[0])
 
     over = threading.Event()
     # Another thread, for the main one is in the finalizer still.
     asking = threading.Thread(target=ask_again, daemon=True)
     report, sys.unraisablehook = sys.unraisablehook, unraisable
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, answer) for number in numbers}
     try:
-        yield
-    except LopdError as error:
-        if raised and not isinstance(error, StopRequested):  # raised in an import, say, and taken for a fault
-            raise StopRequested(message) from error
-        raise
+        yield lambda: raised
     finally:
         try:
             over.set()

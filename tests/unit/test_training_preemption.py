@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_lopd.errors import ConfigError, StopRequested
-from megatron_lopd.runtime.signals import STOP_SIGNALS, stopping_at_once
+from megatron_lopd.runtime.signals import STOP_SIGNALS, interrupted_at_once, stopping_at_once
 
 
 class _Finalized:
@@ -56,6 +56,24 @@ def test_a_stop_is_never_dropped(ask: Callable[[], None], capsys: pytest.Capture
     with pytest.raises(StopRequested, match="enough"), stopping_at_once("enough"):
         _be_asked(ask)
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ask", [_in_the_loop, _in_a_finalizer, _in_a_callback])
+def test_an_interrupt_is_never_dropped(
+    ask: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C, as one that came while a weak reference went; then a second, on the way out of the first."""
+    kill = os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: kill(pid, signal.SIGINT))
+    monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
+    with interrupted_at_once() as interrupted:
+        assert not interrupted()
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                _be_asked(ask)
+            assert interrupted()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "Exception ignored" not in capsys.readouterr().err
 
 
