@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+_LONGEST_REASON = 300  # characters
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library's error says, in a line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}..."
+
 
 class LopdError(Exception):
     """Base of every error raised on purpose. The message is one line: what, where, what to do."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_lopd.artifacts.digest_cache import digest_of
 from megatron_lopd.artifacts.model_files import ModelFiles
-from megatron_lopd.errors import DataError, LopdError
+from megatron_lopd.errors import DataError, LopdError, reason_of
 from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
 from megatron_lopd.files.reading import read_object
 
@@ -66,8 +66,7 @@ def _as_loaded(files: ModelFiles, raw: dict[str, Any]) -> dict[str, Any]:
     except LopdError:  # a request to stop
         raise
     except Exception as error:  # noqa: BLE001 - its validators raise errors of several libraries
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{files.config}: transformers does not load it: {reason}") from None
+        raise DataError(f"{files.config}: transformers does not load it: {reason_of(error)}") from None
     if found.get("architectures") == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)]:
         del found["architectures"]  # which is what is loaded where none is named
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))

@@ -7,7 +7,6 @@ never by comparing names.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent, is
 from megatron_lopd.artifacts.model_files import model_files
 from megatron_lopd.artifacts.weights_digest import weights_digest
 from megatron_lopd.errors import DataError, LineageError
-from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.reading import is_there, read_object
 from megatron_lopd.files.writing import atomic_write_json
 
 LINEAGE_FILE = "lopd_lineage.json"
@@ -131,7 +130,7 @@ def read_model_lineage(directory: str | Path) -> ModelLineage | None:
     it is malformed.
     """
     path = Path(directory) / LINEAGE_FILE
-    if not os.path.lexists(path):
+    if not is_there(path):
         return None
     raw = read_object(path)
     try:

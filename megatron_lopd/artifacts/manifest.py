@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args
 from megatron_lopd.artifacts.committed import CommittedFile, FileEntry, seal, verify
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes
-from megatron_lopd.files.reading import parse_json, read_bytes, read_text
+from megatron_lopd.files.reading import is_there, parse_json, read_bytes, read_text
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_file, fsync_directory, remove
 
 MANIFEST = "manifest.json"
@@ -78,7 +78,7 @@ class Manifest:
 
 def is_committed(directory: Path) -> bool:
     """Whether there is a manifest in `directory`, which then must be a whole artifact."""
-    return os.path.lexists(directory / MANIFEST)
+    return is_there(directory / MANIFEST)
 
 
 def commit(
@@ -134,7 +134,6 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
             lineage=raw["lineage"],
         )
         problem = _problem(manifest)
-        manifest = _naming(path, manifest)
     except (KeyError, TypeError, AttributeError) as error:
         problem = f"a part is missing or of the wrong type ({error})"
     if problem is None and manifest.text().encode() != read_bytes(path, follow_links=False):
@@ -143,7 +142,7 @@ def load_manifest(directory: Path, kind: str | None = None) -> Manifest:
         raise DataError(f"{path}: damaged: {problem}: restore it or make the artifact again")
     if kind is not None and manifest.kind != kind:
         raise DataError(f"{directory}: holds {manifest.kind}, not {kind}: give another path")
-    return manifest
+    return _naming(path, manifest)
 
 
 class _Part(dict[str, V]):

@@ -15,6 +15,7 @@ followed, since hub caches are made of them.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,14 @@ from typing import Any
 
 from megatron_lopd.artifacts.tensor_files import TensorLocation, tensor_locations
 from megatron_lopd.errors import DataError
-from megatron_lopd.files.reading import read_object, reading, require_regular
+from megatron_lopd.files.reading import (
+    is_directory,
+    is_there,
+    names_in,
+    read_object,
+    reading,
+    require_regular,
+)
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,7 +74,7 @@ class ModelFiles:
     @property
     def of_weights(self) -> list[Path]:
         """The weights, and their index where there is one."""
-        return [*self.weights, *(path for path in (self.root / INDEX,) if self.weights and path.exists())]
+        return [*self.weights, *(path for path in (self.root / INDEX,) if self.weights and is_there(path))]
 
     @property
     def all(self) -> list[Path]:
@@ -85,7 +93,7 @@ class ModelFiles:
                     first = found[location.name].path.name
                     raise DataError(f"{path}: tensor {location.name} is in {first} too: remove one of them")
                 found[location.name] = location
-        if (self.root / INDEX).exists():
+        if is_there(self.root / INDEX):
             self._check_index({name: location.path.name for name, location in found.items()})
         return list(found.values())
 
@@ -105,7 +113,7 @@ def model_files(directory: str | Path, *, weights: bool = True) -> ModelFiles:
     Raises DataError, naming the file, when one is missing or no regular file, or when loaders would differ.
     """
     root = Path(directory)
-    if not root.is_dir():
+    if not is_directory(root):
         raise DataError(f"{root}: no such model directory: give a Hugging Face checkpoint directory")
     config = root / CONFIG
     if not _is_there(config):
@@ -138,14 +146,14 @@ def voice_files(root: Path) -> list[Path]:
     found = [
         path
         for pattern in (GENERATION, *TOKENIZER, *TEMPLATES)
-        for path in ([root / pattern] if "*" not in pattern else sorted(root.glob(pattern)))
+        for path in ([root / pattern] if "*" not in pattern else _matching(root, pattern))
     ]
     return [path for path in found if _is_there(path)]
 
 
 def _is_there(path: Path) -> bool:
     """Whether anything has this name. DataError unless that is a regular file, or a link to one."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         return False
     with reading(path):
         require_regular(path, path.stat().st_mode)
@@ -170,7 +178,7 @@ def _weights(root: Path) -> tuple[Path, ...]:
     if not _is_there(files[0]):
         if stray:
             raise DataError(f"{stray[0]}: neither {WEIGHTS} nor in an {INDEX}: name it so, or add the index")
-        pickled = any(root.glob("*.bin"))
+        pickled = _matching(root, "*.bin")
         advice = "convert it to safetensors first (pickles are never loaded)"
         raise DataError(f"{root}: no {WEIGHTS}: {advice if pickled else 'give another path'}")
     if stray:
@@ -184,8 +192,14 @@ def _weights(root: Path) -> tuple[Path, ...]:
 
 def _safetensors(root: Path) -> Sequence[Path]:
     """All that a loader could take for weights; and other indices, which are of others."""
-    indices = [path for path in root.glob("*.safetensors.index.json") if path.name != INDEX]
-    return sorted([*root.glob("*.safetensors"), *indices])
+    indices = [path for path in _matching(root, "*.safetensors.index.json") if path.name != INDEX]
+    return sorted([*_matching(root, "*.safetensors"), *indices])
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    """As `Path.glob`, which takes a folder that cannot be listed for an empty one."""
+    folder = root / os.path.dirname(pattern)
+    return [folder / name for name in fnmatch.filter(names_in(folder), os.path.basename(pattern))]
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_lopd.artifacts.model_files import CONFIG, GENERATION
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.reading import is_file, read_object
 
 
 def named_ids(directory: Path) -> tuple[Path, list[int]]:
@@ -29,4 +29,4 @@ def named_ids(directory: Path) -> tuple[Path, list[int]]:
 
 def object_in(path: Path) -> dict[str, Any]:
     """A JSON object's fields; none of a file that is not there."""
-    return read_object(path, error=ConfigError) if path.is_file() else {}
+    return read_object(path, error=ConfigError) if is_file(path) else {}

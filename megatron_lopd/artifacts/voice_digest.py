@@ -19,9 +19,9 @@ from megatron_lopd.artifacts.digest_cache import digest_of, is_kept
 from megatron_lopd.artifacts.model_files import GENERATION, MORE_TEMPLATES, TEMPLATE, ModelFiles
 from megatron_lopd.artifacts.named_ids import named_ids
 from megatron_lopd.artifacts.places import without_places
-from megatron_lopd.errors import DataError, LopdError
+from megatron_lopd.errors import DataError, LopdError, reason_of
 from megatron_lopd.files.digests import canonical_json, sha256_bytes, sha256_file
-from megatron_lopd.files.reading import read_bytes, read_object
+from megatron_lopd.files.reading import is_there, read_bytes, read_object
 
 _RUNTIME_STATE = ("truncation", "padding", "version")
 _TAGS = ("block_begin", "block_end", "variable_begin", "variable_end")
@@ -128,6 +128,8 @@ def _loaded(files: ModelFiles) -> dict[str, Any]:
 def _load(files: ModelFiles) -> str:
     if files.code:  # never run to be hashed: its identity is its files
         return _of_files(files, None, "with code of its own")
+    for path in files.voice:
+        read_bytes(path)  # a loader names no file that it cannot read, and reads without a limit
     from transformers import AutoTokenizer  # takes seconds
     from transformers.utils import logging
 
@@ -138,14 +140,13 @@ def _load(files: ModelFiles) -> str:
     except LopdError:  # a request to stop
         raise
     except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower one
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{files.root}: its tokenizer does not load: {reason}") from None
+        raise DataError(f"{files.root}: its tokenizer does not load: {reason_of(error)}") from None
     finally:
         logging.set_verbosity(before)
     listed = {path.name for path in files.voice}
     read = {name for name in type(tokenizer).vocab_files_names.values() if name}
     for name in sorted(read - listed):
-        if (files.root / name).exists():
+        if is_there(files.root / name):
             raise DataError(
                 f"{files.root / name}: the tokenizer reads it, and lopd would not: make a tokenizer.json"
             )

@@ -41,7 +41,7 @@ from megatron_lopd.artifacts.manifest import (
 )
 from megatron_lopd.errors import CheckpointError, DataError
 from megatron_lopd.files.digests import HashedFile
-from megatron_lopd.files.reading import open_file, reading
+from megatron_lopd.files.reading import is_there, open_file, reading
 from megatron_lopd.mcore.private import (
     INDEX_MODULES,
     MetadataIndex,
@@ -141,7 +141,7 @@ class TorchDistReader:
         if self._manifest is not None:
             verify_files(self.directory, self._manifest)
         path = self.directory / INDEX
-        if not os.path.lexists(path):
+        if not is_there(path):
             raise DataError(f"{self.directory}: not a torch_dist checkpoint (no {INDEX}): give its directory")
         with self._open(INDEX) as stream:
             try:

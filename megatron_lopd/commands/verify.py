@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megatron_lopd.artifacts.manifest import (
     unlisted_files,
 )
 from megatron_lopd.errors import DataError
+from megatron_lopd.files.reading import is_directory, is_there, names_in
 from megatron_lopd.pipeline.chain import CHECKPOINTS, chain, links, require_as_good
 from megatron_lopd.pipeline.rounds import committed_parts, run_directory
 
@@ -30,7 +30,7 @@ SHOWN = 5  # names in a line
 
 def verify_path(path: Path) -> Iterator[str]:
     """Yield a line for each thing that holds. DataError or LineageError at the first that does not."""
-    if not path.is_dir():
+    if not is_directory(path):
         raise DataError(f"{path}: no such directory")
     if is_committed(path):
         yield from _verify_artifact(path, whole_chain=True)
@@ -44,9 +44,10 @@ def verify_path(path: Path) -> Iterator[str]:
 
 def artifacts_of(run: Path) -> list[Path]:
     """What is committed in a run's directory. DataError where there is no directory."""
-    if not run.is_dir():
+    if not is_directory(run):
         raise DataError(f"{run}: no such directory")
-    stages = sorted(child for child in run.iterdir() if child.is_dir() and is_committed(child))
+    children = [run / name for name in names_in(run)]
+    stages = [child for child in children if is_directory(child) and is_committed(child)]
     return [*stages, *committed_parts(run)]
 
 
@@ -73,7 +74,7 @@ def _verify_model(path: Path) -> Iterator[str]:
     around = (*path.parents, *path.absolute().parents)
     artifact = next((each for each in around if is_committed(each)), None)
     if artifact is None:
-        if not os.path.lexists(path / LINEAGE_FILE):
+        if not is_there(path / LINEAGE_FILE):
             raise DataError(
                 f"{path}: neither an artifact, a run directory nor a model: nothing here is committed"
             )
@@ -88,7 +89,7 @@ def _verify_model(path: Path) -> Iterator[str]:
     yield _intact(path, manifest, files)
     require_listed(path)
     yield from _why(artifact, manifest, whole_chain=True)
-    if os.path.lexists(path / LINEAGE_FILE):
+    if is_there(path / LINEAGE_FILE):
         yield _carried(path)
 
 

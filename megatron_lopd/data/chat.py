@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from megatron_lopd.data.end_tokens import end_tokens
 from megatron_lopd.data.printed import first_unprinted, leaves, marked, reaches, shape
-from megatron_lopd.data.vocabulary import first_line, load_tokenizer
-from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.data.vocabulary import load_tokenizer
+from megatron_lopd.errors import ConfigError, DataError, reason_of
 from megatron_lopd.prompts.clock import without_clock
 from megatron_lopd.prompts.prompt import Message
 from megatron_lopd.runtime.bounded import Failed, bounded
@@ -56,7 +56,7 @@ class Chat:
         try:
             template: str = self.tokenizer.get_chat_template()
         except Exception as error:  # noqa: BLE001 - of several templates none is the default one, say
-            raise ConfigError(f"{model_dir}: no chat template to use: {first_line(error)}") from None
+            raise ConfigError(f"{model_dir}: no chat template to use: {reason_of(error)}") from None
         if _CHANCE.search(template):
             raise ConfigError(
                 f"{model_dir}: the chat template draws at random, and a prompt must be the same each time it "

@@ -15,16 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lopd.errors import ConfigError
+from megatron_lopd.artifacts.model_files import CONFIG, voice_files
+from megatron_lopd.errors import ConfigError, reason_of
+from megatron_lopd.files.reading import is_directory, is_there, read_bytes
 
 # What a tokenizer is loaded from, whichever kind it is.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
 def load_tokenizer(model_dir: str | Path, trust_remote_code: bool = False) -> Any:
-    """The directory's tokenizer. ConfigError when it has none that loads."""
-    if not Path(model_dir).is_dir():
+    """The directory's tokenizer. ConfigError when it has none that loads, DataError as `voice_files`."""
+    root = Path(model_dir)
+    if not is_directory(root):
         raise ConfigError(f"{model_dir}: no such model directory")
+    for path in (root / CONFIG, *voice_files(root)):
+        if is_there(path):
+            read_bytes(path)  # its loader names no file that it cannot read, and reads without a limit
     from transformers import AutoTokenizer  # takes seconds, and training's ranks need none
 
     try:
@@ -32,7 +38,7 @@ def load_tokenizer(model_dir: str | Path, trust_remote_code: bool = False) -> An
             model_dir, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # whatever a foreign file has the loader stumble over
-        raise ConfigError(f"{model_dir}: its tokenizer does not load: {first_line(error)}") from error
+        raise ConfigError(f"{model_dir}: its tokenizer does not load: {reason_of(error)}") from error
 
 
 def token_ids(tokenizer: Any) -> NDArray[np.int64]:
@@ -51,8 +57,3 @@ def ids_without_token(model_dir: str | Path, rows: int, trust_remote_code: bool)
         return np.empty(0, dtype=np.int64)
     spoken = token_ids(load_tokenizer(model_dir, trust_remote_code))
     return np.setdiff1d(np.arange(rows), spoken)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -28,7 +28,7 @@ from megatron_lopd.engines.requests import (
     tokenless_ids,
     windows,
 )
-from megatron_lopd.errors import EngineError
+from megatron_lopd.errors import EngineError, reason_of
 from megatron_lopd.ops.products import matmul_fp32
 
 # Elements of a [tokens, vocabulary] block of logits: 128 MB in fp32, and 220 tokens of a vocabulary of 152 k.
@@ -350,8 +350,7 @@ def _load_model(config: EngineConfig, model_dir: str) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise EngineError(f"{model_dir}: the model does not load: {reason}") from error
+        raise EngineError(f"{model_dir}: the model does not load: {reason_of(error)}") from error
     # transformers makes up what it does not find, and says so in a warning.
     for problem in ("missing_keys", "mismatched_keys"):
         if found := sorted(map(str, info[problem])):

@@ -6,14 +6,13 @@ Importing transformers takes seconds, in each rank of a job, and nothing else in
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_lopd.errors import ConfigError
-from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.reading import is_there, read_object
 
 LIMIT = 16 << 20  # bytes: a config of a quantized model names its layers
 
@@ -32,7 +31,7 @@ class ConfigJson:
     def of(model_dir: str | Path) -> ConfigJson:
         """Read `model_dir`/config.json. Raises ConfigError where there is none, or it is no JSON object."""
         path = Path(model_dir) / "config.json"
-        if not os.path.lexists(path):
+        if not is_there(path):
             raise ConfigError(f"{path} is not there: give a Hugging Face checkpoint directory")
         return ConfigJson(path, read_object(path, limit=LIMIT, error=ConfigError))
 

@@ -58,6 +58,42 @@ def open_file(
             raise
 
 
+def mode_of(path: Path, *, follow_links: bool = True) -> int | None:
+    """What is at `path`, as `os.stat` has it; None for nothing. Unreadable where the system does not say.
+
+    A disk that hiccups must not look like a file that is gone: what follows from that cannot be taken back.
+    """
+    with reading(path):
+        try:
+            return os.stat(path, follow_symlinks=follow_links).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, a link to nothing too. Unreadable as `mode_of`."""
+    return mode_of(path, follow_links=False) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Whether it leads to a regular file. Unreadable as `mode_of`."""
+    return stat.S_ISREG(mode_of(path) or 0)
+
+
+def is_directory(path: Path) -> bool:
+    """Whether it leads to a directory. Unreadable as `mode_of`."""
+    return stat.S_ISDIR(mode_of(path) or 0)
+
+
+def names_in(directory: Path) -> list[str]:
+    """The names in a directory, in order; none where it is not there. Unreadable as `mode_of`."""
+    with reading(directory):
+        try:
+            return sorted(os.listdir(directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
 def require_regular(path: Path, mode: int, error: type[LopdError] = DataError) -> None:
     """Raise `error` unless `mode`, as `os.stat` gives it, is that of a regular file."""
     if not stat.S_ISREG(mode):

@@ -14,7 +14,7 @@ from typing import IO, Any, ClassVar
 
 from megatron_lopd.artifacts.committed import CommittedFile
 from megatron_lopd.errors import DataError
-from megatron_lopd.files.reading import parse_json, read_bytes
+from megatron_lopd.files.reading import is_there, parse_json, read_bytes
 from megatron_lopd.files.writing import atomic_file, open_to_append
 from megatron_lopd.loggers.logger import Logger
 
@@ -65,7 +65,7 @@ def read_steps(file: Path | CommittedFile) -> list[dict[str, Any]]:
     if isinstance(file, CommittedFile):
         with file.open() as stream:
             return list(_steps(file.path, stream.read()))
-    if not os.path.lexists(file):
+    if not is_there(file):
         raise DataError(f"{file}: no such file: run the stage that trains")
     return list(_steps(file, read_bytes(file, limit=LIMIT, follow_links=False)))
 
@@ -98,7 +98,7 @@ def _is_metric(value: Any) -> bool:
 
 def _truncate(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`. What follows a torn line was never acknowledged."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         return
     kept = 0
     data = read_bytes(path, limit=LIMIT, follow_links=False)

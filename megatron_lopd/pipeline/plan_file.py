@@ -11,7 +11,7 @@ from typing import Any
 from megatron_lopd.artifacts.lineage import short
 from megatron_lopd.artifacts.manifest import Parent, is_committed, problem_of
 from megatron_lopd.errors import DataError, LineageError
-from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.reading import is_there, read_object
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json, publish
 from megatron_lopd.pipeline.stage import Plan
 from megatron_lopd.runtime.claim_files import remove_claims
@@ -47,7 +47,7 @@ def has_parts(directory: Path) -> bool:
 def begun_plan(directory: Path) -> Plan | None:
     """What a stage was begun with, but for its lineage; None when it was not. DataError when damaged."""
     path = directory / PLAN_FILE
-    if not os.path.lexists(path):
+    if not is_there(path):
         return None
     begun = read_object(path, follow_links=False)
     try:

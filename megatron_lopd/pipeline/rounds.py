@@ -6,7 +6,6 @@ run_dir/score; round r reads run_dir/refresh-0r/{student,rollout,score}, made fr
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from megatron_lopd.artifacts.lineage import (
 from megatron_lopd.artifacts.manifest import Manifest, Parent, is_committed, load_manifest, verify_files
 from megatron_lopd.engines import kind_of
 from megatron_lopd.errors import ConfigError, DataError, LineageError
-from megatron_lopd.files.reading import read_object
+from megatron_lopd.files.reading import is_there, read_object
 from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.plan_file import begun_plan
@@ -252,7 +251,7 @@ def with_rounds(run: ResolvedRun, plan: Plan) -> Plan:
 def record_rounds(run: ResolvedRun, upto: Round) -> None:
     """Note which artifacts rounds 1 to `upto` are trained from. LineageError when they were others before."""
     path = run.directory_of("train") / RECORD
-    before = read_object(path, follow_links=False) if os.path.lexists(path) else {}
+    before = read_object(path, follow_links=False) if is_there(path) else {}
     now = {
         each.stage(part): run.manifest(each.stage(part)).id
         for each in rounds_of(run)[1 : upto.number + 1]

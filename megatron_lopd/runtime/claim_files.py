@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from megatron_lopd.errors import DataError, Unreadable
 from megatron_lopd.files.exclusive import take_name
-from megatron_lopd.files.reading import naming, read_object, reading
+from megatron_lopd.files.reading import is_there, naming, read_object, reading
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, errors_of_file
 from megatron_lopd.runtime.owner import Owner
 
@@ -79,7 +79,7 @@ def claims_on(directory: Path, part: str) -> list[ClaimState]:
 def _read(path: Path) -> dict[str, Any] | None:
     """What a claim's file holds; None where there is none. It may come, or go, between two looks."""
     for tries_left in reversed(range(READINGS)):
-        if not os.path.lexists(path):
+        if not is_there(path):
             return None
         try:
             return read_object(path, limit=LARGEST_CLAIM, follow_links=False)
@@ -198,7 +198,7 @@ def announced(directory: Path) -> dict[str, int]:
     """What `announce` told of the artifact in `directory`; nothing where nobody works. DataError for what it
     cannot have told."""
     path = directory / CLAIMS / PARTS
-    if not os.path.lexists(path):
+    if not is_there(path):
         return {}
     told = read_object(path, follow_links=False)
     if not all(isinstance(count, int) for count in told.values()):

@@ -59,9 +59,7 @@ def stopping_at_once(message: str) -> Iterator[None]:
         try:
             yield
         except LopdError as error:
-            if raised() and not isinstance(
-                error, StopRequested
-            ):  # in an import, say, taken for a fault
+            if raised() and not isinstance(error, StopRequested):  # in an import, say, taken for a fault
                 raise StopRequested(message) from error
             raise
 

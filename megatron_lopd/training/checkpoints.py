@@ -22,9 +22,9 @@ from megatron_lopd.artifacts.manifest import (
     load_manifest,
     write_manifest,
 )
-from megatron_lopd.errors import CheckpointError, DataError
+from megatron_lopd.errors import CheckpointError, DataError, Unreadable
 from megatron_lopd.families.architecture import Architecture
-from megatron_lopd.files.reading import reading
+from megatron_lopd.files.reading import is_file, is_there, names_in
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, fsync_directory, remove
 
 KIND = "checkpoint"
@@ -86,7 +86,7 @@ class Checkpoints:
         """The first of `present` that `verify` raises no DataError for; whose it is has not been looked at.
 
         A damaged one is passed over, with a line through `note`. Nothing is loaded, and nothing of the
-        model need exist yet.
+        model need exist yet. Raises Unreadable where the system refuses to read one.
         """
         for each in present:
             try:
@@ -94,6 +94,8 @@ class Checkpoints:
                     raise each.manifest
                 _progress_of(each.path, each.manifest)
                 verify(each.path, each.manifest)
+            except Unreadable:  # it may be whole: going on from one before would cost the steps between
+                raise
             except DataError as error:
                 note(f"checkpoint passed over: {error}")
                 continue
@@ -132,7 +134,7 @@ class Checkpoints:
         counts = {"step": progress.step}
         write_manifest(temporary, Manifest(KIND, files, config, counts, {}, {}, self.lineage))
         target = self.directory / checkpoint_name(progress.step)
-        if os.path.lexists(target):  # a damaged one that resuming passed over
+        if is_there(target):  # a damaged one that resuming passed over
             _remove(target)
         os.rename(temporary, target)
         fsync_directory(self.directory)
@@ -166,11 +168,8 @@ class Checkpoints:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """Those in a directory, whole or not, newest first; what has another name, or is a file, is none."""
-    if not directory.exists():
-        return []
-    with reading(directory):
-        named = [directory / name for name in os.listdir(directory) if _is_name(name)]
-    return sorted((path for path in named if not path.is_file()), key=_step_of, reverse=True)
+    named = [directory / name for name in names_in(directory) if _is_name(name)]
+    return sorted((path for path in named if not is_file(path)), key=_step_of, reverse=True)
 
 
 def _manifest_of(path: Path) -> Manifest | DataError:

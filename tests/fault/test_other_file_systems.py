@@ -13,18 +13,28 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_lopd.artifacts.fingerprint import fingerprint_model
+from megatron_lopd.artifacts.manifest import Manifest, write_manifest
+from megatron_lopd.artifacts.model_files import model_files
+from megatron_lopd.commands.verify import verify_path
+from megatron_lopd.data.chat import Chat
 from megatron_lopd.errors import DataError, LopdError, Unreadable
+from megatron_lopd.families.architecture import read_architecture
 from megatron_lopd.files.reading import read_json
 from megatron_lopd.files.writing import atomic_write_json, publish
 from megatron_lopd.pipeline import execute, workers
 from megatron_lopd.runtime import claims
 from megatron_lopd.runtime.claim_files import CLAIMS, READINGS, ClaimState, create_claim
 from megatron_lopd.runtime.owner import Owner
+from megatron_lopd.training.checkpoints import Checkpoints
+from megatron_lopd.training.saving import newest_checkpoint
+from tests.model_zoo import make_model_dir
 from tests.shims.file_faults import (
     Failing,
     Faults,
@@ -189,6 +199,41 @@ def unseen(root: Path) -> None:
             workers.make_parts([work])
             assert failures() == READINGS
         assert part.path.exists()
+
+
+def test_what_cannot_be_seen_is_not_taken_for_gone(tmp_path: Path, library: Path) -> None:
+    """Else a checkpoint is passed over with its steps, and a model without its template is another."""
+    run_bearing(library, None, not_gone, tmp_path)
+
+
+def not_gone(root: Path) -> None:
+    model, checkpoints = root / "model", root / "run/train/checkpoints"
+    make_model_dir(model, tokens=80)
+    for step in (1, 2):
+        directory = checkpoints / f"step_{step:08d}"
+        directory.mkdir(parents=True)
+        write_manifest(directory, Manifest("checkpoint", {}, {}, {"step": step}, {}, {}, "proved"))
+    own = Checkpoints(checkpoints, "a job", read_architecture(model), "proved", keep=9)
+    looks: list[tuple[str, Callable[[], object]]] = [
+        (str(checkpoints / "step_00000002/manifest.json"), lambda: newest_checkpoint(own, print)),
+        (str(checkpoints / "step_00000001/manifest.json"), lambda: list(verify_path(checkpoints))),
+        (str(checkpoints), own.steps),
+    ]
+    files = [path for path in model_files(model).all if path.suffix != ".safetensors"]
+    assert {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"} <= {path.name for path in files}
+    for path in files:
+        looks += [(str(path), lambda: fingerprint_model(model)), (str(path), lambda: Chat(str(model)))]
+    for call in ("stat", "read"):
+        for pattern, look in looks:
+            for number in (errno.EIO, errno.ESTALE, errno.EACCES):
+                failing = Failing("opendir" if pattern == str(checkpoints) else call, number, pattern)
+                with bearing(Faults(root, failing=(failing,))):
+                    try:
+                        look()
+                    except (LopdError, OSError) as error:
+                        assert pattern in str(error), (call, pattern, str(error))  # noqa: PT017
+                        continue
+                    assert not failures(), f"{call} of {pattern} failed with {number}, and nobody said so"
 
 
 @pytest.mark.parametrize(

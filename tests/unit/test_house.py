@@ -82,6 +82,12 @@ def test_one_module_reads_and_one_writes() -> None:
     assert found == set(OPEN_BY_THEMSELVES)
 
 
+def test_nobody_takes_what_cannot_be_seen_for_gone() -> None:
+    """`os.path.lexists` does. `reading.is_there` tells a disk that hiccups from a file that is not there."""
+    found = {str(path.relative_to(PACKAGE)) for path in FILES if "path.lexists(" in path.read_text()}
+    assert found == {"runtime/environment.py", "runtime/claim_files.py"}, "where nothing follows from it"
+
+
 def test_no_document_is_named_that_is_not_here() -> None:
     """A page that a text names by file is in the repository; so is whatever it takes a section of."""
     folders = [ROOT / name for name in ("docs", "examples", "launcher", "megatron_lopd", "tests", "tools")]
