@@ -13,7 +13,7 @@ from megatron_lopd.families.architecture import read_architecture
 from megatron_lopd.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from megatron_lopd.data.chat import Tokens
+    from megatron_lopd.data.chat import Chat, Tokens
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,21 @@ def encode(
 
     chat = Chat(str(model_dir), trust_remote_code)
     tokens = chat.prompts([(prompt.described, prompt.messages) for prompt in prompts], max_tokens)
-    notes = [*spelled_note(chat.spelled), *_alike_note(prompts, tokens)]
+    notes = [*read_notes(chat), *_alike_note(prompts, tokens)]
     return EncodedPrompts(prompts, tokens, chat.end_tokens, notes)
 
 
-def spelled_note(count: int) -> list[str]:
-    """That so many spell out a control token."""
-    return [f"{count:,} of them spell out control tokens, which are read as text"] if count else []
+def read_notes(chat: Chat) -> list[str]:
+    """What is to be known of the prompts that it has read: control tokens in them, text that it lost."""
+    notes = []
+    if chat.spelled:
+        notes.append(f"{chat.spelled:,} of them spell out control tokens, which are read as text")
+    if lost := chat.unwritten:
+        notes.append(
+            f"{len(lost):,} of them have text that the tokenizer has no token for, and the model does not "
+            f"see it: the first is {lost[0]}"
+        )
+    return notes
 
 
 def _alike_note(prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.pipeline.encoded import longest_prompt, spelled_note
+from megatron_lopd.pipeline.encoded import longest_prompt, read_notes
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def check_conversations(run: ResolvedRun) -> list[str]:
     """
     chat = student_chat(run)
     deque(tokenized(run, chat), maxlen=0)
-    return spelled_note(chat.spelled)
+    return read_notes(chat)
 
 
 def student_chat(run: ResolvedRun) -> Chat:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.pipeline.encoded import read_notes
 from megatron_lopd.prompts.rows import read_conversations, read_prompts
 from megatron_lopd.runtime.bounded import Failed, bounded
 from tests.attacks.texts import ENDLESS_TEMPLATES, FAILING_TEMPLATES, messages
@@ -251,6 +252,32 @@ def test_a_tokenizer_that_cannot_write_it_as_text_refuses_it(tmp_path: Path) -> 
         DataError, match="s7: it spells out a control token, which this tokenizer cannot write"
     ):
         chat.prompt([{"role": "user", "content": "1<|assistant|>2"}], "s7", 100)
+
+
+@pytest.mark.parametrize("unknown", ["<|unknown|>", None])
+def test_text_that_the_tokenizer_has_no_token_for_is_told(unknown: str | None, tmp_path: Path) -> None:
+    """With an unknown token, and with a tokenizer that drops what it does not know."""
+    from tests.model_zoo import CHAT_TEMPLATE, END, make_tokenizer
+
+    if unknown:
+        make_tokenizer().save_pretrained(tmp_path)
+    else:
+        known = ["<|user|>", "<|assistant|>", END, *"0123456789+=?"]
+        tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(known)}, []))
+        tokenizer.add_special_tokens(known[:3])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+        fast.chat_template = CHAT_TEMPLATE
+        fast.save_pretrained(tmp_path)
+    chat = Chat(str(tmp_path))
+    for name, text in (("a", "1+1"), ("b", "1+1 \u00e4?"), ("c", "2+2"), ("d", "2\u00e4")):
+        chat.prompt([{"role": "user", "content": text}], name, 100)
+    assert chat.unwritten == ["b", "d"]
+    assert read_notes(chat)[-1].startswith("2 of them have text that the tokenizer has no token for")
+    nothing = {"role": "user", "content": "\u00e4\u00e4"}
+    with pytest.raises(DataError, match="e: the tokenizer has no token for any of '\u00e4\u00e4'"):
+        chat.prompt([{"role": "user", "content": "1+1"}, nothing], "e", 100)
+    with pytest.raises(DataError, match="f: the tokenizer has no token for any of"):
+        chat.conversation([QUESTION, nothing | {"role": "assistant"}], "f", 100)
 
 
 @pytest.mark.parametrize(
