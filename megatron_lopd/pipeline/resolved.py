@@ -348,8 +348,9 @@ class ResolvedRun:
     ) -> EncodedPrompts:
         key = name, model.directory, trust, limit
         if key not in self._encoded:
+            asked = prompts.prompts  # what is wrong with them is said with their own key
             with model.naming((ConfigError,)):  # of its tokenizer; a prompt's are DataErrors
-                self._encoded[key] = encode(prompts.prompts, model.directory, limit, trust)
+                self._encoded[key] = encode(asked, model.directory, limit, trust)
         return self._encoded[key]
 
 

@@ -94,6 +94,36 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
         1,
         ["p.jsonl:2", "prompt"],
     ),
+    "prompts that nothing reads": (
+        write("p.csv", GOOD_LINE),
+        ["prompts.sft={path: p.csv}"],
+        2,
+        ["lopd run: prompts.sft: p.csv: nothing is known to read .csv"],
+    ),
+    "a directory of prompts": (
+        lambda: Path("ps").mkdir(),
+        ["prompts.sft={path: ps}"],
+        2,
+        ["lopd run: prompts.sft: ps: a directory"],
+    ),
+    "prompts to evaluate on without an answer": (
+        write("p.jsonl", GOOD_LINE),
+        ["prompts.eval={path: p.jsonl}", "evaluate.grader=math"],
+        1,
+        ["lopd run: p.jsonl:1: prompt ", "has no answer"],
+    ),
+    "prompts to evaluate on that are not the task's": (
+        write("p.jsonl", '{"prompt": "1=2"}\n'),
+        ["prompts.eval={path: p.jsonl}", "evaluate.grader=arithmetic"],
+        1,
+        ["lopd run: p.jsonl:1: prompt ", "1=2"],
+    ),
+    "a prompt that the tokenizer cannot write": (
+        write("p.jsonl", GOOD_LINE + '{"prompt": "\u00bf\u00e4\u00df"}\n'),
+        [FROM_FILE],
+        1,
+        ["lopd run: p.jsonl:2: prompt ", "no token for any of '\u00bf\u00e4\u00df'"],
+    ),
     "long prompt": (
         write("p.jsonl", json.dumps({"id": "big", "prompt": "1" * 99})),
         [FROM_FILE],
