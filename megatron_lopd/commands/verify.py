@@ -78,7 +78,7 @@ def _verify_model(path: Path) -> Iterator[str]:
             raise DataError(
                 f"{path}: neither an artifact, a run directory nor a model: nothing here is committed"
             )
-        yield _carried(path)
+        yield _carried(path, "says of itself: ")
         yield f"{path}: declared: {LINEAGE_FILE} says so, and the artifact that it is from is not around it"
         return
     manifest = load_manifest(artifact)
@@ -126,7 +126,9 @@ def _why(directory: Path, manifest: Manifest, whole_chain: bool) -> Iterator[str
     yield f"{directory}: {manifest.lineage}, because {because or 'it was made so'}"
 
 
-def _carried(model: Path) -> str:
+def _carried(model: Path, whose: str = "") -> str:
+    """What a model's own file says; `whose` word that is, where no artifact bears it out."""
     lineage = read_model_lineage(model)
     assert lineage is not None  # it has the file
-    return f"{model}: weights {short(lineage.model['weights'])}, made by {lineage.made_by}, {lineage.status}"
+    weights = short(lineage.model["weights"])
+    return f"{model}: weights {weights}, {whose}made by {lineage.made_by}, {lineage.status}"

@@ -330,7 +330,10 @@ def test_verify_says_of_anything_why_it_is_what_it_is(root: Path, capsys: pytest
     assert "proved: it is of the job that was begun here: plan " in capsys.readouterr().out
     shutil.copytree(root / "run/export/model", root / "released")
     assert main(["verify", "released"]) == 0
-    assert "released: declared: lopd_lineage.json says so, and the artifact" in capsys.readouterr().out
+    own, verdict = capsys.readouterr().out.splitlines()
+    assert own.startswith("released: weights ")
+    assert own.endswith(", says of itself: made by train, proved")
+    assert verdict.startswith("released: declared: lopd_lineage.json says so, and the artifact")
     refused(capsys, ["verify", "teacher"], 1, "teacher: neither an artifact, a run directory nor a model")
     refused(
         capsys, ["verify", "run/train/tensorboard"], 1, "no part of run/train: its manifest lists nothing"
