@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -286,6 +287,11 @@ def test_sft_text_from_a_file_has_a_declared_teacher(root: Path, capsys: pytest.
         out := capsys.readouterr().out
     )
     assert f"run2/export: declared, because {why}; " in out
+    assert main(["verify", "run2"]) == 0
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"run2: \d+ artifacts, declared: evaluate, export, report, rollout, score and \d+ more", verdict
+    )
     make_model_dir(root / "other", seed=9, **SMALL)
     shutil.rmtree(root / "run2/score")
     refused(
@@ -298,6 +304,8 @@ def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     for stage in ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report"):
         assert f"run/{stage}: " in out
+    artifacts = len(re.findall(r", intact$", out, flags=re.M))
+    assert out.splitlines()[-1] == f"run: {artifacts} artifacts, proved"
     manifest = load_manifest(root / "run/rollout")
     counts = manifest.counts | {"samples": 41}
     write_manifest(root / "run/rollout", replace(manifest, counts=counts))  # whole, but not the one scored
