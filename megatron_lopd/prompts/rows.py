@@ -33,6 +33,9 @@ _OTHER_NAMES = {
     "bot": "assistant",
     "model": "assistant",
 }
+# What a message has, in this format and in another; and how one begins as Python writes it.
+_PAIRS = ({"role", "content"}, {"from", "value"})
+_PYTHONS = re.compile(r"\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -132,7 +135,7 @@ def _parse(where: str, row: Row, prompt_field: str | None) -> Prompt:
     value = row[field]
     if isinstance(value, str) and _is_messages(value):
         raise DataError(
-            f"{where}: {field} is text that holds a list of messages as JSON: give the list itself"
+            f"{where}: {field} is text that holds messages written out: give the list of them itself"
         )
     if row.get("tools"):
         raise DataError(
@@ -225,15 +228,17 @@ def _require_role(where: str, role: str) -> None:
 
 
 def _is_messages(text: str) -> bool:
-    """Whether a text is a list of messages, written as JSON."""
-    if not text.lstrip().startswith("["):
+    """Whether a text is a message, or a list of some, written as JSON or as Python writes it."""
+    if _PYTHONS.match(text):
+        return True
+    if not text.lstrip().startswith(("[", "{")):
         return False
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    if not isinstance(value, list):
-        return False
+    if isinstance(value, dict):  # many another thing in braces has one of them
+        return any(pair <= value.keys() for pair in _PAIRS) or isinstance(value.get("messages"), list)
     return any(isinstance(each, dict) and bool({"role", "from"} & each.keys()) for each in value)
 
 

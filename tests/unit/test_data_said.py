@@ -36,6 +36,15 @@ THINKING = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QUESTION = {"role": "user", "content": "1+1?"}
+# Text with brackets in it that is a question all the same.
+QUESTIONS = (
+    "[1, 2] is a list",
+    "[1, 2]",
+    '{"role": "king"}',
+    '{"from": 1, "to": 2}',
+    "{'a': 1}",
+    "{x: x > 0}",
+)
 
 
 def model_dir(path: Path, template: Any = CHATML, **settings: Any) -> Path:
@@ -287,8 +296,15 @@ def test_text_that_the_tokenizer_has_no_token_for_is_told(unknown: str | None, t
         ({"messages": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]}, "'assistant'"),
         ({"messages": [{"role": "user|>x<|assistant", "content": "a"}]}, "must be a name"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "conversations is another format's"),
-        ({"messages": json.dumps([{"role": "user", "content": "a"}])}, "messages is text that holds a list"),
-        ({"prompt": json.dumps([{"from": "human", "value": "a"}])}, "prompt is text that holds a list"),
+        (
+            {"messages": json.dumps([{"role": "user", "content": "a"}])},
+            "messages is text that holds messages",
+        ),
+        ({"prompt": json.dumps([{"from": "human", "value": "a"}])}, "prompt is text that holds mess"),
+        ({"messages": json.dumps(QUESTION)}, "messages is text that holds mess"),
+        ({"prompt": json.dumps({"messages": [QUESTION]})}, "prompt is text that holds mess"),
+        ({"prompt": str([QUESTION])}, "prompt is text that holds mess"),
+        ({"prompt": str(QUESTION)}, "prompt is text that holds mess"),
         ({"messages": [{"from": "human", "value": "a"}]}, "messages with a role and a content"),
         ({"messages": [{"role": "user", "content": None}]}, "none of them empty"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "both text"),
@@ -297,8 +313,9 @@ def test_text_that_the_tokenizer_has_no_token_for_is_told(unknown: str | None, t
 )
 def test_rows_of_other_formats_are_refused_by_key(row: dict[str, Any], expected: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "[1, 2] is a list"}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(DataError, match=f"rows.jsonl:2: .*{expected}"):
+    rows = [*({"prompt": each} for each in QUESTIONS), row]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(DataError, match=f"rows.jsonl:{len(rows)}: .*{expected}"):
         read_prompts(path)
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: "):
