@@ -409,6 +409,7 @@ def test_an_evaluation_can_be_read(root: Path, capsys: pytest.CaptureFixture[str
     ):
         assert shown in out
     assert prompts[1].id not in out
+    assert "answer read" not in out  # which this grader does not
 
 
 def test_doctor_names_versions_and_the_plan(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
