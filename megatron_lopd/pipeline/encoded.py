@@ -71,10 +71,10 @@ def _alike_note(prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> list[str
     return [f"{len(alike):,} of them read just as another does: {one.described} as {other.described}"]
 
 
-def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig | None) -> int:
+def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig | None, section: str) -> int:
     """Tokens a prompt may have, so that it and its response fit the model and, if trained on, a micro-batch.
 
-    Raises ConfigError when that leaves none.
+    `section` of the recipe is the sampling's. Raises ConfigError when that leaves none.
     """
     limits = {"the model's max_position_embeddings": read_architecture(model_dir).max_positions}
     if training is not None:
@@ -83,7 +83,7 @@ def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig
     left = limits[name] - sampling.max_new_tokens
     if left < 1:
         raise ConfigError(
-            f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt within {name}="
-            f"{limits[name]}: lower the one or raise the other"
+            f"{section}.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt "
+            f"within {name}={limits[name]}: lower the one or raise the other"
         )
     return left

@@ -383,7 +383,7 @@ class Answering:
         model.require()
         with model.naming():
             read_architecture(model.directory)
-        return longest_prompt(model.directory, self.config.sampling, self.training)
+        return longest_prompt(model.directory, self.config.sampling, self.training, self.name)
 
     def check(self) -> list[str]:
         """Raise unless every prompt can be encoded and leaves room for its answer; notes, a line each."""

@@ -91,7 +91,7 @@ def check_evaluated(run: ResolvedRun) -> list[str]:
     shaped = [run.reference if run.reference.directory.is_dir() else run.student]
     if settings.teacher and run.teacher.directory.is_dir():
         shaped.append(run.teacher)
-    limit = min(longest_prompt(model.directory, settings.sampling, None) for model in shaped)
+    limit = min(longest_prompt(model.directory, settings.sampling, None, "evaluate") for model in shaped)
     notes = []
     for name in run.evaluation_sets:
         of_set = "" if name == ONLY_SET else f"{name}: "

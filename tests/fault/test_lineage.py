@@ -80,6 +80,8 @@ def test_another_teacher_may_not_score(root: Path, capsys: pytest.CaptureFixture
     undo(root, *AFTER_ROLLOUT)
     make_model_dir(root / "other", seed=9, **SMALL)
     refused(capsys, ["score", "recipe.yaml", "teacher.model=other"], 3, "weights", "other", "teacher")
+    another = "the teacher of generate is not what it was made with: weights was "
+    refused(capsys, ["generate", "recipe.yaml", "teacher.model=other"], 3, another)
     assert not (root / "run/score").exists()
     shutil.rmtree(root / "teacher")
     shutil.move(root / "other", root / "teacher")  # the same name, another model

@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
         lambda: None,
         ["rollout.sampling.max_new_tokens=64"],
         2,
-        ["max_new_tokens=64", "max_position_embeddings=64"],
+        ["lopd run: rollout.sampling.max_new_tokens=64", "max_position_embeddings=64"],
     ),
     "no such task": (lambda: None, ["prompts.eval.task=chess"], 2, ["chess", "arithmetic"]),
     "no such grader": (lambda: None, ["evaluate.grader=maths"], 2, ["maths", "arithmetic"]),
