@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lopd.artifacts.committed import CommittedFile, verify
-from megatron_lopd.artifacts.lineage import LINEAGE_FILE, read_model_lineage, short
+from megatron_lopd.artifacts.lineage import LINEAGE_FILE, read_model_lineage, short, worst
 from megatron_lopd.artifacts.manifest import (
     Manifest,
     committed_files,
@@ -38,7 +38,9 @@ def verify_path(path: Path) -> Iterator[str]:
     artifacts = artifacts_of(path)
     for directory in artifacts:
         yield from _verify_artifact(directory, whole_chain=False)
-    if not artifacts:
+    if artifacts:
+        yield _verdict(path, artifacts)
+    else:
         yield from _verify_model(path)
 
 
@@ -51,6 +53,20 @@ def artifacts_of(run: Path) -> list[Path]:
     return [*stages, *committed_parts(run)]
 
 
+def _verdict(run: Path, artifacts: list[Path]) -> str:
+    """Of all that a run's directory holds: as good as the worst of it, and which that is."""
+    lineages = {directory: load_manifest(directory).lineage for directory in artifacts}
+    weakest = worst(lineages.values())
+    which = [str(each.relative_to(run)) for each in artifacts if lineages[each] == weakest != "proved"]
+    number = f"{len(artifacts)} artifact{'s' if len(artifacts) > 1 else ''}"
+    return f"{run}: {number}, {weakest}{': ' if which else ''}{_listed(which)}"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
 def _verify_artifact(directory: Path, *, whole_chain: bool) -> Iterator[str]:
     manifest = load_manifest(directory)
     files = committed_files(directory, manifest)
@@ -59,8 +75,7 @@ def _verify_artifact(directory: Path, *, whole_chain: bool) -> Iterator[str]:
         if file.path.name == "config.json":
             require_listed(file.path.parent)
     if others := _others(directory, manifest):
-        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        yield f"{directory}: no part of it, and not read: {', '.join(others[:SHOWN])}{more}"
+        yield f"{directory}: no part of it, and not read: {_listed(others)}"
     yield from _why(directory, manifest, whole_chain)
     for file in files:
         if file.path.suffix == SHARD:
@@ -78,7 +93,7 @@ def _verify_model(path: Path) -> Iterator[str]:
             raise DataError(
                 f"{path}: neither an artifact, a run directory nor a model: nothing here is committed"
             )
-        yield _carried(path)
+        yield _carried(path, "says of itself: ")
         yield f"{path}: declared: {LINEAGE_FILE} says so, and the artifact that it is from is not around it"
         return
     manifest = load_manifest(artifact)
@@ -126,7 +141,9 @@ def _why(directory: Path, manifest: Manifest, whole_chain: bool) -> Iterator[str
     yield f"{directory}: {manifest.lineage}, because {because or 'it was made so'}"
 
 
-def _carried(model: Path) -> str:
+def _carried(model: Path, whose: str = "") -> str:
+    """What a model's own file says; `whose` word that is, where no artifact bears it out."""
     lineage = read_model_lineage(model)
     assert lineage is not None  # it has the file
-    return f"{model}: weights {short(lineage.model['weights'])}, made by {lineage.made_by}, {lineage.status}"
+    weights = short(lineage.model["weights"])
+    return f"{model}: weights {weights}, {whose}made by {lineage.made_by}, {lineage.status}"

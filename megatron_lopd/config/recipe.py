@@ -154,7 +154,7 @@ class Recipe:
             require(
                 "top_k" not in needs or self.score.top_k > 0,
                 f"train.objective={self.train.objective} needs the teacher's top k: set score.top_k (to 64, "
-                "say) and run the score stage with it",
+                "say, or to 8 where the teacher has few tokens) and run the score stage with it",
             )
         for section in ("generate", "rollout", "evaluate"):
             name = getattr(self, section).engine.name

@@ -49,6 +49,8 @@ def _read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     if not os.path.exists(path):  # unlike Path's, of any name
         raise ConfigError(f"{path}: no such {what}: give the path of a YAML {what}")
     raw = parse_yaml(read_text(path, limit=SIZE_LIMIT, error=ConfigError), str(path))
+    if raw is None:
+        raise ConfigError(f"{path}: the file is empty: a {what} is a mapping of keys to values")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a {what} is a mapping of keys to values, not {type(raw).__name__}")
     return raw

@@ -44,7 +44,8 @@ class Chat:
     """A Hugging Face directory's tokenizer with a chat template and end tokens, all three required.
 
     `end_tokens`: ids that end a response. `spelled`: how many of the prompts so far spell out a control
-    token. Raises ConfigError when the directory has no usable tokenizer, chat template or end token.
+    token. `unwritten`: the names of those with text that the tokenizer has no token for. Raises ConfigError
+    when the directory has no usable tokenizer, chat template or end token.
     """
 
     def __init__(self, model_dir: str, trust_remote_code: bool = False) -> None:
@@ -65,6 +66,8 @@ class Chat:
         self._template = without_clock(template)
         self._shapes: set[tuple[str, bool]] = set()
         self.spelled = 0
+        self.unwritten: list[str] = []
+        self._has_token: dict[str, bool] = {}
         self.end_tokens = end_tokens(model_dir, self.tokenizer)
 
     def prompt(self, messages: Sequence[Message], name: str, max_tokens: int) -> Tokens:
@@ -86,6 +89,7 @@ class Chat:
         ):
             self._require(name, messages, first_unprinted(messages, rendered.replace(mark, "")))
             tokens.append(self._prompt(rendered, mark, name, max_tokens))
+            self._require_written(name, messages, rendered, mark, tokens[-1])
         return tokens
 
     def conversation(
@@ -141,6 +145,7 @@ class Chat:
                 self._require(name, messages, (len(messages) - 1, key))
         prompt = self._prompt(opening, mark, name, max_tokens)
         response = self._encode(whole[len(opening) :])
+        self._require_written(name, messages, whole, mark, np.concatenate([prompt, response]))
         ends = np.flatnonzero(np.isin(response, list(self.end_tokens)))
         if not len(ends):
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(self.end_tokens)))
@@ -251,6 +256,39 @@ class Chat:
             if each.special or (each.content in self._template and each.content not in CONTENT_MARKS)
         }
         return _any_of(control.keys()), _any_of(control.keys() - CONTENT_MARKS)
+
+    def _require_written(
+        self, name: str, messages: Sequence[Message], rendered: str, mark: str, tokens: Tokens
+    ) -> None:
+        """Note where `tokens` lose text: for some the tokenizer has the unknown token alone, or none at all.
+
+        Raises DataError where that is all there is of what is said last: the question, or the answer.
+        """
+        unknown: int | None = self.tokenizer.unk_token_id
+        # The template may print the unknown token; one that a question spells out has a mark in it.
+        is_whole = unknown is None or np.count_nonzero(tokens == unknown) <= rendered.count(
+            self.tokenizer.unk_token
+        )
+        if is_whole and all(map(self._writes, set(self._added.sub("", rendered)) - set(mark))):
+            return
+        said = "".join(text for _, text in leaves(messages[-1]))
+        if said.strip() and not set(self._encode(said).tolist()) - {unknown}:
+            raise DataError(
+                f"{name}: the tokenizer has no token for any of {said[:40]!r}, so the model would see none "
+                "of it: drop it, or use a model whose tokenizer can write it"
+            )
+        self.unwritten.append(name)
+
+    def _writes(self, character: str) -> bool:
+        """Whether the tokenizer does not drop a character."""
+        if character not in self._has_token:
+            self._has_token[character] = character.isspace() or bool(len(self._encode(character)))
+        return self._has_token[character]
+
+    @cached_property
+    def _added(self) -> re.Pattern[str]:
+        """Tokens whose letters need be no tokens."""
+        return _any_of(each.content for each in self.tokenizer.added_tokens_decoder.values())
 
     def _prompt(self, rendered: str, mark: str, name: str, max_tokens: int) -> Tokens:
         tokens = self._encode_split(rendered, mark, name)

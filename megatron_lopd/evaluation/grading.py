@@ -145,7 +145,7 @@ def grade_model(
     plan: str,
 ) -> tuple[Grades, list[Path]]:
     """Answer every prompt into `directory`, and grade what comes out: that, and the files."""
-    limit = longest_prompt(model_dir, settings.sampling, None)
+    limit = longest_prompt(model_dir, settings.sampling, None, "evaluate")
     encoded = encode(prompts, model_dir, limit, settings.engine.trust_remote_code)
     make_parts(list(answering(model_dir, encoded, settings, seed, directory, label, plan)))
     answers = answers_in(directory, prompts, settings, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from megatron_lopd.errors import DataError
 from megatron_lopd.graders.grader import Grader, Verdict
 from megatron_lopd.prompts import arithmetic
 from megatron_lopd.prompts.prompt import Prompt
@@ -19,7 +20,10 @@ class ArithmeticGrader(Grader):
 
     def require(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            arithmetic.solve(_question(prompt))
+            try:
+                arithmetic.solve(_question(prompt))
+            except DataError as error:
+                raise DataError(f"{prompt.described}: {error}") from None
 
     def grade(self, prompt: Prompt, response: str) -> Verdict:
         return Verdict(arithmetic.grade(_question(prompt), response, self.dialects))

@@ -38,15 +38,15 @@ class MathGrader(Grader):
         for prompt in prompts:
             if prompt.answer is None:
                 raise DataError(
-                    f"prompt {prompt.id}: has no answer to grade by: add one, or name its field with "
+                    f"{prompt.described}: has no answer to grade by: add one, or name its field with "
                     "answer_field, with dots where it is in another: reward_model.ground_truth"
                 )
-        golds = {prompt.answer: prompt.id for prompt in reversed(prompts)}
+        golds = {prompt.answer: prompt.described for prompt in reversed(prompts)}
         found = self._calls("is_readable", [(gold,) for gold in golds], CPU_SECONDS * len(golds))
         for (gold, name), outcome in zip(golds.items(), found, strict=True):
             if outcome.value is not True:
                 raise DataError(
-                    f"prompt {name}: its answer {(gold or '')[:80]!r} is not one that math-verify can "
+                    f"{name}: its answer {(gold or '')[:80]!r} is not one that math-verify can "
                     "read: correct it, or drop the prompt"
                 )
 

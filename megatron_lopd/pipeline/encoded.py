@@ -13,7 +13,7 @@ from megatron_lopd.families.architecture import read_architecture
 from megatron_lopd.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from megatron_lopd.data.chat import Tokens
+    from megatron_lopd.data.chat import Chat, Tokens
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,21 @@ def encode(
 
     chat = Chat(str(model_dir), trust_remote_code)
     tokens = chat.prompts([(prompt.described, prompt.messages) for prompt in prompts], max_tokens)
-    notes = [*spelled_note(chat.spelled), *_alike_note(prompts, tokens)]
+    notes = [*read_notes(chat), *_alike_note(prompts, tokens)]
     return EncodedPrompts(prompts, tokens, chat.end_tokens, notes)
 
 
-def spelled_note(count: int) -> list[str]:
-    """That so many spell out a control token."""
-    return [f"{count:,} of them spell out control tokens, which are read as text"] if count else []
+def read_notes(chat: Chat) -> list[str]:
+    """What is to be known of the prompts that it has read: control tokens in them, text that it lost."""
+    notes = []
+    if chat.spelled:
+        notes.append(f"{chat.spelled:,} of them spell out control tokens, which are read as text")
+    if lost := chat.unwritten:
+        notes.append(
+            f"{len(lost):,} of them have text that the tokenizer has no token for, and the model does not "
+            f"see it: the first is {lost[0]}"
+        )
+    return notes
 
 
 def _alike_note(prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> list[str]:
@@ -63,10 +71,10 @@ def _alike_note(prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> list[str
     return [f"{len(alike):,} of them read just as another does: {one.described} as {other.described}"]
 
 
-def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig | None) -> int:
+def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig | None, section: str) -> int:
     """Tokens a prompt may have, so that it and its response fit the model and, if trained on, a micro-batch.
 
-    Raises ConfigError when that leaves none.
+    `section` of the recipe is the sampling's. Raises ConfigError when that leaves none.
     """
     limits = {"the model's max_position_embeddings": read_architecture(model_dir).max_positions}
     if training is not None:
@@ -75,7 +83,7 @@ def longest_prompt(model_dir: Path, sampling: Sampling, training: TrainingConfig
     left = limits[name] - sampling.max_new_tokens
     if left < 1:
         raise ConfigError(
-            f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt within {name}="
-            f"{limits[name]}: lower the one or raise the other"
+            f"{section}.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt "
+            f"within {name}={limits[name]}: lower the one or raise the other"
         )
     return left

@@ -74,8 +74,10 @@ def refuse_change(
         for part in sorted(before.digests.keys() | now.digests.keys()):
             was, is_now = before.digests.get(part, "none"), now.digests.get(part, "none")
             if was != is_now:
+                is_renamed = before.path != now.path
+                what = "is not what it was made with" if is_renamed else "changed after it was made"
                 raise LineageError(
-                    f"refused: the {role} of {stage} changed after it was made: {part} was {short(was)} "
+                    f"refused: the {role} of {stage} {what}: {part} was {short(was)} "
                     f"({before.path}), is now {short(is_now)} ({now.path}): {remedy}"
                 )
     for name, was, is_now in _differences(config, plan.config):

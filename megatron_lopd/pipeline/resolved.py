@@ -348,8 +348,9 @@ class ResolvedRun:
     ) -> EncodedPrompts:
         key = name, model.directory, trust, limit
         if key not in self._encoded:
+            asked = prompts.prompts  # what is wrong with them is said with their own key
             with model.naming((ConfigError,)):  # of its tokenizer; a prompt's are DataErrors
-                self._encoded[key] = encode(prompts.prompts, model.directory, limit, trust)
+                self._encoded[key] = encode(asked, model.directory, limit, trust)
         return self._encoded[key]
 
 
@@ -382,7 +383,7 @@ class Answering:
         model.require()
         with model.naming():
             read_architecture(model.directory)
-        return longest_prompt(model.directory, self.config.sampling, self.training)
+        return longest_prompt(model.directory, self.config.sampling, self.training, self.name)
 
     def check(self) -> list[str]:
         """Raise unless every prompt can be encoded and leaves room for its answer; notes, a line each."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.errors import ConfigError, DataError
-from megatron_lopd.pipeline.encoded import longest_prompt, spelled_note
+from megatron_lopd.pipeline.encoded import longest_prompt, read_notes
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def check_evaluated(run: ResolvedRun) -> list[str]:
     shaped = [run.reference if run.reference.directory.is_dir() else run.student]
     if settings.teacher and run.teacher.directory.is_dir():
         shaped.append(run.teacher)
-    limit = min(longest_prompt(model.directory, settings.sampling, None) for model in shaped)
+    limit = min(longest_prompt(model.directory, settings.sampling, None, "evaluate") for model in shaped)
     notes = []
     for name in run.evaluation_sets:
         of_set = "" if name == ONLY_SET else f"{name}: "
@@ -107,7 +107,7 @@ def check_conversations(run: ResolvedRun) -> list[str]:
     """
     chat = student_chat(run)
     deque(tokenized(run, chat), maxlen=0)
-    return spelled_note(chat.spelled)
+    return read_notes(chat)
 
 
 def student_chat(run: ResolvedRun) -> Chat:

@@ -41,6 +41,10 @@ def reader_of(path: Path, format: str | None = None) -> Reader:
     }
     if path.suffix.lower() not in known:
         names = ", ".join(PROMPT_READERS.things())
+        if path.is_dir():
+            raise ConfigError(
+                f"{path}: a directory: name a file in it, or its format (module:name of your own)"
+            )
         raise ConfigError(
             f"{path}: nothing is known to read {path.suffix or 'a file without a suffix'}: use "
             f"{' or '.join(known)}, or name the file's format ({names}, or module:name of your own)"

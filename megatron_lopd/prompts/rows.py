@@ -20,9 +20,7 @@ Row = Mapping[str, Any]
 
 # What prompt files in the wild call these two.
 PROMPT_FIELDS = ("prompt", "problem", "question", "messages")
-ANSWER_FIELDS = ("answer", "expected_answer")
-# What the answer is taken from where there is neither: dots lead into mappings and lists.
-OTHER_ANSWER_FIELDS = ("ground_truth", "reward_model.ground_truth")
+ANSWER_FIELDS = ("answer", "expected_answer", "ground_truth", "reward_model.ground_truth")
 
 # What other formats call roles that templates know by another name. Some print any role, and so these too.
 _OTHER_NAMES = {
@@ -33,6 +31,9 @@ _OTHER_NAMES = {
     "bot": "assistant",
     "model": "assistant",
 }
+# What a message has, in this format and in another; and how one begins as Python writes it.
+_PAIRS = ({"role", "content"}, {"from", "value"})
+_PYTHONS = re.compile(r"\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -50,8 +51,8 @@ def read_prompts(
 
     `format` names what reads the file; None goes by its suffix. The prompt, text or a list of messages, is in
     `prompt_field`, or in the one of PROMPT_FIELDS that is there; the answer, which may be absent, in
-    `answer_field`, which may have dots, in the one of ANSWER_FIELDS, or else of OTHER_ANSWER_FIELDS;
-    `extra_fields` are kept as Prompt.extra. `count` takes the first so many. An id that is not given is a
+    `answer_field`, which may have dots, or in the one of ANSWER_FIELDS, and a null is none; `extra_fields`
+    are kept as Prompt.extra. `count` takes the first so many. An id that is not given is a
     digest of the messages as they are in the file: `suffix`, which is put after the last message on a line of
     its own, does not change it.
 
@@ -132,7 +133,7 @@ def _parse(where: str, row: Row, prompt_field: str | None) -> Prompt:
     value = row[field]
     if isinstance(value, str) and _is_messages(value):
         raise DataError(
-            f"{where}: {field} is text that holds a list of messages as JSON: give the list itself"
+            f"{where}: {field} is text that holds messages written out: give the list of them itself"
         )
     if row.get("tools"):
         raise DataError(
@@ -159,8 +160,6 @@ def _parse(where: str, row: Row, prompt_field: str | None) -> Prompt:
 
 def _answer(where: str, row: Row, answer_field: str | None) -> str | None:
     field = answer_field or _known_field(where, row, ANSWER_FIELDS, "answer_field")
-    if field is None:
-        field = next((name for name in OTHER_ANSWER_FIELDS if _has(row, name)), None)
     if field is None:
         return None
     if not _has(row, field):
@@ -207,11 +206,19 @@ def _extra(where: str, row: Row, fields: Sequence[str]) -> dict[str, Any]:
 
 
 def _known_field(where: str, row: Row, names: Sequence[str], setting: str) -> str | None:
-    """The one of `names` that is in the row, or None. DataError where two are."""
-    present = [name for name in names if name in row]
-    if len(present) > 1:
-        raise DataError(f"{where}: has both {' and '.join(present)}: say which to take with {setting}")
-    return present[0] if present else None
+    """The one of `names` that is in the row, or None; a null is there where nothing else is.
+
+    DataError where two say different things.
+    """
+    present = [name for name in names if _has(row, name)]
+    given = [name for name in present if _at(row, name) is not None]
+    said = {str(_at(row, name)): name for name in reversed(given)}
+    if len(said) > 1:
+        raise DataError(
+            f"{where}: has both {' and '.join(sorted(said.values(), key=names.index))}: say which to take "
+            f"with {setting}"
+        )
+    return next(iter(given or present), None)
 
 
 def _require_role(where: str, role: str) -> None:
@@ -225,15 +232,17 @@ def _require_role(where: str, role: str) -> None:
 
 
 def _is_messages(text: str) -> bool:
-    """Whether a text is a list of messages, written as JSON."""
-    if not text.lstrip().startswith("["):
+    """Whether a text is a message, or a list of some, written as JSON or as Python writes it."""
+    if _PYTHONS.match(text):
+        return True
+    if not text.lstrip().startswith(("[", "{")):
         return False
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    if not isinstance(value, list):
-        return False
+    if isinstance(value, dict):  # many another thing in braces has one of them
+        return any(pair <= value.keys() for pair in _PAIRS) or isinstance(value.get("messages"), list)
     return any(isinstance(each, dict) and bool({"role", "from"} & each.keys()) for each in value)
 
 

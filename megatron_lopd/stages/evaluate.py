@@ -74,7 +74,7 @@ class EvaluateStage(SharedStage):
         settings, seed, directory = run.recipe.evaluate, run.recipe.seed, run.directory_of(self.name)
         works: list[Work] = []
         for model, where in models_of(run).items():
-            limit = longest_prompt(where.directory, settings.sampling, None)
+            limit = longest_prompt(where.directory, settings.sampling, None, "evaluate")
             for name in run.evaluation_sets:
                 place, label = directory / model / name, f"{model} on {name}"
                 prompts = run.encoded_set(name, where, limit)

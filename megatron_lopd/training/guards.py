@@ -62,28 +62,35 @@ def checkpoints_kept(config: TrainingConfig, guard: GuardConfig | None) -> int:
     return max(config.keep_checkpoints, within_window + 1)
 
 
-def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_good: Path) -> None:
-    """Raise DriftError when the median over `guard.window` steps of a metric is past its limit.
+def drift_seen(recent: Sequence[Drift], guard: GuardConfig, step: int) -> str | None:
+    """The first metric whose median over `recent` (of `recent_drift`) is past its limit, in words.
 
     A median, for a single token that the student now finds a thousand times likelier moves one step's
-    values past any limit and means nothing. Fewer steps than the window are not judged. `last_good` is the
-    checkpoint, or starting model, from before all of those steps. `recent` is what `recent_drift` gave; the
-    metrics are objectives.drift's.
+    values past any limit and means nothing. The metrics are objectives.drift's.
     """
-    if len(recent) < guard.window:
-        return
     for limit in _LIMITS:
         bound: float | None = getattr(guard, limit.key)
         if bound is None or limit.metric not in recent[-1]:
             continue
-        metric, key = limit.metric, f"train.guard.{limit.key}"
-        value = statistics.median(each[metric] for each in recent)
+        value = statistics.median(each[limit.metric] for each in recent)
         if limit.is_passed(value, bound):
-            raise DriftError(
-                f"step {step}: the student has drifted from the one that made the rollouts: {metric} is "
-                f"{value:.3g} over {guard.window} steps, past {key}={bound:g}: the last good "
-                f"weights are {last_good}; in another run_dir set train.objective=topk_reverse_kl (with "
-                "score.top_k), train.refresh_every, train.optimizer.warmup_steps or a lower "
-                f"train.optimizer.lr, or, to go on here all the same, another {key}",
-                last_good,
+            return (
+                f"step {step}: the student has drifted from the one that made the rollouts: {limit.metric} "
+                f"is {value:.3g} over {len(recent)} steps, past train.guard.{limit.key}={bound:g}"
             )
+    return None
+
+
+def check_drift(recent: Sequence[Drift], guard: GuardConfig, step: int, last_good: Path) -> None:
+    """Raise DriftError for what `drift_seen` finds over `guard.window` steps; fewer are not judged.
+
+    `last_good` is the checkpoint, or starting model, from before all of those steps.
+    """
+    if len(recent) == guard.window and (seen := drift_seen(recent, guard, step)):
+        raise DriftError(
+            f"{seen}: the last good weights are {last_good}; in another run_dir set "
+            "train.objective=topk_reverse_kl (with score.top_k), train.refresh_every, "
+            "train.optimizer.warmup_steps or a lower train.optimizer.lr, or, to go on here all the same, "
+            "another limit of train.guard",
+            last_good,
+        )

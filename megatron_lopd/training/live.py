@@ -81,7 +81,7 @@ class LiveData:
             raise DataError(
                 f"sample {longest.sample_id} can have {tokens} tokens, which this layout pads to {needed}, "
                 f"above micro_batch_tokens={token_budget}: raise it to at least {needed}, or lower "
-                "sampling.max_new_tokens"
+                "rollout.sampling.max_new_tokens"
             )
 
     def require_positions(self, positions: int) -> None:
@@ -91,7 +91,7 @@ class LiveData:
         if tokens > positions:
             raise DataError(
                 f"sample {longest.sample_id} can have {tokens} tokens, and the student has {positions} "
-                "positions: lower sampling.max_new_tokens"
+                "positions: lower rollout.sampling.max_new_tokens"
             )
 
     def require_vocabulary(self, size: int) -> None:

@@ -44,7 +44,13 @@ from megatron_lopd.runtime.signals import StopSignals
 from megatron_lopd.training.checkpoints import Checkpoint, Checkpoints, Progress, checkpoint_name
 from megatron_lopd.training.consensus import any_rank
 from megatron_lopd.training.data_sources import Batches
-from megatron_lopd.training.guards import check_drift, check_skipped, checkpoints_kept, recent_drift
+from megatron_lopd.training.guards import (
+    check_drift,
+    check_skipped,
+    checkpoints_kept,
+    drift_seen,
+    recent_drift,
+)
 from megatron_lopd.training.job import TrainingJob
 from megatron_lopd.training.metrics import Counts, summarize
 from megatron_lopd.training.reporter import Reporter
@@ -288,6 +294,9 @@ class _Run:
         if guard is not None and progress.step < self.total_steps:  # there is nothing left to stop
             last_good = self._last_good(progress.step - guard.window)
             check_drift(progress.recent_drift, guard, progress.step, last_good)
+        seen = guard and drift_seen(progress.recent_drift, guard, progress.step)
+        if seen and progress.step == self.part.end_step:
+            self.reporter.note(f"{seen}: at its end, so not stopped: see metrics.jsonl before you use it")
         return progress
 
     def _last_good(self, step: int) -> Path:

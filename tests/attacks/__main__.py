@@ -18,11 +18,9 @@ import time
 from pathlib import Path
 
 from tests.attacks.attack import kinds
-from tests.attacks.campaign import Tally
+from tests.attacks.campaign import Tally, table
 from tests.attacks.trial import WRONG
 from tests.attacks.workers import campaigns
-
-COLUMNS = ("tried", "refused", "accepted", "undetected", "uncaught", "hangs", "outside", "memory", "peak MB")
 
 
 def main() -> int:
@@ -61,26 +59,6 @@ def main() -> int:
             print(f"{(time.monotonic() - started) / 60:.1f} minutes")
             print("\n".join(table(tallies)))
     return 1 if any(tally.tried[each] for tally in tallies.values() for each in WRONG) else 0
-
-
-def table(tallies: dict[str, Tally]) -> list[str]:
-    """The counts by kind, a line each, and of all together."""
-    whole = Tally()
-    for tally in tallies.values():
-        whole.add(tally)
-    rows = [("kind", *COLUMNS)]
-    for name, tally in [*sorted(tallies.items()), ("all", whole)]:
-        verdicts = ("refused", "accepted", "undetected", "uncaught", "hang", "outside", "memory")
-        counts = (tally.tried.total(), *(tally.tried[each] for each in verdicts), round(tally.peak / 1e6))
-        rows.append((name, *(f"{count:,}" for count in counts)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from tests.attacks.trial import WRONG, Outcome, attempt
 Signature = tuple[str, str, str]
 SHRINK_SECONDS = 30.0  # that a finding may take to be made smaller
 
+COLUMNS = ("tried", "refused", "accepted", "undetected", "uncaught", "hangs", "outside", "memory", "peak MB")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -51,6 +53,30 @@ class Tally:
         self.tried.update(other.tried)
         self.peak = max(self.peak, other.peak)
         self.findings += other.findings
+
+
+def table(tallies: dict[str, Tally]) -> list[str]:
+    """The counts by kind, a line each; those that time was too short for; the counts of all together."""
+    whole = Tally()
+    for tally in tallies.values():
+        whole.add(tally)
+    rows = [("kind", *COLUMNS)]
+    tried = [(name, tallies[name]) for name in sorted(tallies) if tallies[name].tried.total()]
+    for name, tally in [*tried, ("all", whole)]:
+        verdicts = ("refused", "accepted", "undetected", "uncaught", "hang", "outside", "memory")
+        counts = (tally.tried.total(), *(tally.tried[each] for each in verdicts), round(tally.peak / 1e6))
+        rows.append((name, *(f"{count:,}" for count in counts)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    *lines, together = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    if missed := sorted(tallies.keys() - dict(tried).keys()):
+        lines.append(f"not tried at all, for want of time: {', '.join(missed)}")
+    return [*lines, together]
 
 
 class Campaign:

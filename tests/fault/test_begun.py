@@ -47,11 +47,16 @@ def test_a_start_that_failed_leaves_its_advice_free_to_follow(
     assert main(["train", "recipe.yaml"]) == 0
 
 
-def test_a_guard_stops_no_run_that_is_over(root: Path) -> None:
-    """Of five steps, the window's five are whole at the last."""
+@pytest.mark.parametrize("window", [5, 10])
+def test_a_guard_stops_no_run_that_is_over_and_tells_what_it_saw(
+    root: Path, capfd: pytest.CaptureFixture[str], window: int
+) -> None:
+    """Of five steps, a window's five are whole at the last, and ten are none."""
     forget_from(root, "train")
-    guard = ["train.guard.window=5", "train.guard.min_kept_mass=0.999999999"]
+    guard = [f"train.guard.window={window}", "train.guard.max_drift_kl=1e-9"]
     assert main(["train", "recipe.yaml", *guard]) == 0
+    seen = "over 5 steps, past train.guard.max_drift_kl=1e-09: at its end, so not stopped"
+    assert seen in capfd.readouterr().err
 
 
 def test_what_was_made_binds_and_a_plan_alone_does_not(

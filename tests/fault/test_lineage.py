@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -79,6 +80,8 @@ def test_another_teacher_may_not_score(root: Path, capsys: pytest.CaptureFixture
     undo(root, *AFTER_ROLLOUT)
     make_model_dir(root / "other", seed=9, **SMALL)
     refused(capsys, ["score", "recipe.yaml", "teacher.model=other"], 3, "weights", "other", "teacher")
+    another = "the teacher of generate is not what it was made with: weights was "
+    refused(capsys, ["generate", "recipe.yaml", "teacher.model=other"], 3, another)
     assert not (root / "run/score").exists()
     shutil.rmtree(root / "teacher")
     shutil.move(root / "other", root / "teacher")  # the same name, another model
@@ -286,6 +289,11 @@ def test_sft_text_from_a_file_has_a_declared_teacher(root: Path, capsys: pytest.
         out := capsys.readouterr().out
     )
     assert f"run2/export: declared, because {why}; " in out
+    assert main(["verify", "run2"]) == 0
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"run2: \d+ artifacts, declared: evaluate, export, report, rollout, score and \d+ more", verdict
+    )
     make_model_dir(root / "other", seed=9, **SMALL)
     shutil.rmtree(root / "run2/score")
     refused(
@@ -298,6 +306,8 @@ def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     for stage in ("generate", "sft", "rollout", "score", "train", "export", "evaluate", "report"):
         assert f"run/{stage}: " in out
+    artifacts = len(re.findall(r", intact$", out, flags=re.M))
+    assert out.splitlines()[-1] == f"run: {artifacts} artifacts, proved"
     manifest = load_manifest(root / "run/rollout")
     counts = manifest.counts | {"samples": 41}
     write_manifest(root / "run/rollout", replace(manifest, counts=counts))  # whole, but not the one scored
@@ -330,7 +340,10 @@ def test_verify_says_of_anything_why_it_is_what_it_is(root: Path, capsys: pytest
     assert "proved: it is of the job that was begun here: plan " in capsys.readouterr().out
     shutil.copytree(root / "run/export/model", root / "released")
     assert main(["verify", "released"]) == 0
-    assert "released: declared: lopd_lineage.json says so, and the artifact" in capsys.readouterr().out
+    own, verdict = capsys.readouterr().out.splitlines()
+    assert own.startswith("released: weights ")
+    assert own.endswith(", says of itself: made by train, proved")
+    assert verdict.startswith("released: declared: lopd_lineage.json says so, and the artifact")
     refused(capsys, ["verify", "teacher"], 1, "teacher: neither an artifact, a run directory nor a model")
     refused(
         capsys, ["verify", "run/train/tensorboard"], 1, "no part of run/train: its manifest lists nothing"
@@ -398,6 +411,7 @@ def test_an_evaluation_can_be_read(root: Path, capsys: pytest.CaptureFixture[str
     ):
         assert shown in out
     assert prompts[1].id not in out
+    assert "answer read" not in out  # which this grader does not
 
 
 def test_doctor_names_versions_and_the_plan(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,7 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
             "set parallel.processes=2",
         ),
         (GOOD, "parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline to at"),
+        ("# nothing", "", "the file is empty: a recipe is a mapping"),
         (GOOD, "score.top_k=0", "needs the teacher's top k: set score.top_k"),
         (GOOD, "prompts.opd.path=x.jsonl", "give either path (a file) or task"),
         (

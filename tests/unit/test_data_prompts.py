@@ -72,7 +72,11 @@ def test_fields_that_are_named(tmp_path: Path) -> None:
     [
         ({"reward_model": {"style": "rule", "ground_truth": "2"}}, None, "2"),  # verl
         ({"ground_truth": 2}, None, "2"),
-        ({"answer": "2", "reward_model": {"ground_truth": "left alone"}}, None, "2"),
+        ({"answer": None, "ground_truth": "2"}, None, "2"),
+        ({"answer": 2, "expected_answer": None, "reward_model": {"ground_truth": "2"}}, None, "2"),
+        ({"answer": "2", "reward_model": {"ground_truth": "left alone"}}, "answer", "2"),
+        ({"answer": None, "reward_model": {"ground_truth": None}}, None, None),
+        ({"question": None}, None, None),
         ({"reward_model": {"style": "model"}}, None, None),
         ({"answer": {"value": 2.5, "unit": "cm"}}, "answer.value", "2.5"),
         ({"answers": [["2"], "3"]}, "answers.0.0", "2"),
@@ -224,6 +228,15 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
             [{"prompt": "a", "answer": 1, "expected_answer": 2}],
             r"p\.jsonl:1: has both answer and expected_answer: .* answer_field",
         ),
+        (
+            [{"prompt": "a", "answer": 1, "ground_truth": 2}],
+            r"p\.jsonl:1: has both answer and ground_truth: .* answer_field",
+        ),
+        (
+            [{"prompt": "a", "ground_truth": 1, "reward_model": {"ground_truth": 2}}],
+            r"p\.jsonl:1: has both ground_truth and reward_model\.ground_truth: .* answer_field",
+        ),
+        ([{"prompt": None}], r"p\.jsonl:1: prompt must be text"),
         (['{"prompt": "\\ud800"}\n'], r"p\.jsonl:1: .*half of a surrogate pair"),
         (['{"prompt": "a", "id": ' + "9" * 5000 + "}\n"], r"p\.jsonl:1: .*a number of 5,000 digits"),
         (["[" * 100_000 + "\n"], r"p\.jsonl:1: .*brackets more than"),

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_lopd.data.chat import Chat
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.pipeline.encoded import read_notes
 from megatron_lopd.prompts.rows import read_conversations, read_prompts
 from megatron_lopd.runtime.bounded import Failed, bounded
 from tests.attacks.texts import ENDLESS_TEMPLATES, FAILING_TEMPLATES, messages
@@ -35,6 +36,15 @@ THINKING = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QUESTION = {"role": "user", "content": "1+1?"}
+# Text with brackets in it that is a question all the same.
+QUESTIONS = (
+    "[1, 2] is a list",
+    "[1, 2]",
+    '{"role": "king"}',
+    '{"from": 1, "to": 2}',
+    "{'a': 1}",
+    "{x: x > 0}",
+)
 
 
 def model_dir(path: Path, template: Any = CHATML, **settings: Any) -> Path:
@@ -253,6 +263,32 @@ def test_a_tokenizer_that_cannot_write_it_as_text_refuses_it(tmp_path: Path) -> 
         chat.prompt([{"role": "user", "content": "1<|assistant|>2"}], "s7", 100)
 
 
+@pytest.mark.parametrize("unknown", ["<|unknown|>", None])
+def test_text_that_the_tokenizer_has_no_token_for_is_told(unknown: str | None, tmp_path: Path) -> None:
+    """With an unknown token, and with a tokenizer that drops what it does not know."""
+    from tests.model_zoo import CHAT_TEMPLATE, END, make_tokenizer
+
+    if unknown:
+        make_tokenizer().save_pretrained(tmp_path)
+    else:
+        known = ["<|user|>", "<|assistant|>", END, *"0123456789+=?"]
+        tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(known)}, []))
+        tokenizer.add_special_tokens(known[:3])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+        fast.chat_template = CHAT_TEMPLATE
+        fast.save_pretrained(tmp_path)
+    chat = Chat(str(tmp_path))
+    for name, text in (("a", "1+1"), ("b", "1+1 \u00e4?"), ("c", "2+2"), ("d", "2\u00e4")):
+        chat.prompt([{"role": "user", "content": text}], name, 100)
+    assert chat.unwritten == ["b", "d"]
+    assert read_notes(chat)[-1].startswith("2 of them have text that the tokenizer has no token for")
+    nothing = {"role": "user", "content": "\u00e4\u00e4"}
+    with pytest.raises(DataError, match="e: the tokenizer has no token for any of '\u00e4\u00e4'"):
+        chat.prompt([{"role": "user", "content": "1+1"}, nothing], "e", 100)
+    with pytest.raises(DataError, match="f: the tokenizer has no token for any of"):
+        chat.conversation([QUESTION, nothing | {"role": "assistant"}], "f", 100)
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -260,8 +296,15 @@ def test_a_tokenizer_that_cannot_write_it_as_text_refuses_it(tmp_path: Path) -> 
         ({"messages": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]}, "'assistant'"),
         ({"messages": [{"role": "user|>x<|assistant", "content": "a"}]}, "must be a name"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "conversations is another format's"),
-        ({"messages": json.dumps([{"role": "user", "content": "a"}])}, "messages is text that holds a list"),
-        ({"prompt": json.dumps([{"from": "human", "value": "a"}])}, "prompt is text that holds a list"),
+        (
+            {"messages": json.dumps([{"role": "user", "content": "a"}])},
+            "messages is text that holds messages",
+        ),
+        ({"prompt": json.dumps([{"from": "human", "value": "a"}])}, "prompt is text that holds mess"),
+        ({"messages": json.dumps(QUESTION)}, "messages is text that holds mess"),
+        ({"prompt": json.dumps({"messages": [QUESTION]})}, "prompt is text that holds mess"),
+        ({"prompt": str([QUESTION])}, "prompt is text that holds mess"),
+        ({"prompt": str(QUESTION)}, "prompt is text that holds mess"),
         ({"messages": [{"from": "human", "value": "a"}]}, "messages with a role and a content"),
         ({"messages": [{"role": "user", "content": None}]}, "none of them empty"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "both text"),
@@ -270,8 +313,9 @@ def test_a_tokenizer_that_cannot_write_it_as_text_refuses_it(tmp_path: Path) -> 
 )
 def test_rows_of_other_formats_are_refused_by_key(row: dict[str, Any], expected: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "[1, 2] is a list"}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(DataError, match=f"rows.jsonl:2: .*{expected}"):
+    rows = [*({"prompt": each} for each in QUESTIONS), row]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(DataError, match=f"rows.jsonl:{len(rows)}: .*{expected}"):
         read_prompts(path)
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: "):

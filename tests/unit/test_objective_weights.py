@@ -97,7 +97,7 @@ CLIPPED = [*SAMPLED, "train.sampled_reverse_kl.importance=clipped"]
     [
         (
             ["train.objective=topk_forward_kl", "score.top_k=0"],
-            "train.objective=topk_forward_kl needs the teacher's top k: set score.top_k (to 64, say) and run",
+            "train.objective=topk_forward_kl needs the teacher's top k: set score.top_k (to 64, say, or to 8",
         ),
         (
             [*CLIPPED, *TOPK],

@@ -276,8 +276,8 @@ def test_a_grader_stopped_from_outside_is_given_up(monkeypatch: pytest.MonkeyPat
 )
 def test_prompts_that_cannot_be_graded(grader: MathGrader, answer: str | None, message: str) -> None:
     good = Prompt("a", (), "7")
-    with pytest.raises(DataError, match=f"prompt b: .*{message}"):
-        grader.require([good, Prompt("b", (), answer)])
+    with pytest.raises(DataError, match=rf"^p\.jsonl:2: prompt b: .*{message}"):
+        grader.require([good, Prompt("b", (), answer, where="p.jsonl:2")])
 
 
 def test_an_unknown_grader_is_named() -> None:
