@@ -85,10 +85,7 @@ def _describe_answers(file: Path | CommittedFile, samples: int) -> Iterator[str]
         for message in each.prompt:
             yield f"    {message.get('role')}: {message.get('content')!r}"
         yield f"    response: {each.text!r}"
-        known = {
-            "right answer": each.gold,
-            "answer read": each.answer,
-        }  # some graders need none, or read none
+        known = {"right answer": each.gold, "answer read": each.answer}  # a grader may need or read none
         if said := ", ".join(f"{what}: {text!r}" for what, text in known.items() if text is not None):
             yield f"    {said}"
 
