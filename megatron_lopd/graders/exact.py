@@ -7,6 +7,7 @@ compared as numbers, and what it finds equal is held to the values at one point.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from latex2sympy2_extended import is_expr_of_only_symbols
@@ -110,20 +111,28 @@ def _has_equation(thing: Any) -> bool:
 def _valued(thing: Any) -> Any:
     """`thing` with what is named put for each of its equations; None where one names nothing: x + 2 = 5."""
     if isinstance(thing, Eq):
-        if _is_name(thing.lhs) or _is_identity(thing):
-            return thing.rhs
-        return thing.lhs if _is_number(thing.lhs) and isinstance(thing.rhs, Symbol) else None
+        if _is_number(thing.lhs) and isinstance(thing.rhs, Symbol):
+            return thing.lhs
+        are_numbers = _is_number(thing.lhs) and _is_number(thing.rhs)  # what it comes to, rightly or not
+        return thing.rhs if are_numbers or _is_name(thing.lhs) or _is_identity(thing) else None
     if not _has_equation(thing):
         return thing
     parts = _equations(thing)
     if isinstance(thing, And):
-        is_chain = all(isinstance(each, Eq) for each in parts)
-        return _valued(Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)) if is_chain else None
+        return _valued(_ends(parts)) if all(isinstance(each, Eq) for each in parts) else None
     values = [_valued(each) for each in parts]
     if None in values:
         return None
     names = {each.lhs for each in parts if isinstance(each, Eq)}
     return (thing.func if len(set(values)) == len(values) or len(names) < 2 else Tuple)(*values)
+
+
+def _ends(chain: Sequence[Any]) -> Any:
+    """a = c, of a = b = c, in whatever order sympy has put its equations."""
+    lefts, rights = [each.lhs for each in chain], [each.rhs for each in chain]
+    first = next((each for each in lefts if each not in rights), lefts[0])
+    last = next((each for each in reversed(rights) if each not in lefts), rights[-1])
+    return Eq(first, last, evaluate=False)
 
 
 def _is_identity(equation: Any) -> bool:

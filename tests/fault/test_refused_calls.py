@@ -6,10 +6,12 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from megatron_lopd.cli import main
+from megatron_lopd.commands import verify
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.writing import atomic_file, fsync_directory, fsync_file, open_to_append, remove
 from megatron_lopd.pipeline import execute
@@ -93,10 +95,27 @@ def test_nobody_waits_for_ever_for_a_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_what_nobody_has_an_answer_for_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_no_file_system_takes_is_one_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "x" * 300
     assert main([command, name]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"lopd {command}: {name}")
-    assert f"cannot be read or written: {os.strerror(errno.ENAMETOOLONG)}: check the disk" in said
+    assert f"cannot be read: {os.strerror(errno.ENAMETOOLONG)}: check the disk" in said
+    assert said.count("\n") == 1
+
+
+def test_what_nobody_has_an_answer_for_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> NoReturn:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), path)
+
+    monkeypatch.setattr(verify, "verify_path", refuse)
+    assert main(["verify", "a/run"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"lopd verify: a/run: cannot be read or written: {os.strerror(errno.EDQUOT)}: check"
+    )
     assert said.count("\n") == 1

@@ -51,7 +51,7 @@ def is_operational(key: str) -> bool:
 BEFORE = {
     ("process.py", "engine.name"),
     ("requests.py", "sampling.max_new_tokens"),
-    ("live.py", "sampling.max_new_tokens"),
+    ("live.py", "rollout.sampling.max_new_tokens"),
     ("vllm.py", "engine.name"),
     ("vllm.py", "score.engine.name"),
     ("rounds.py", "score.engine.name"),
