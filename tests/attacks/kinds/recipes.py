@@ -236,6 +236,6 @@ def _is_within(asked: Any, taken: Any) -> bool:
         return isinstance(taken, list) and len(asked) == len(taken) and all(map(_is_within, asked, taken))
     if isinstance(asked, bool) or isinstance(taken, bool):
         return asked is taken
-    if isinstance(asked, str) and isinstance(taken, float):  # 1e-6, which YAML 1.1 reads as text
+    if isinstance(asked, str) and isinstance(taken, float | int):  # 1e-6 or 1e3, which YAML 1.1 reads as text
         return float(asked) == taken
     return bool(asked == taken)
