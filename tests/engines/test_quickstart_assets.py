@@ -26,7 +26,7 @@ QUICKSTART = ROOT / "examples/quickstart"
 def test_the_teacher_is_over_97_percent_accurate(temperature: float) -> None:
     chat = Chat(str(QUICKSTART / "teacher"))
     asked = list(problems(1000, seed=123, split="eval"))
-    prompts = [chat.prompt([{"role": "user", "content": p.prompt}], p.id, 64) for p in asked]
+    prompts = chat.prompts([(p.id, [{"role": "user", "content": p.prompt}]) for p in asked], 64)
     requests = [Prompted(p.id, tokens, n) for n, (p, tokens) in enumerate(zip(asked, prompts, strict=True))]
     engine = open_engine(EngineConfig(batch_size=1000), str(QUICKSTART / "teacher"))
     answers = engine.generate(requests, Sampling(max_new_tokens=26, temperature=temperature), chat.end_tokens)
