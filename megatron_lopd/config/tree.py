@@ -185,6 +185,8 @@ def _expanded(path: str, name: str) -> str:
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
         raise ConfigError(f"{name}: {path!r}: there is no such home directory: write the path out")
+    if "}" not in whole[whole.rfind("${") :] and "${" in whole:
+        raise ConfigError(f"{name}: {path!r}: a ${{ is not closed: write ${{NAME}}")
     for braced, plain in re.findall(r"\$(?:\{([^}]*)\}|(\w+))", whole):
         if (braced or plain) not in os.environ:
             raise ConfigError(

@@ -135,6 +135,7 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         ('a: "\\ud800"', None, "half of a surrogate pair"),
         ("run_dir: x\n---\nseed: 1", None, "recipe.yaml:2: a second document begins"),
         ("x: " + "y" * (1 << 20), None, "above 1,048,576 bytes"),
+        (GOOD, "run_dir=${HOME/x", "run_dir: '${HOME/x': a ${ is not closed"),
         (GOOD, "run_dir=$NOT_SET/x", "run_dir: '$NOT_SET/x': $NOT_SET is not set in the environment"),
         (GOOD, "sft.data=${NOT_SET}", "sft.data: '${NOT_SET}': $NOT_SET is not set"),
         (GOOD, "teacher.model=~nobody-here/x", "teacher.model: '~nobody-here/x': there is no such home"),
