@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -28,7 +27,7 @@ from megatron_lopd.engines.requests import (
     tokenless_ids,
     windows,
 )
-from megatron_lopd.errors import EngineError, reason_of
+from megatron_lopd.errors import EngineError, LopdError, reason_of
 from megatron_lopd.ops.products import matmul_fp32
 
 # Elements of a [tokens, vocabulary] block of logits: 128 MB in fp32, and 220 tokens of a vocabulary of 152 k.
@@ -349,7 +348,9 @@ def _load_model(config: EngineConfig, model_dir: str) -> Any:
             ignore_mismatched_sizes=True,  # so that they are reported below, in one line
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (LopdError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a foreign file has the loader stumble over
         raise EngineError(f"{model_dir}: the model does not load: {reason_of(error)}") from error
     # transformers makes up what it does not find, and says so in a warning.
     for problem in ("missing_keys", "mismatched_keys"):

@@ -23,9 +23,9 @@ def begin(stage: str, directory: Path, plan: Plan, *, alone: bool) -> None:
     """Note what is being made, or check that what was begun here before is the same thing.
 
     What was begun without a part of it being made binds nobody: where this process is `alone` in the
-    directory, that is forgotten.
+    directory, that is forgotten. Others may have committed since it was looked at, and gone.
     """
-    if alone and not has_parts(directory):
+    if alone and not is_committed(directory) and not has_parts(directory):
         remove_claims(directory)
         (directory / PLAN_FILE).unlink(missing_ok=True)
     if begun_plan(directory) is None:
