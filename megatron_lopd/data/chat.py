@@ -49,6 +49,7 @@ class Chat:
     """
 
     def __init__(self, model_dir: str, trust_remote_code: bool = False) -> None:
+        self._model_dir = model_dir
         self.tokenizer = load_tokenizer(model_dir, trust_remote_code)
         if not self.tokenizer.chat_template:
             raise ConfigError(
@@ -190,7 +191,7 @@ class Chat:
             new.values(), probes, bounded(render, probes, TEMPLATE_SECONDS), strict=False
         ):
             if isinstance(rendered, Failed):
-                raise _refused(name, rendered)
+                raise self._refused(name, rendered)
             if rendered is not None:
                 self._require(name, messages, first_unprinted(probe, rendered))
         self._shapes.update(new)
@@ -324,8 +325,11 @@ class Chat:
         texts = bounded(lambda request: self._render(*request), requests, TEMPLATE_SECONDS)
         for (name, _), rendered in zip(asked, texts, strict=False):
             if isinstance(rendered, Failed):
-                raise _refused(name, rendered)
+                raise self._refused(name, rendered)
             yield rendered
+
+    def _refused(self, name: str, failed: Failed) -> DataError:
+        return DataError(f"{name}: the chat template refuses it: {failed.reason} ({self._model_dir})")
 
     def _render(self, messages: Sequence[Message], open_turn: bool) -> str:
         rendered: str = self.tokenizer.apply_chat_template(
@@ -348,7 +352,3 @@ class Chat:
 def _any_of(words: Any) -> re.Pattern[str]:
     """The longest first: a token takes precedence over one within it."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
-
-
-def _refused(name: str, failed: Failed) -> DataError:
-    return DataError(f"{name}: the chat template refuses it: {failed.reason}")

@@ -93,7 +93,8 @@ def test_templates_that_cannot_be_trained_on(tmp_path: Path) -> None:
     other_opening = TEMPLATE.replace("assistant\n{% endif %}", "assistant\nstop{% endif %}")
     with pytest.raises(DataError, match="s: the chat template renders the prompt otherwise"):
         Chat(model_dir(tmp_path / "b", other_opening)).conversation(CONVERSATION, "s", 100)
-    with pytest.raises(DataError, match="s: the chat template refuses it: no system role"):
+    refused = rf"s: the chat template refuses it: no system role.* \({tmp_path}/c\)$"
+    with pytest.raises(DataError, match=refused):
         Chat(model_dir(tmp_path / "c")).prompt([{"role": "system", "content": "a"}], "s", 100)
 
 

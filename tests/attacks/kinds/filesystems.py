@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from megatron_lopd.errors import LopdError
+from megatron_lopd.pipeline import workers
+from megatron_lopd.runtime import claims
 from tests.attacks.attack import Attack, lopd
 from tests.attacks.kinds.begun import STAGES, committed
 from tests.shims.file_faults import CALLS, Failing, Faults, bearing
@@ -29,6 +32,9 @@ NAMES = (
     "*timing.json",
     "*metrics.jsonl",
 )
+
+
+LEASE = 4.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class FileSystems(Attack[Mounted]):
 
     def use(self, world: Path, change: Mounted | None) -> str:
         """What the stage makes: under the faults, where it does not refuse; and without them, afterwards."""
+        # Of a process that has ended nobody waits for the lease; here one process does both.
+        leased = functools.partial(claims.Claims, lease=LEASE, backoff=LEASE / 4)
+        workers.Claims = claims.Claims = leased  # type: ignore[misc,assignment]
         if change is not None:
             for command in ("status", change.stage):
                 with bearing(Faults(world / "run", change.latency, 0, change.failing)), suppress(LopdError):
