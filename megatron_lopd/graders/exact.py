@@ -113,13 +113,17 @@ def _valued(thing: Any) -> Any:
     if isinstance(thing, Eq):
         if _is_number(thing.lhs) and isinstance(thing.rhs, Symbol):
             return thing.lhs
-        are_numbers = _is_number(thing.lhs) and _is_number(thing.rhs)  # what it comes to, rightly or not
-        return thing.rhs if are_numbers or _is_name(thing.lhs) or _is_identity(thing) else None
+        return thing.rhs if _is_name(thing.lhs) or _is_identity(thing) else None
     if not _has_equation(thing):
         return thing
     parts = _equations(thing)
     if isinstance(thing, And):
-        return _valued(_ends(parts)) if all(isinstance(each, Eq) for each in parts) else None
+        if not all(isinstance(each, Eq) for each in parts):
+            return None
+        ends = _ends(parts)
+        # Steps in a row, 48/2 = 24 + 5 = 29, which nobody means as equations.
+        are_steps = all(_is_number(side) for each in parts for side in (each.lhs, each.rhs))
+        return ends.rhs if are_steps else _valued(ends)
     values = [_valued(each) for each in parts]
     if None in values:
         return None

@@ -238,4 +238,6 @@ def _is_within(asked: Any, taken: Any) -> bool:
         return asked is taken
     if isinstance(asked, str) and isinstance(taken, float | int):  # 1e-6 or 1e3, which YAML 1.1 reads as text
         return float(asked) == taken
+    if isinstance(asked, str) and isinstance(taken, str) and (home := re.match(r"(~|\$\{HOME\})/", asked)):
+        return taken.endswith(f"/home/{asked[home.end() :]}")  # as the attempt's process has it
     return bool(asked == taken)
