@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["run", recipe.name]) == 0
         assert main(["run", recipe.name, "--dry-run"]) == 0  # its models are hashed as they now stay
     return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, which is the working directory."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    monkeypatch.chdir(copy)
+    return copy

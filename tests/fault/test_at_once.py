@@ -18,14 +18,6 @@ from megatron_lopd.pipeline.verified import verified_for_workers, verify_unless_
 from tests.unit.test_imports import COMMAND, NOT_FOR_ASKING, modules_after
 
 
-@pytest.fixture
-def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    monkeypatch.chdir(copy)
-    return copy
-
-
 @pytest.mark.parametrize(
     "command",
     ["status recipe.yaml", "inspect run/export", "run recipe.yaml", "train recipe.yaml"],

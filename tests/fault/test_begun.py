@@ -24,13 +24,6 @@ from tests.pipeline import write_recipe
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 
-@pytest.fixture
-def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(finished, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    return tmp_path / "copy"
-
-
 def forget_from(root: Path, first: str) -> None:
     """Remove a stage's artifact and all behind it."""
     for stage in STAGES[STAGES.index(BY_NAME[first]) :]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,14 +30,6 @@ from megatron_lopd.stages.tokenize import TokenizeStage
 from tests.fault.test_lineage import refused, undo
 
 AFTER_TRAIN = ("export", "evaluate", "report")
-
-
-@pytest.fixture
-def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    monkeypatch.chdir(copy)
-    return copy
 
 
 def edit(path: Path) -> None:

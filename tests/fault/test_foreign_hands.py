@@ -35,13 +35,6 @@ from megatron_lopd.training.data_sources import CachedData
 pytestmark = pytest.mark.timeout(120)  # a FIFO that is opened blocks for ever
 
 
-@pytest.fixture
-def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(finished, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    return tmp_path / "copy"
-
-
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, *parts: str) -> None:
     capsys.readouterr()
     assert main(arguments) == code
