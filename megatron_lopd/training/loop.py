@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_lopd.config import TrainingConfig
+from megatron_lopd.config import GuardConfig, TrainingConfig
 from megatron_lopd.convert.load_model import load_hf_weights
 from megatron_lopd.data.batch_plan import BatchPlan, PlanPart
 from megatron_lopd.errors import (
@@ -294,10 +294,13 @@ class _Run:
         if guard is not None and progress.step < self.total_steps:  # there is nothing left to stop
             last_good = self._last_good(progress.step - guard.window)
             check_drift(progress.recent_drift, guard, progress.step, last_good)
-        seen = guard and drift_seen(progress.recent_drift, guard, progress.step)
-        if seen and progress.step == self.part.end_step:
-            self.reporter.note(f"{seen}: at its end, so not stopped: see metrics.jsonl before you use it")
+        if guard is not None and progress.step == self.part.end_step:
+            self._tell_drift(progress, guard)
         return progress
+
+    def _tell_drift(self, progress: Progress, guard: GuardConfig) -> None:
+        if seen := drift_seen(progress.recent_drift, guard, progress.step):
+            self.reporter.note(f"{seen}: at its end, so not stopped: see metrics.jsonl before you use it")
 
     def _last_good(self, step: int) -> Path:
         """What was saved last up to `step`; `to_the_end` sees to it that it is committed."""
