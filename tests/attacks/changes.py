@@ -191,7 +191,7 @@ ODD_JSON = (
     Text("9", 5000),
     Text("[", 100_000, "]"),
     Text('{"a":', 50_000),
-    Text('"x', 1, 'y"'),
+    Text('"x\x01y"'),
     Text("long", 500_000, around='"'),
     Text("{,}"),
     Text('"\\ud800"'),

@@ -3,14 +3,17 @@
     python tools/bench/proof.py [--gb N] [--models N] [--dir DIR] [--quick]
 
 The models are of bf16 tensors as a Qwen3-32B's, in files of 4 GB. The files are sparse: they have the size
-and no content, so that reading them costs what a warm page cache does and no disk is measured. Each step is a
+and no content, so that no disk is measured: reading them costs what it costs the system to fill a page. A
+smaller model, committed as an artifact's part, is of random bytes that lie in the page cache. Each step is a
 process of its own, as a command is.
 
 The last line is one JSON object. `hashed_gb_s`: SHA-256 (with xxh3_128 beside it), the first time.
 `checked_gb_s`: what bears its old stamp, by xxh3_128, as a command does that begins something. Both also by
 seconds of CPU, `..._gb_cpu_s`, which other work disturbs less: times the cores, it is what a quiet machine
 does. `looked_s`: wall seconds of a process that begins nothing, with its imports, and `looked_cpu_s` its CPU
-seconds. `sha256_gb_s`, `xxh3_gb_s`: one thread, from memory.
+seconds. `artifact_gb_s`: an artifact of which this machine knows nothing, checked against its manifest by
+SHA-256, from the page cache; `first_gb_s`: that model's weights, the first time, from there. `sha256_gb_s`,
+`xxh3_gb_s`: one thread, from memory.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from megatron_lopd.artifacts.manifest import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD_BYTES = 4_000_000_000
@@ -61,6 +66,17 @@ if begin == "begin":
         fingerprint_model(model)  # config and tokenizer too, which take their time once
 print(json.dumps([wall, after - before, after, found]))
 """
+VERIFY = """
+import json, os, sys, time
+from pathlib import Path
+from megatron_lopd.artifacts.manifest import load_manifest
+from megatron_lopd.artifacts.unchanged import verify_unchanged
+directory = Path(sys.argv[2])
+started, before = time.perf_counter(), sum(os.times()[:2])
+verify_unchanged(directory, load_manifest(directory))
+after = sum(os.times()[:2])
+print(json.dumps([time.perf_counter() - started, after - before, after, []]))
+"""
 
 
 def main() -> None:
@@ -88,6 +104,9 @@ def main() -> None:
         _, _, cpu, seen = look(root, "look", models)
         wall = time.perf_counter() - started
         assert first == again == seen
+        size_of_artifact = make_artifact(root / "artifact")
+        verified, verifying, _, _ = look(root, "verify", [root / "artifact"], VERIFY)
+        met, meeting, _, _ = look(root, "begin", [root / "artifact"])
     result = {
         "gb": size / 1e9,
         "cores": len(os.sched_getaffinity(0)),
@@ -95,6 +114,10 @@ def main() -> None:
         "checked_gb_s": size / checked / 1e9,
         "hashed_gb_cpu_s": size / hashing / 1e9,
         "checked_gb_cpu_s": size / checking / 1e9,
+        "artifact_gb_s": size_of_artifact / verified / 1e9,
+        "artifact_gb_cpu_s": size_of_artifact / verifying / 1e9,
+        "first_gb_s": size_of_artifact / met / 1e9,
+        "first_gb_cpu_s": size_of_artifact / meeting / 1e9,
         "looked_s": wall,
         "looked_cpu_s": cpu,
         "sha256_gb_s": rate(hashlib.sha256),
@@ -103,11 +126,13 @@ def main() -> None:
     print(json.dumps({name: round(value, 3) for name, value in result.items()}))
 
 
-def look(root: Path, how: str, models: list[Path]) -> tuple[float, float, float, list[str]]:
+def look(
+    root: Path, how: str, models: list[Path], program: str = LOOK
+) -> tuple[float, float, float, list[str]]:
     """(wall, CPU seconds of it, CPU seconds of all, digests), of a process that hashes weights, or looks."""
     environment = os.environ | {"LOPD_CACHE": str(root / "cache"), "PYTHONPATH": str(ROOT)}
     environment.pop("LOPD_SESSION", None)
-    command = [sys.executable, "-c", LOOK, how, *map(str, models)]
+    command = [sys.executable, "-c", program, how, *map(str, models)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     wall, cpu, whole, found = json.loads(done.stdout.splitlines()[-1])
     return wall, cpu, whole, found
@@ -137,6 +162,19 @@ def make_model(directory: Path, size: float) -> Path:
         json.dumps({"metadata": {}, "weight_map": places})
     )
     return directory
+
+
+def make_artifact(directory: Path) -> int:
+    """Bytes of a committed model of random content, which the system has just been given to keep."""
+    model = make_model(directory, 8e9)
+    for path in model.glob("*.safetensors"):
+        with path.open("r+b") as stream:
+            stream.seek(1 << 20)  # past the header, at most in the first tensor
+            while (left := path.stat().st_size - stream.tell()) > 0:
+                stream.write(os.urandom(min(left, 1 << 24)))
+    names = [path.name for path in directory.iterdir()]
+    commit(directory, "sft", files=names, config={}, counts={}, versions={}, parents={}, lineage="declared")
+    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def write_sparse(path: Path, shapes: dict[str, list[int]]) -> None:
