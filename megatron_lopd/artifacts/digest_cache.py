@@ -181,7 +181,8 @@ def session() -> str:
 def _start_of(pid: str) -> str:
     """What no other process on this machine has with the same number: when it began, and since which boot."""
     try:
-        after_name = Path("/proc", pid, "stat").read_text().rpartition(")")[2]
+        # The name, cut after 15 bytes, is in no encoding.
+        after_name = Path("/proc", pid, "stat").read_text(errors="replace").rpartition(")")[2]
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""  # it is gone

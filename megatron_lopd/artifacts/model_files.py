@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_lopd.artifacts.manifest import is_plain_path
 from megatron_lopd.artifacts.tensor_files import TensorLocation, tensor_locations
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.reading import (
@@ -55,6 +56,7 @@ TEMPLATES = (TEMPLATE, f"{MORE_TEMPLATES}/*.jinja")
 REFUSED = {
     "adapter_config.json": "peft, where it is, merges it on loading: merge it into the weights for good",
     "tekken.json": "some tokenizers would be made of it: make a tokenizer.json of it, and remove it",
+    "custom_generate/generate.py": "transformers runs it on loading, where code is trusted: remove it",
 }
 QUANTIZATION = "hf_quant_config.json"
 # Of config.json: by them transformers reads other files than those above.
@@ -214,7 +216,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _plain_name(name: str, index: Path) -> str:
-    if Path(name).name != name or not name.endswith(".safetensors") or name.startswith("consolidated"):
+    is_beside = is_plain_path(name) and "/" not in name
+    if not is_beside or not name.endswith(".safetensors") or name.startswith("consolidated"):
         raise DataError(
             f"{index}: names {name!r}, which not all loaders read: its files must be *.safetensors beside it"
         )

@@ -49,7 +49,7 @@ def keep_hints(kind: str, about: str, hints: Mapping[str, Any]) -> None:
 
 
 def _place(kind: str, about: str) -> Path:
-    return user_cache() / kind / f"{hashlib.sha256(about.encode()).hexdigest()}.json"
+    return user_cache() / kind / f"{hashlib.sha256(os.fsencode(about)).hexdigest()}.json"
 
 
 def _is_private(place: Path) -> bool:

@@ -155,6 +155,11 @@ def _load(files: ModelFiles) -> str:
     if backend is None or not hasattr(backend, "to_str"):
         return _of_files(files, end, type(tokenizer).__qualname__)
     state = _without_defaults(json.loads(backend.to_str()))
+    if state["model"].get("dropout"):
+        raise DataError(
+            f"{files.root}: its tokenizer has a dropout, and reads a text as other tokens each time: set "
+            "model.dropout of its tokenizer.json to null"
+        )
     return _result([_merges_as_pairs(state), _python_settings(tokenizer)], end)
 
 

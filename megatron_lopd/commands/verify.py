@@ -19,7 +19,7 @@ from megatron_lopd.artifacts.manifest import (
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.reading import is_directory, is_there, names_in
 from megatron_lopd.pipeline.chain import CHECKPOINTS, chain, links, require_as_good
-from megatron_lopd.pipeline.rounds import committed_parts, run_directory
+from megatron_lopd.pipeline.rounds import committed_parts, run_directory, whole_path
 
 # What a stage keeps in its directory beside the artifact, and nothing after it reads.
 OWN_FILES = frozenset({"plan.json", "timing.json", "times.jsonl", "refreshes.json", ".lock"})
@@ -86,7 +86,7 @@ def _verify_artifact(directory: Path, *, whole_chain: bool) -> Iterator[str]:
 
 def _verify_model(path: Path) -> Iterator[str]:
     """A model's directory: part of an artifact, or by itself, with what it says of itself."""
-    around = (*path.parents, *path.absolute().parents)
+    around = (*path.parents, *whole_path(path).parents)
     artifact = next((each for each in around if is_committed(each)), None)
     if artifact is None:
         if not is_there(path / LINEAGE_FILE):
@@ -97,7 +97,7 @@ def _verify_model(path: Path) -> Iterator[str]:
         yield f"{path}: declared: {LINEAGE_FILE} says so, and the artifact that it is from is not around it"
         return
     manifest = load_manifest(artifact)
-    within = f"{path.absolute().relative_to(artifact.absolute())}/"
+    within = f"{whole_path(path).relative_to(whole_path(artifact))}/"
     files = [file for file in committed_files(artifact, manifest) if file.name.startswith(within)]
     if not files:
         raise DataError(f"{path}: no part of {artifact}: its manifest lists nothing there")
@@ -130,7 +130,7 @@ def _others(directory: Path, manifest: Manifest) -> list[str]:
 def _why(directory: Path, manifest: Manifest, whole_chain: bool) -> Iterator[str]:
     """Each link that its lineage rests on, and in the end what made it less than proved."""
     run_dir = run_directory(directory)
-    stage = str(directory.absolute().relative_to(run_dir))
+    stage = str(whole_path(directory).relative_to(run_dir))
     found = chain(run_dir, stage, manifest) if whole_chain else {stage: list(links(run_dir, stage, manifest))}
     for name, proofs in found.items():
         for proof in proofs:

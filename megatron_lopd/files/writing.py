@@ -109,7 +109,9 @@ def temporary_file(path: Path, mode: str = "wb", permissions: int = 0o666) -> It
         return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, permissions)
 
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", opener=create) as stream:
+        # A text may hold a file's name, which need not be UTF-8: it is written as the bytes that it is.
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "surrogateescape")
+        with open(temporary, mode, encoding=encoding, errors=errors, opener=create) as stream:
             yield stream
             with naming(path):
                 stream.flush()

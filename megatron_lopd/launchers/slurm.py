@@ -128,7 +128,10 @@ def _sbatch(job: Job, *arguments: str) -> str:
 
 def _ask(*command: str) -> str:
     """What a SLURM command prints. LopdError with its last words when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Bytes as names have them: a run's directory, which need not be UTF-8, is in its jobs' comments.
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False
+    )
     if done.returncode:
         words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise LopdError(words[-1] if words else f"{command[0]} ended with exit code {done.returncode}")

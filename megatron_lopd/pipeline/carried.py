@@ -21,7 +21,7 @@ from megatron_lopd.artifacts.manifest import (
     load_manifest,
 )
 from megatron_lopd.artifacts.model_files import model_files
-from megatron_lopd.pipeline.rounds import run_directory
+from megatron_lopd.pipeline.rounds import run_directory, whole_path
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def carried_lineage(model_dir: Path) -> CarriedLineage | None:
     lineage = read_model_lineage(model_dir)
     if lineage is None:
         return None
-    artifact, reason = model_dir.absolute().parent, ""
+    artifact, reason = whole_path(model_dir).parent, ""
     if not is_committed(artifact):
         reason = f"{artifact} is not the artifact that it was committed in"
     else:
@@ -57,7 +57,7 @@ def _why_not_its_own(artifact: Path, manifest: Manifest, model_dir: Path, lineag
     """Why an artifact does not bear out the lineage of a model in it; empty where it does."""
     files = model_files(model_dir)
     read = {str(path.relative_to(model_dir)) for path in files.all} | {LINEAGE_FILE}
-    prefix = f"{model_dir.absolute().name}/"
+    prefix = f"{whole_path(model_dir).name}/"
     listed = {
         name.removeprefix(prefix): file
         for name, file in zip(manifest.files, committed_files(artifact, manifest), strict=True)

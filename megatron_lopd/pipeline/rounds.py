@@ -269,9 +269,15 @@ def record_rounds(run: ResolvedRun, upto: Round) -> None:
         atomic_write_json(path, before | now)
 
 
+def whole_path(path: Path) -> Path:
+    """From the root on, by the names that were given: a stage may be a link to where there is room. But ".."
+    is of what they lead to, so that with it links are followed."""
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
 def run_directory(artifact: Path) -> Path:
     """The run that an artifact's directory belongs to."""
-    parent = artifact.absolute().parent
+    parent = whole_path(artifact).parent
     is_round = _DIRECTORY.fullmatch(parent.name) and (parent.parent / "train").is_dir()
     return parent.parent if is_round else parent  # a run may have such a name too
 

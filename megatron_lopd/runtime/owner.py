@@ -59,6 +59,7 @@ def _start_of(pid: int) -> int | None:
 def _state_of(pid: int) -> list[str]:
     """The fields of Linux's proc(5) from the process's state on; none when it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A process's name, cut after 15 bytes, is in no encoding.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []

@@ -252,6 +252,7 @@ AMBIGUITIES: dict[str, Way] = {
     "a file by its whole path": naming("/tmp/other.safetensors"),
     "a file in a folder": naming("folder/other.safetensors"),
     "a pickle in the index": naming("pytorch_model.bin"),
+    "a name that no file can have": naming("other\0.safetensors"),
     "a key that names other weights": config(transformers_weights="other.safetensors"),
     "a key that names other configurations": config(configuration_files=["config.4.0.0.json"]),
     "a key twice": key_twice,
@@ -259,6 +260,10 @@ AMBIGUITIES: dict[str, Way] = {
     "a quantization for one loader": put("hf_quant_config.json", '{"quantization": {"quant_algo": "FP8"}}'),
     "tokenizers by release": settings(VOICE, fast_tokenizer_files=["tokenizer.4.0.0.json"]),
     "a Mistral tokenizer": put("tekken.json", "{}"),
+    "a tokenizer that draws at random": edit(
+        "tokenizer.json", lambda random, value: value["model"].update(dropout=random.choice([0.1, 1.0]))
+    ),
+    "code that runs on loading": put("custom_generate/generate.py", "def generate(model): ..."),
     "code of another repository": config(auto_map={"AutoModelForCausalLM": "someone/else--module.Model"}),
     "a link to nothing": instead(lambda path: path.symlink_to("nowhere")),
     "a folder": instead(Path.mkdir),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -34,6 +35,18 @@ def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[st
     counts = manifest.counts | {"samples": 41}
     write_manifest(root / "run/rollout", replace(manifest, counts=counts))  # whole, but not the one scored
     refused(capsys, ["verify", "run"], 3, "rollout")
+
+
+@pytest.mark.parametrize("path", [".", "..", "../model", "../../sft", "../..", "../../sft/model/../model"])
+def test_verify_may_be_asked_from_within(root: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(root / "run/sft/model")
+    assert main(["verify", path]) == 0
+
+
+def test_a_run_may_be_in_a_folder_of_any_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.rename(root.with_name(os.fsdecode(b"caf\xe9"))))
+    assert main(["verify", "run"]) == 0
+    assert main(["run", "recipe.yaml"]) == 0
 
 
 def test_verify_says_of_anything_why_it_is_what_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,6 +206,17 @@ def test_a_job_writes_through_nothing_that_is_planted(tmp_path: Path, plant: Cal
     assert {path.name for path in directory.rglob("*")} == {"logs", log.name, ".clock-7-0"}
 
 
+def test_a_run_may_be_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    assert slurm._ask("printf", "lopd caf\\351") == f"lopd {name}"  # of the jobs in the queue
+    monkeypatch.setattr(slurm, "_sbatch", lambda job, *arguments: "7")
+    jobs, _ = plan(tmp_path, RECIPE, BARE)
+    where = Submission("slurm", tmp_path / name, tmp_path, tmp_path / "recipe.yaml", [])
+    Slurm().submit(jobs, load_cluster(tmp_path / "cluster.yaml"), where)
+    (script,) = where.directory.glob("sft.sbatch")
+    assert os.fsencode(where.directory) in script.read_bytes()
+
+
 def test_workers_that_a_node_has_no_gpus_for(tmp_path: Path) -> None:
     greedy = {"rollout": {"engine": {"name": "vllm", "vllm": {"tensor": 4}, "workers": 4}}}
     with pytest.raises(ConfigError, match=r"rollout\.engine: .* takes 16 GPUs, and gpus_per_node is 8"):

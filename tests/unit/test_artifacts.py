@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,15 @@ def test_hints_are_the_users_own_and_never_needed(
     another_command(monkeypatch)
     with relying_on_hints():
         assert fingerprint_model(model) == before
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_model(tmp_path / "model")
+    latin = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(plain, latin / "model")
+    settle()
+    monkeypatch.chdir(latin)  # tokenizers itself takes no such name
+    assert fingerprint_model("model") == fingerprint_model(plain)
 
 
 def test_a_file_that_changes_while_it_is_hashed_or_after_is_named(

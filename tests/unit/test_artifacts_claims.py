@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import os
 import re
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_lopd.artifacts.digest_cache import SESSION_VARIABLE, session
 from megatron_lopd.errors import DataError
 from megatron_lopd.runtime import claim_files
 from megatron_lopd.runtime import claims as claims_module
@@ -34,6 +36,21 @@ from megatron_lopd.runtime.owner import Owner
 CONTEXT = mp.get_context("fork")
 LEASE = 0.6
 ELSEWHERE = replace(Owner.here(), host="another-node")
+
+
+@pytest.fixture
+def renamed() -> Iterator[None]:
+    """This process has a name that is no UTF-8, as a script's is that Linux cuts within a letter."""
+    prctl, set_name, before = ctypes.CDLL(None).prctl, 15, Path("/proc/self/comm").read_bytes().strip()
+    prctl(set_name, b"entra\xc3\xaenement-\xc3")
+    yield
+    prctl(set_name, before)
+
+
+def test_a_process_may_have_any_name(renamed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Owner.here().is_here(Owner.here())
+    monkeypatch.setenv(SESSION_VARIABLE, "")
+    assert session().startswith(f"{os.getpid()}.")
 
 
 def test_of_many_that_try_at_once_one_gets_each_part(tmp_path: Path) -> None:
