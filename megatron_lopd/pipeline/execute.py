@@ -35,7 +35,7 @@ from megatron_lopd.pipeline.plan_file import begin, begun_plan, has_parts, refus
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Plan, SharedStage, Stage
 from megatron_lopd.pipeline.verified import verify_unless_told
-from megatron_lopd.runtime.claim_files import claimed_places, remove_claims
+from megatron_lopd.runtime.claim_files import claimed_places, remove_claims, remove_claims_below
 from megatron_lopd.runtime.claims import commit_once, hold
 from megatron_lopd.runtime.signals import stopping_at_once
 
@@ -162,7 +162,12 @@ def _execute_shared(stage: SharedStage, run: ResolvedRun, plan: Plan) -> None:
 
 
 def _clear(directory: Path) -> None:
-    """Remove what workers leave beside a committed artifact; last the claims, which say that there is any."""
+    """Remove what workers leave beside a committed artifact; last its claims, which say that there is any.
+
+    Another may be at it too, and be killed: by the time that the temporary names are looked for, no claims
+    below are left for it to put under one.
+    """
+    remove_claims_below(directory)
     clear_temporaries(directory)
     remove_claims(directory)
 

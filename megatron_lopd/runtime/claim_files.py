@@ -216,7 +216,16 @@ def remove_claims(directory: Path) -> None:
     """Forget all claims on the parts of an artifact, once it is committed. Several may do so at once.
 
     Those on the artifact itself go last, so that whoever is killed here leaves them to tell that something is
-    left; those below it at once, for whoever looks. What cannot be removed stays: it is in nobody's way.
+    left. What cannot be removed stays: it is in nobody's way.
+    """
+    remove_claims_below(directory)
+    _remove_tree(directory / CLAIMS)
+
+
+def remove_claims_below(directory: Path) -> None:
+    """Forget those on what is made in folders of it: at once, for whoever looks. Several may do so at once.
+
+    Whoever is killed here may leave some of them under a temporary name.
     """
     for place in claimed_places(directory):
         if place != directory:
@@ -224,7 +233,6 @@ def remove_claims(directory: Path) -> None:
             with contextlib.suppress(OSError):
                 os.rename(place / CLAIMS, doomed)
                 _remove_tree(doomed)
-    _remove_tree(directory / CLAIMS)
 
 
 def _remove_tree(doomed: Path) -> None:

@@ -5,8 +5,10 @@ Claims go while other workers look at them: at its end each must find that all i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from megatron_lopd.files.writing import TEMPORARY_PREFIX
+from megatron_lopd.runtime.claim_files import CLAIMS, PARTS
+from tests.fault import worker_ends as rounds_of_workers
 from tests.shims.file_faults import ROOT, build, preloaded
 
 ENDS = 8  # of a round
@@ -44,6 +49,36 @@ def test_every_byte_is_the_same_by_workers_that_are_killed_stopped_and_woken(tmp
     counts = worker_ends(tmp_path, 50, "--disturb", "--latency-ms=2")
     assert counts["kills"] + counts["stops"] > 50
     assert "failed" not in counts
+
+
+def test_nothing_is_left_where_another_who_clears_up_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever folder is looked at next, it has just put the claims there under a temporary name."""
+    alone = tmp_path / "alone"
+    assert rounds_of_workers.make_bare(alone) == 0
+    expected = rounds_of_workers.files(alone)
+    looks, scandir = 0, os.scandir
+    for last in itertools.count():
+        stage = shutil.copytree(alone, tmp_path / str(last)) / "run" / rounds_of_workers.BARE
+        for place in (stage, stage / "a"):
+            (place / CLAIMS).mkdir()
+            (place / CLAIMS / PARTS).write_text("{}")
+        looks = 0
+
+        def look(path: Any, last: int = last, place: Path = stage / "a") -> Any:
+            nonlocal looks
+            if looks == last and (place / CLAIMS).exists():
+                (place / CLAIMS).rename(place / f"{TEMPORARY_PREFIX}of-another")
+            looks += 1
+            return scandir(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "scandir", look)
+            assert rounds_of_workers.make_bare(tmp_path / str(last)) == 0
+        assert rounds_of_workers.files(tmp_path / str(last)) == expected, last
+        if looks <= last:
+            break
 
 
 def worker_ends(directory: Path, rounds: int, *options: str) -> dict[str, Any]:
