@@ -19,9 +19,8 @@ from megatron_lopd.data.shards import ShardReader
 from megatron_lopd.evaluation.answers import ANSWERS, MODES, write_answers
 from megatron_lopd.evaluation.estimates import Estimate, estimate, ks_of, majority, pass_at_k, percent
 from megatron_lopd.evaluation.verdicts import Marker
-from megatron_lopd.graders import Grader, Verdict, open_grader
+from megatron_lopd.graders import Grader, Verdict
 from megatron_lopd.pipeline.encoded import EncodedPrompts, encode, longest_prompt
-from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.shard_jobs import SamplingJob, finished_rollouts, rollout_work, sample_names
 from megatron_lopd.pipeline.workers import Work, make_parts
 from megatron_lopd.prompts.prompt import Prompt
@@ -73,15 +72,6 @@ class Grades:
         ungraded = f"; {self.ungraded:,} ungraded, taken for wrong" if self.ungraded else ""
         late = f", {self.late:,} of them for want of time (evaluate.grading_minutes)" if self.late else ""
         return f"{text} of {self.n:,} prompts{ungraded}{late}"
-
-
-def check_sets(run: ResolvedRun) -> dict[str, list[Prompt]]:
-    """The prompts of each set to evaluate on. Raises when one of them could not be graded."""
-    with open_grader(run.recipe.evaluate.grader) as grader:
-        sets = {name: each.prompts for name, each in run.evaluation_sets.items()}
-        for prompts in sets.values():
-            grader.require(prompts)
-    return sets
 
 
 def answering(

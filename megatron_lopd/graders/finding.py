@@ -12,11 +12,14 @@ from megatron_lopd.graders.surface import turns
 TAIL = 2000
 
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BESIDE = re.compile(
+    r"[\s$]{0,4}(?:,|,?[\s$]{0,3}(?:\\text\s?\{)?\s{0,3}(?:and|or)\s{0,3}\}?)[\s$]{0,4}(?:[A-Za-z](?:_\{?\w\}?)?\s?=\s?)?"
+)
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 # What an answer without a box follows.
 _MARK = re.compile(
-    r"####|\b(?i:answer)s?\b(?:[^.\n$=:\d]{0,40}?\s(?:is|are)\b)?\*{0,2}\s{0,3}"
+    r"####|\b(?i:answer|correct (?:option|choice))s?\b(?:[^.\n$=:\d]{0,40}?\s(?:is|are)\b)?\*{0,2}\s{0,3}"
     r"(?:[:\uff1a=]|(?<=is)|(?<=are)|\n)\s{0,3}\*{0,2}"
     r"|(?:答案[是为]?|故选)[:\uff1a]?"
 )
@@ -27,6 +30,13 @@ _END = re.compile(
     r"\n|[.!。;\uff1b](?=\s|\*|$)|,\s(?!(?:and|or)\b)(?=[A-Za-z]{2})"
     r"|\s\(?(?:because|since|as|so|which|where|when|for|if|but|by|with|in total)\b"
 )
+# The number at a text's end, and what makes another thing of it: it isn't 42, more than 42, 41 or 42.
+_LAST = re.compile(r"(?:[A-Za-z]\s?=\s?)?-?[\d.,/]*\d[^\w-]{0,6}$")
+_TURNED = re.compile(
+    r"(?:n['\u2019]t|\bnot|\bcannot|\bthan|\bat (?:least|most))(?:\s(?:be|equal|to))*\s\W{0,4}$"
+)
+_JOINED = re.compile(r"\d\W{0,3}\s(?:and|or)\s\W{0,4}$")
+_PROSE = re.compile(r"(?<![A-Za-z])(?!(?:and|or)(?![A-Za-z]))[A-Za-z]{2}")
 _COUNTED = re.compile(r"(\$?-?[\d.,/]*\d)\s+([A-Za-z]{2,}[A-Za-z -]*)")
 _TEXT = re.compile(r"\$+|\\[()[\]]|\\[a-z]+\s?\{[A-Za-z ]*\}|\\[A-Za-z]+")  # of a formula
 
@@ -39,19 +49,29 @@ class Answer(NamedTuple):
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last closed `\boxed{...}` (or `\fbox`) holds, braces nested; None without one."""
-    found = None
-    open_braces: list[int | None] = []  # where the content of a box begins; None for any other brace
+    r"""What the last closed `\boxed{...}` (or `\fbox`) holds, braces nested; None without one.
+
+    Of several in a row, x = \boxed{1} or x = \boxed{2}, what all of them hold.
+    """
+    boxes: list[tuple[int, str, int]] = []  # where it begins, what it holds, where it ends
+    opened: list[tuple[int, int] | None] = []  # where a box and its content begin; None for any other brace
     for token in _TOKEN.finditer(text):
         if token[0] == "{":
-            open_braces.append(None)
+            opened.append(None)
         elif token[0].endswith("{") and len(token[0]) > 2:
-            open_braces.append(token.end())
-        elif token[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None:
-                found = text[start : token.start()].strip()
-    return found
+            opened.append((token.start(), token.end()))
+        elif token[0] == "}" and opened:
+            found = opened.pop()
+            if found is not None:
+                boxes.append((found[0], text[found[1] : token.start()].strip(), token.end()))
+    if not boxes:
+        return None
+    start, content, _ = boxes.pop()
+    held = [content]
+    while boxes and boxes[-1][2] <= start and _BESIDE.fullmatch(text, boxes[-1][2], start):
+        start, content, _ = boxes.pop()
+        held.append(content)
+    return ", ".join(dict.fromkeys(reversed(held)))
 
 
 def answers_in(response: str) -> list[Answer]:
@@ -59,7 +79,7 @@ def answers_in(response: str) -> list[Answer]:
 
     `<answer>...</answer>` is a box too, where no box is in it or after it. What is thought is not answered:
     all up to the last `</think>` is left out, and a response that is still thinking, or has a box that is
-    empty or longer than any answer, has none.
+    empty, longer than any answer or, being the only one, cut off, has none.
     """
     spoken = response.rpartition("</think>")[2]
     if "<think>" in spoken:
@@ -68,24 +88,40 @@ def answers_in(response: str) -> list[Answer]:
     boxed = last_boxed(spoken if tagged is None else spoken[tagged.start(1) :])
     if boxed is None and tagged is not None:
         boxed = tagged[1].strip()
-    if boxed is not None:
+        if _MARK.search(boxed[-TAIL:]):
+            boxed = _said(boxed[-TAIL:]) or boxed
+    if boxed is not None or _has_box(spoken):
         return [Answer(boxed, alone=True)] if boxed and len(boxed) <= TAIL else []
     tail = spoken[-TAIL:].strip()
     if not tail:
         return []
     said = _said(tail)
-    searched = Answer(tail, alone=False)
-    return [Answer(said, alone=True), searched] if said else [searched]
+    searched = [Answer(tail, alone=False)] if _ends_with_answer(tail) else []
+    return [Answer(said, alone=True), *searched] if said else searched
+
+
+def _has_box(text: str) -> bool:
+    """Whether a box is opened, if only one that never closes: a digit of its number may be missing."""
+    return any(len(token[0]) > 2 for token in _TOKEN.finditer(text))
+
+
+def _ends_with_answer(tail: str) -> bool:
+    """Whether prose may be searched: the number at its end, if there is one, is what it says."""
+    last = _LAST.search(tail)
+    before = "" if last is None else tail[: last.start()]
+    return not (_TURNED.search(before) or _JOINED.search(before))
 
 
 def _said(tail: str) -> str | None:
     """The answer that a text without a box says in so many words; None where it is all prose."""
     *_, mark = [None, *_MARK.finditer(tail)]
-    if mark is None and "\n" not in tail and not re.search("[A-Za-z]{2}", _TEXT.sub(" ", tail)):
+    if mark is None and "\n" not in tail and not _PROSE.search(_TEXT.sub(" ", tail)):
         return tail
     if mark is None:
         *_, last = [None, *_FORMULAS.finditer(tail)]
-        return None if last is None or re.search(r"\w", tail[last.end() :]) else _BRACKETS.sub(" ", last[0])
+        if last is None or re.search(r"\w", tail[last.end() :]) or _TURNED.search(tail[: last.start()]):
+            return None
+        return _BRACKETS.sub(" ", last[0])
     rest = tail[mark.end() :].strip()
     formulas = _FORMULAS.search(rest)
     end = _END.search(rest, formulas.end() if formulas and _is_first(rest, formulas) else 0)

@@ -93,7 +93,7 @@ def _is_same(gold: str, said: str, is_alone: bool) -> bool:
     if not golds and not _is_text(gold):
         raise ValueError(f"nothing to read in {gold!r}")
     if not golds:
-        return _written(gold) == _written(said)
+        return surface.written(gold) == surface.written(said)
     return any(exact.equal(right, each) for right in golds for each in _read(said, is_alone))
 
 
@@ -107,10 +107,6 @@ def _bare(text: str) -> str:
     return (surface.word(text) or text).strip(" .()").casefold()
 
 
-def _written(text: str) -> str:
-    return re.sub(r"\\(?:left|right)(?![A-Za-z])|\s", "", text)
-
-
 def _name(thing: Any) -> str:
     if not getattr(thing, "is_number", False):
         return str(thing)
@@ -121,7 +117,9 @@ def _name(thing: Any) -> str:
 
 def _gold_text(gold: str) -> str:
     boxed = last_boxed(gold)
-    return (gold if boxed is None else boxed).strip().strip("$").strip()
+    if boxed is None:
+        boxed = gold.rpartition("####")[2]  # as GSM8K ends the solutions that it calls answers
+    return boxed.strip().strip("$").strip()
 
 
 @lru_cache(maxsize=100)  # a gold is asked for by each of its responses

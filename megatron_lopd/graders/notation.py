@@ -66,7 +66,7 @@ _SPELLINGS = tuple(
         (r"\{\\rm\s?([A-Za-z ./]+)\}|\\rm\s?\{([A-Za-z ./]+)\}", r"\\text{\1\2}"),
         (r"\\math(?:bf|rm|it|sf)\s(?=\d)", ""),
         (r"\\(?:bf|it|rm|large|Large|LARGE|huge|Huge|boldmath)(?![A-Za-z])\s?", ""),
-        (r"\\(?:text)?color\s?\{[A-Za-z!\d]*\}\s?|\\(?:underline|uline|boldsymbol|bm)(?=\s?\{)", ""),
+        (r"\\(?:text)?color\s?\{[A-Za-z!\d]*\}\s?|\\(?:underline|uline|bold(?:symbol)?|bm)(?=\s?\{)", ""),
         (r"\s?(?:\\(?:checkmark|blacksquare|square|Box|qed)(?![A-Za-z])|[✓✔■□∎])\s?$", ""),
         (r"(?<=\\in)\s?(?:\\math(?:bf|rm)\s?\{([NQRZ])\}|([NQRZ])(?![A-Za-z]))", r" \\mathbb{\1\2}"),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)|math(?:bf|it|rm|sf|tt)|emph|[mh]box)(?=\s?\{)", r"\\text"),
@@ -106,7 +106,7 @@ _TRAILING = re.compile(
 
 # (pattern, what is put in its place), in order.
 _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
-    (rf"^(?:\*|{SPACE})+|(?:\*|{SPACE}|[,;]|\\\\){{1,20}}$", ""),
+    (rf"^(?:\*|{SPACE})+|(?:\*|{SPACE}|[,;]|\\\\?){{1,20}}$", ""),
     (r"(?<![.\\])\.$", ""),
     (r"^(?:\\approx(?![A-Za-z])|=)\s?", ""),
     (r"\\(?:displaystyle|textstyle)(?![A-Za-z])\s*", ""),
@@ -154,6 +154,7 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     # Several choices at once, as Chinese tests have: ABD.
     (rf"^{TEXT}\{{\s?(A?B?C?D?E?F?)\s?\}}$", r"\1"),
     (r"^(?=[A-F]{2,6}$)(?!.*(.).*\1).*$", lambda m: ", ".join(sorted(m[0]))),
+    (rf"^{TEXT}\{{\s?(\d{{1,2}}(?::\d\d)?)\s?([AaPp])\.?\s?[Mm]\.?\s?\}}$", r"\1 \\text{ \2m}"),
     (r"\\[lr]angle(?![A-Za-z])", lambda m: ")" if m[0][1] == "r" else "("),
     (rf"^(\w+)\s*(?:{TEXT}\{{)?\s*\(?base\s*\}}?\s*(\d+)\)?\s*\}}?$", r"\1_{\2}"),
     (
@@ -173,8 +174,15 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
         rf"(?<=\d){SPACE}*(?:{TEXT}\{{\s*)?({'|'.join(_MANY)})\b\s*\}}?",
         lambda m: rf"\cdot {_MANY[m[1]]} ",
     ),
-    # A number and a fraction: 1 3/4 is no product. In LaTeX math-verify knows.
+    # A number and a fraction: 1 3/4 is no product. In LaTeX math-verify knows, but not of percents.
     (rf"(?<![\d.}}/^_])(\d+){SPACE}+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    (
+        rf"(\d+){SPACE}*\\[dt]?frac\s?(?:(\d)\s?(\d)|\{{(\d+)\}}\s?\{{(\d+)\}}){SPACE}*\\?%",
+        lambda m: _mixed(int(m[1]), int(m[2] or m[4]), m[3] or m[5]),
+    ),
+    # Of more than two, which are no quotient of quotients: 2:3:4.
+    (r"^(?!0+:)[^:,;=<>]+(?::[^:,;=<>]+){2,}$", lambda m: _ratio(m[0].split(":"))),
+    (r"^.*\\pm.*$", lambda m: _both_signs(m[0])),
     (r"(\d+)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda m: _repeating(*m.groups())),
     (rf"(\d{{1,40}})\.(\d{{0,40}}?)(\d{{1,3}}?)\3{{2,20}}\s*{DOTS}", lambda m: _repeating(*m.groups())),
     # Text that is a number, numbers, or a number of something.
@@ -276,6 +284,28 @@ def unitless(text: str) -> str:
 
 def _in_radians(function: str) -> str:
     return re.sub(rf"(\d+(?:\.\d+)?|\.\d+|\\?[A-Za-z]+)\s?{_DEGREES}", r"\\frac{\1\\pi}{180}", function)
+
+
+def _mixed(whole: int, above: int, below: str) -> str:
+    """As many percent and a part of one, as one fraction."""
+    return rf"\frac{{{whole * int(below) + above}}}{{{below}}}\%"
+
+
+def _ratio(parts: list[str]) -> str:
+    """What each part is of the first: the same for the same ratio."""
+    first, *others = (part.strip() for part in parts)
+    quotients = [rf"\frac{{{each}}}{{{first}}}" for each in others]
+    return f"({','.join(quotients)})"
+
+
+def _both_signs(text: str) -> str:
+    r"""Two answers of one with a \pm in braces, as in a fraction, where math-verify does not read it."""
+    before, _, after = text.partition(r"\pm")
+    opened = re.sub(r"\\[{}]", "", before)
+    if opened.count("{") == opened.count("}") or r"\pm" in after or r"\mp" in text:
+        return text
+    both = f"{before}+{after}, {before}-{after}"
+    return both if re.search(r"[=,]", text) else rf"\{{{both}\}}"
 
 
 def _repeating(whole: str, fixed: str, period: str) -> str:

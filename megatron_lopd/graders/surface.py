@@ -15,7 +15,10 @@ _WORD = re.compile(
 _SHORT_WORDS = frozenset(["no", "on", "yes", "not", "odd", "all"])
 _NUMERAL = re.compile(r"[\d)]\}?\s*_")
 _GOES_ON = re.compile(rf"\.\d+\s*{DOTS}")
-_TIME = re.compile(rf"(\d{{1,2}}):(\d\d){SPACE}*(?:\\text\{{)?\s*(?:([ap])\.?\s*m\.?)?\s*\}}?", re.I)
+_ELIDED = re.compile(rf"[,+-]\s*{DOTS}")  # math-verify leaves the dots out, and reads 1, 2, 10
+_TIME = re.compile(
+    rf"(?:{TEXT}\{{\s*)?(\d{{1,2}}):(\d\d){SPACE}*(?:\\text\{{)?\s*(?:([ap])\.?\s*m\.?)?\s*\}}?", re.I
+)
 # Words beside a number that make another thing of it.
 _TURNING = frozenset(
     [
@@ -39,6 +42,9 @@ _TURNING = frozenset(
             "halves",
             "third",
             "thirds",
+            "fifths",
+            "tenths",
+            "hundredths",
             "quarter",
             "least",
             "most",
@@ -73,10 +79,17 @@ def turns(text: str) -> bool:
     return bool(_turning(text))
 
 
+def written(text: str) -> str:
+    """An answer as it is written, but for white space, the size of brackets and the kind of dots."""
+    return re.sub(DOTS, "...", re.sub(r"\\(?:left|right)(?![A-Za-z])|\s", "", text))
+
+
 def decided(gold: str, said: str) -> bool | None:
     """Whether two answers are one, as far as their texts can tell; None where they cannot."""
     if _NUMERAL.search(gold) or _NUMERAL.search(said):
         return _in_base(gold) == _in_base(said)
+    if _ELIDED.search(gold) or _ELIDED.search(said):
+        return written(gold) == written(said)
     if (time := _TIME.fullmatch(gold)) is not None and (other := _TIME.fullmatch(said)) is not None:
         halves = {each[3].lower() for each in (time, other) if each[3]}
         return _minutes(time) == _minutes(other) and len(halves) < 2

@@ -39,7 +39,23 @@ _KNOWN = (
     "mL milliliter milliliters millilitre millilitres",
     "L liter liters litre litres",
 )
-_UNITS = {name.lower(): names.split()[0] for names in _KNOWN for name in names.split()}
+_PHYSICAL = (
+    *("J joule joules", "N newton newtons", "W watt watts", "V volt volts", "A ampere amperes amp amps"),
+    *("Pa pascal pascals", "Hz hertz", "C coulomb coulombs", "F farad farads", "T tesla teslas"),
+    *("K kelvin kelvins", "mol mole moles", "eV electronvolt electronvolts", "g", "m", "s second seconds"),
+)
+_PREFIXES = {"": "", "k": "kilo", "M": "mega", "G": "giga", "m": "milli", "n": "nano", "μ": "micro"}
+# By all their names, of which symbols alone have capitals that count: mJ, MJ.
+_UNITS = {name.lower(): names.split()[0] for names in _KNOWN for name in names.split()} | {
+    "a.m": "am",
+    "p.m": "pm",
+    "am": "am",
+    "pm": "pm",
+}
+for _prefix, _word in _PREFIXES.items():
+    for _symbol, *_names in map(str.split, _PHYSICAL):
+        for _name in (f"{_prefix}{_symbol}", *(f"{_word}{each}" for each in _names)):
+            _UNITS.setdefault(_name, f"{_prefix}{_symbol}")
 CURRENCIES = {"$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees"}
 # A pattern of those that are no product of variables where nothing sets them as text.
 NAMES = "|".join(
@@ -54,14 +70,13 @@ def unit_of(text: str) -> str | None:
     match = _TRAILING.search(text)
     if match is None or match.start() == 0:
         return None
-    words = re.sub(
-        "^(平方|立方)", r"\1 ", match[1].lower().replace("miles per hour", "mph").strip(". ")
-    ).split()
+    words = re.sub("^(平方|立方)", r"\1 ", match[1].replace("miles per hour", "mph").strip(". ")).split()
     if len(words) == 2 and words[0] in ("mod", "in"):
         return " ".join(words)
-    power = _POWERS.get(words[0].strip(".")) if words else None
+    power = _POWERS.get(words[0].strip(".").lower()) if words else None
     if power is not None:
         words.pop(0)
-    if len(words) != 1 or words[0] not in _UNITS:
+    if len(words) != 1:
         return None
-    return f"{_UNITS[words[0]]}^{power or match[2] or 1}"
+    unit = _UNITS.get(words[0]) or _UNITS.get(words[0].lower())
+    return None if unit is None else f"{unit}^{power or match[2] or 1}"

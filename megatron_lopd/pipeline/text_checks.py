@@ -17,6 +17,7 @@ from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 if TYPE_CHECKING:
     from megatron_lopd.data.chat import Chat
     from megatron_lopd.data.records import Rollout
+    from megatron_lopd.prompts.prompt import Prompt
 
 
 def check_text(run: ResolvedRun) -> list[str]:
@@ -37,8 +38,9 @@ def check_text(run: ResolvedRun) -> list[str]:
     if recipe.train is not None:
         check_top_k(run)
         notes += run.rollout.check()
-    if recipe.prompts.eval is not None and recipe.sft is not None:
-        notes += check_evaluated(run)
+    if recipe.prompts.eval is not None:
+        check_sets(run)
+        notes += check_evaluated(run) if recipe.sft is not None else []
     return notes
 
 
@@ -83,6 +85,17 @@ def check_top_k(run: ResolvedRun) -> None:
             f"score.top_k={top_k} leaves none of the teacher's vocab_size={vocabulary} tokens over "
             f"beside the response token: lower it to at most {most}"
         )
+
+
+def check_sets(run: ResolvedRun) -> dict[str, list[Prompt]]:
+    """The prompts of each set to evaluate on. Raises when one of them could not be graded."""
+    from megatron_lopd.graders import open_grader
+
+    with open_grader(run.recipe.evaluate.grader) as grader:
+        sets = {name: each.prompts for name, each in run.evaluation_sets.items()}
+        for prompts in sets.values():
+            grader.require(prompts)
+    return sets
 
 
 def check_evaluated(run: ResolvedRun) -> list[str]:

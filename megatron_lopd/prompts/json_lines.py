@@ -22,6 +22,11 @@ class JsonLinesReader(Reader):
         for number, line in read_lines(path):
             if line.strip():
                 where = f"{path}:{number}"
+                if number == 1 and line.lstrip().startswith("["):
+                    raise DataError(
+                        f"{where}: must be a JSON object a line, not one list of them: write each on a line "
+                        "of its own (jq -c '.[]' does)"
+                    )
                 row = parse_json(line.rstrip(), where)
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: must be a JSON object, not {type(row).__name__}")

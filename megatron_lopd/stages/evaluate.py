@@ -15,7 +15,7 @@ from megatron_lopd.pipeline.encoded import longest_prompt
 from megatron_lopd.pipeline.proofs import prove_exported, prove_reference, status_of
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, SharedStage, identity_of
-from megatron_lopd.pipeline.text_checks import check_evaluated
+from megatron_lopd.pipeline.text_checks import check_evaluated, check_sets
 from megatron_lopd.runtime.display import say
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ class EvaluateStage(SharedStage):
         return run.recipe.evaluate.engine.workers
 
     def check(self, run: ResolvedRun) -> list[str]:
-        from megatron_lopd.evaluation.grading import check_sets
-
         models, k = ", ".join(models_of(run)), run.recipe.evaluate.sampling.samples_per_prompt
         kind_of(run.recipe.evaluate.engine).require(run.recipe.evaluate.engine, "evaluate")
         notes = check_evaluated(run) if run.recipe.sft is not None else []

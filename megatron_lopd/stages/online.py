@@ -14,7 +14,7 @@ from megatron_lopd.files.writing import atomic_write_json
 from megatron_lopd.pipeline import proofs
 from megatron_lopd.pipeline.resolved import ResolvedRun
 from megatron_lopd.pipeline.stage import Output, Plan, Stage, identity_of
-from megatron_lopd.pipeline.text_checks import check_evaluated, check_top_k, check_vocabularies
+from megatron_lopd.pipeline.text_checks import check_evaluated, check_sets, check_top_k, check_vocabularies
 from megatron_lopd.registry import ENGINES
 from megatron_lopd.runtime.display import say
 
@@ -36,7 +36,6 @@ class OnlineStage(Stage):
         return run.recipe.parallel.processes
 
     def check(self, run: ResolvedRun) -> list[str]:
-        from megatron_lopd.evaluation.grading import check_sets
         from megatron_lopd.mcore.capabilities import capabilities
         from megatron_lopd.mcore.precision import require_fp8
         from megatron_lopd.pipeline.students import check_budget, check_trainable, length_of

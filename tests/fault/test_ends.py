@@ -46,6 +46,23 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *expected:
         assert text in message
 
 
+def test_what_cannot_be_graded_is_refused_by_every_command(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the same words, before anything is spent."""
+    commands = (["run", recipe, "--dry-run"], ["plan", recipe, "--gpus", "h100:1"], ["doctor", recipe])
+    row = {"prompt": "1+1="}
+    for answer, said in (({}, "has no answer to grade by"), ({"answer": "\\frac{"}, "can read")):
+        Path("eval.jsonl").write_text(json.dumps(row | answer) + "\n")
+        for command in commands:
+            capsys.readouterr()
+            options = ["prompts.eval={path: eval.jsonl}", "evaluate.grader=math"]
+            assert main([*command, *OPTIONS[:2], *options]) == 1, command
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            assert "eval.jsonl:1: prompt" in error
+            assert said in error
+
+
 def test_what_is_made_stops_where_it_was_trained_to(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", recipe, *OPTIONS]) == 0
     said = capsys.readouterr().out

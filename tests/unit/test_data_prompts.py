@@ -202,7 +202,9 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([{"prompt": "a"}, '{"prompt": \n'], r"p\.jsonl:2: .*not valid JSON \(.*, column \d+\)"),
-        (["[1]\n"], r"p\.jsonl:1: must be a JSON object, not list"),
+        (["1\n"], r"p\.jsonl:1: must be a JSON object, not int"),
+        (['[{"prompt": "a"}]\n'], r"p\.jsonl:1: must be a JSON object a line, not one list of them"),
+        (["[\n", '  {"prompt": "a"}\n', "]\n"], r"p\.jsonl:1: .*, not one list of them"),
         (["\n\n"], r"p\.jsonl: the file is empty"),
         ([{"answer": "a"}], r"p\.jsonl:1: must have prompt or problem or .*: it has 'answer'"),
         ([{"prompt": ""}], r"p\.jsonl:1: prompt must be text, or messages"),
@@ -239,7 +241,7 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
         ([{"prompt": None}], r"p\.jsonl:1: prompt must be text"),
         (['{"prompt": "\\ud800"}\n'], r"p\.jsonl:1: .*half of a surrogate pair"),
         (['{"prompt": "a", "id": ' + "9" * 5000 + "}\n"], r"p\.jsonl:1: .*a number of 5,000 digits"),
-        (["[" * 100_000 + "\n"], r"p\.jsonl:1: .*brackets more than"),
+        (['{"prompt": ' + "[" * 100_000 + "\n"], r"p\.jsonl:1: .*brackets more than"),
     ],
 )
 def test_bad_files_are_refused_with_file_and_line(tmp_path: Path, rows: list[Any], message: str) -> None:
