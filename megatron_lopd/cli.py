@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import yaml
 
@@ -167,17 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "-h", "--help", action=_StageHelp, nargs=0, help="this, and every key of the recipe that matters"
         )
-        command.add_argument("recipe", help="YAML recipe of the whole run")
-        command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="dotted overrides: train.optimizer.lr=1e-6"
-        )
+        _takes_recipe(command)
         command.add_argument(
             "--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop"
         )
         command.set_defaults(handler=_run_stages)
     status = commands.add_parser("status", help="how far a run is, on all machines at work on it")
-    status.add_argument("recipe", help="YAML recipe of the whole run")
-    status.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    _takes_recipe(status)
     status.set_defaults(handler=_status)
     verify = commands.add_parser("verify", help="re-hash an artifact, and its lineage")
     verify.add_argument("path", type=Path, help="directory of an artifact, a checkpoint, a model or a run")
@@ -187,12 +183,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--samples", type=int, default=2, help="samples shown of each shard (count)")
     inspect.set_defaults(handler=_inspect)
     doctor = commands.add_parser("doctor", help="what this machine has, and what a recipe would use")
-    doctor.add_argument("recipe", nargs="?", help="YAML recipe (optional)")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    _takes_recipe(doctor, nargs="?")
     doctor.set_defaults(handler=_doctor)
     plan = commands.add_parser("plan", help="memory, layout and hours of a recipe, before anything is queued")
-    plan.add_argument("recipe", help="YAML recipe of the whole run")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    _takes_recipe(plan)
     plan.add_argument("--gpus", required=True, help="kind:count, as h100:32 (a100-80g, h100, h200, b200)")
     plan.add_argument(
         "--fill", type=float, default=1.0, help="average response, as a share of max_new_tokens (default 1)"
@@ -200,6 +194,21 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="one JSON object: bytes, FLOPs, hours")
     plan.set_defaults(handler=_plan)
     return parser
+
+
+def _takes_recipe(command: argparse.ArgumentParser, nargs: Literal["?"] | None = None) -> None:
+    """`nargs` "?": it may be left out."""
+    command.add_argument(
+        "recipe", nargs=nargs, help=f"YAML recipe of the whole run{' (optional)' if nargs else ''}"
+    )
+    # A default, even this one, keeps argparse from asking for overrides where the recipe is missing.
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="dotted overrides: train.optimizer.lr=1e-6",
+    )
 
 
 class _StageHelp(argparse.Action):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lopd.artifacts.fingerprint import Fingerprint
-from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent, is_plain_path
+from megatron_lopd.artifacts.manifest import LineageStatus, Manifest, Parent, is_digest, is_plain_path
 from megatron_lopd.artifacts.model_files import model_files
 from megatron_lopd.artifacts.weights_digest import weights_digest
 from megatron_lopd.errors import DataError, LineageError
@@ -94,8 +94,11 @@ def prove_parent(child: str, role: str, recorded: Parent, parent: Manifest, dire
 
 
 def short(digest: str) -> str:
-    """A digest as shown to people: its first 12 hex digits."""
-    return digest[:12]
+    """A digest as shown to people: its first 12 hex digits.
+
+    What stands for one (`random, seed 17`) is shown as it is, up to a digest's length.
+    """
+    return digest[:12] if is_digest(digest) else digest[:64]
 
 
 def artifact_parent(stage: str, manifest: Manifest) -> Parent:

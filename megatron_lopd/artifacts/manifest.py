@@ -188,7 +188,7 @@ def _problem(manifest: Manifest) -> str | None:
     for name, entry in manifest.files.items():
         if not is_plain_path(name) or name.casefold() == MANIFEST:
             return f"the file name {shown(name)}"
-        if not _is_count(entry.size) or not _is_digest(entry.sha256):
+        if not _is_count(entry.size) or not is_digest(entry.sha256):
             return f"size or digest of {name}"
     return problem_of(manifest.config, manifest.parents)
 
@@ -234,7 +234,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_digest(value: Any) -> bool:
+def is_digest(value: Any) -> bool:
+    """Whether it is a SHA-256 as manifests write it."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 

@@ -13,6 +13,7 @@ from megatron_lopd.artifacts.manifest import committed_files, is_committed, load
 from megatron_lopd.commands.verify import artifacts_of
 from megatron_lopd.errors import ConfigError, DataError
 from megatron_lopd.evaluation.answers import ANSWERS, read_answers
+from megatron_lopd.files.reading import is_file
 from megatron_lopd.pipeline.plan_file import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def describe_path(path: Path, samples: int) -> Iterator[str]:
 
 def _describe_run(path: Path) -> Iterator[str]:
     """What is committed in a run's directory, and what was begun."""
-    artifacts = artifacts_of(path)
+    artifacts = [] if is_file(path) else artifacts_of(path)
     if not artifacts:
         raise DataError(
             f"{path}: nothing to inspect: give a run's directory in which a stage is committed, an artifact, "

@@ -30,8 +30,7 @@ SHOWN = 5  # names in a line
 
 def verify_path(path: Path) -> Iterator[str]:
     """Yield a line for each thing that holds. DataError or LineageError at the first that does not."""
-    if not is_directory(path):
-        raise DataError(f"{path}: no such directory")
+    _require_directory(path)
     if is_committed(path):
         yield from _verify_artifact(path, whole_chain=True)
         return
@@ -46,11 +45,15 @@ def verify_path(path: Path) -> Iterator[str]:
 
 def artifacts_of(run: Path) -> list[Path]:
     """What is committed in a run's directory. DataError where there is no directory."""
-    if not is_directory(run):
-        raise DataError(f"{run}: no such directory")
+    _require_directory(run)
     children = [run / name for name in names_in(run)]
     stages = [child for child in children if is_directory(child) and is_committed(child)]
     return [*stages, *committed_parts(run)]
+
+
+def _require_directory(path: Path) -> None:
+    if not is_directory(path):
+        raise DataError(f"{path}: {'not a' if is_there(path) else 'no such'} directory")
 
 
 def _verdict(run: Path, artifacts: list[Path]) -> str:

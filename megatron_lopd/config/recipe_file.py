@@ -48,6 +48,8 @@ def _build(cls: type[T], raw: dict[str, Any], path: str | Path) -> T:
 def _read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     if not os.path.exists(path):  # unlike Path's, of any name
         raise ConfigError(f"{path}: no such {what}: give the path of a YAML {what}")
+    if os.path.isdir(path):  # of a run, most likely
+        raise ConfigError(f"{path}: a directory, not a {what}: give the path of a YAML {what}")
     raw = parse_yaml(read_text(path, limit=SIZE_LIMIT, error=ConfigError), str(path))
     if raw is None:
         raise ConfigError(f"{path}: the file is empty: a {what} is a mapping of keys to values")

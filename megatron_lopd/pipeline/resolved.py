@@ -81,9 +81,9 @@ class Model:
     def require(self) -> None:
         """Raise ConfigError, naming the key, where a directory that the recipe names is not there."""
         if self.key and not self.directory.is_dir():
+            wrong = "no directory" if self.directory.exists() else "not there"
             raise ConfigError(
-                f"{self.key}: {self.directory} is not there: give a Hugging Face checkpoint directory, one "
-                "with a config.json"
+                f"{self.key}: {self.directory} is {wrong}: give a Hugging Face checkpoint directory"
             )
 
     def check(self) -> None:

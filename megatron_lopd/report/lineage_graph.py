@@ -281,7 +281,7 @@ def _draw_node(axes: Any, graph: LineageGraph, node: Node, x: float, top: float)
     axes.text(
         x, top + 14, shorten(printable(node.title), 20), ha="center", va="center", fontsize=10, weight="bold"
     )
-    digest = printable(short(node.digest))
+    digest = shorten(printable(short(node.digest)), 24)
     axes.text(x, top + 29, digest, ha="center", va="center", fontsize=8.5, color=LIGHT["muted"])
     for place, (number, status) in enumerate(about):
         axes.text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -70,12 +71,17 @@ class Saver:
 
     def _commit(self, save: _Save, parts: list[WrittenPart | BaseException]) -> None:
         written = []
-        for part in parts:
-            if isinstance(part, BaseException):
-                raise part
-            written.append(part)
-        files = finish_state(save.staged.directory, written)
-        self._checkpoints.commit(save.staged.directory, files, save.progress, layout_of(self._ranks))
+        try:
+            for part in parts:
+                if isinstance(part, BaseException):
+                    raise part
+                written.append(part)
+            files = finish_state(save.staged.directory, written)
+            self._checkpoints.commit(save.staged.directory, files, save.progress, layout_of(self._ranks))
+        except Exception:
+            # No rank writes any more: what half a checkpoint takes is room that a full disk needs.
+            shutil.rmtree(save.staged.directory, ignore_errors=True)
+            raise
 
 
 def newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) -> Checkpoint | None:

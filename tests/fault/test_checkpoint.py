@@ -138,10 +138,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_whole(root: Path) ->
         RankError, match=r"CheckpointError: .*cannot be written \(\[Errno 27\] File too large\)"
     ):
         run_ranks(1, _train_on_a_full_disk, root, options)
-    assert list((root / "full" / "checkpoints").glob("step_*")) == []
+    assert list((root / "full" / "checkpoints").iterdir()) == [], "a full disk needs the room"
     ((progress, steps, _),) = run_ranks(1, _train, root, options)
     assert progress.step == len(steps) == 4
-    assert list((root / "full" / "checkpoints").glob(".*")) == [], "what the failure left was swept away"
 
 
 def test_a_full_disk_of_one_rank_is_the_same_line_in_all(root: Path) -> None:
@@ -151,7 +150,7 @@ def test_a_full_disk_of_one_rank_is_the_same_line_in_all(root: Path) -> None:
     assert first == second
     assert "CheckpointError" in first
     assert "full-1/checkpoints/.tmp-step_00000002: the checkpoint cannot be written" in first
-    assert list((root / "full-1" / "checkpoints").glob("step_*")) == []
+    assert list((root / "full-1" / "checkpoints").iterdir()) == []
 
 
 def test_steps_go_on_while_a_checkpoint_is_written_and_leave_no_trace_in_it(root: Path) -> None:

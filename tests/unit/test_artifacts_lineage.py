@@ -18,6 +18,7 @@ from megatron_lopd.artifacts.lineage import (
     ModelLineage,
     prove_same,
     read_model_lineage,
+    short,
     worst,
     write_model_lineage,
 )
@@ -46,6 +47,12 @@ def test_a_mismatch_names_the_part_both_digests_and_both_places() -> None:
     assert prove_same("one teacher", left, right, parts=("config",), allow=False).status == "proved"
     assert prove_same("one teacher", left, right, parts=("weights",), allow=True).status == "overridden"
     assert worst(["proved", "overridden", "declared"]) == "overridden"
+
+
+def test_a_digest_is_shortened_and_what_stands_for_one_is_not() -> None:
+    assert short("0123456789abcdef" * 4) == "0123456789ab"
+    assert short("random, seed 17") == "random, seed 17"
+    assert len(short("x" * 1000)) == 64, "a manifest may say anything"
 
 
 def test_a_model_lineage_must_speak_of_the_weights_beside_it(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def no_end_token() -> None:
 FROM_FILE = "prompts.opd={path: p.jsonl}"
 GOOD_LINE = '{"prompt": "1+2+3+4+5+6"}\n'
 CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
+    "a file for a model": (
+        lambda: None,
+        ["teacher.model=teacher/config.json"],
+        2,
+        ["teacher.model: teacher/config.json is no directory"],
+    ),
     "misspelt key": (lambda: None, ["train.optimiser.lr=1"], 2, ["train.optimiser", "train.optimizer"]),
     "a directory without a name": (lambda: None, ['run_dir=""'], 2, ["run_dir", "names no directory"]),
     "a directory that no name can be": (
@@ -288,6 +294,22 @@ def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["run", "train", "status", "plan"])
+def test_a_recipe_is_all_that_is_asked_for(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command])
+    asked = capsys.readouterr().err.splitlines()[-1].partition("required: ")[2]
+    assert asked == ("recipe, --gpus" if command == "plan" else "recipe")
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_file_is_not_said_to_be_away(root: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, said in (("recipe.yaml", ("not a directory", "nothing to inspect")), ("none", ("no such",))):
+        assert main([command, name]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert any(each in line for each in said), line
 
 
 def test_a_damaged_metric_is_one_line_under_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

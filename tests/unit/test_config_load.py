@@ -219,7 +219,9 @@ def test_paths_say_what_they_do_in_a_shell(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, "."])
 def test_what_is_no_recipe_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"no such recipe|a directory, not a file"):
+    with pytest.raises(
+        ConfigError, match=r"no such recipe|a directory, not a recipe: give the path of a YAML"
+    ):
         load_recipe(name)
 
 

@@ -208,6 +208,15 @@ def test_is_self_contained(html: str) -> None:
     assert max(ids.values()) == 1
 
 
+def test_headings_stand_over_their_columns(html: str) -> None:
+    """Where cells are set left and headings right, a wide column's heading is over the next one."""
+    css = html[: html.index("</style>")].rpartition("<style>")[2]
+    for align in ("left", "right"):
+        (selectors,) = (rule.partition("{")[0] for rule in css.split("}") if f"{{text-align:{align}" in rule)
+        names = selectors.strip().split(",")
+        assert {each for each in names if "th" in each} == {each.replace("td", "th") for each in names}
+
+
 def test_colours_follow_the_reader(html: str) -> None:
     drawn = " ".join(attrs.get("style") or "" for _, attrs in Page(html).tags)
     assert "var(--after)" in drawn
