@@ -82,7 +82,7 @@ class CommittedFile:
             try:
                 found = os.lstat(self.path)
             except FileNotFoundError:
-                raise _missing(self.path) from None
+                raise _missing(self.path, self.artifact) from None
         require_regular(self.path, found.st_mode)
         self._require_size(found.st_size)
 
@@ -186,7 +186,7 @@ def _open_below(directory: Path, name: str) -> FileIO:
                 last, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=place
             )
         except FileNotFoundError:
-            raise _missing(path) from None
+            raise _missing(path, directory) from None
         except NotADirectoryError:
             raise DataError(
                 f"{path}: a link or a file is where a folder of {directory} was: restore that, or remove "
@@ -201,8 +201,10 @@ def _open_below(directory: Path, name: str) -> FileIO:
     return stream
 
 
-def _missing(path: Path) -> DataError:
-    return DataError(f"{path}: missing: the manifest lists it; restore it or make the artifact again")
+def _missing(path: Path, artifact: Path) -> DataError:
+    return DataError(
+        f"{path}: missing: the manifest lists it: restore it or remove {artifact} to make it again"
+    )
 
 
 def _stamp_of(stream: FileIO) -> Stamp:
