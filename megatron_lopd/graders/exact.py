@@ -7,6 +7,7 @@ compared as numbers, and what it finds equal is held to the values at one point.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,8 @@ def equal(gold: Any, said: Any) -> bool:
         if gold is None or said is None:
             return False
     gold, said = _united(gold, said), _united(said, gold)
+    gold, said = _row(gold, said), _row(said, gold)
+    gold, said = _named(gold, said), _named(said, gold)
     if _has_equation(gold) != _has_equation(said):
         gold, said = _valued(gold), _valued(said)
         if gold is None or said is None:
@@ -96,6 +99,39 @@ def _united(thing: Any, other: Any) -> Any:
     if isinstance(other, Union) and isinstance(thing, FiniteSet):
         return Union(*thing.args) if all(isinstance(each, Interval) for each in thing.args) else thing
     return thing
+
+
+def _row(thing: Any, other: Any) -> Any:
+    """A row or a column as a tuple where the other is one, and a pair as one where the other is a matrix."""
+    entries = _entries(thing)
+    if isinstance(other, MatrixBase) and entries is not None:
+        return Tuple(*entries)
+    is_row = isinstance(thing, MatrixBase) and 1 in thing.shape and _entries(other) is not None
+    return Tuple(*thing.flat()) if is_row else thing
+
+
+def _named(thing: Any, other: Any) -> Any:
+    """Values as the other names them: x = y = 0 of a pair, and the roots x_1 = 1, x_2 = 3 as those of x."""
+    parts = _equations(thing) if isinstance(thing, And | FiniteSet) else []
+    if not all(isinstance(each, Eq) and isinstance(each.lhs, Symbol) for each in parts):
+        return thing
+    values = [each.rhs for each in parts if not _free(each.rhs)]
+    if isinstance(thing, And):
+        is_one = len(values) == 1 and len(_free(thing)) == len(parts) and _entries(other) is not None
+        return Tuple(*values * len(parts)) if is_one else thing
+    if len(values) < len(parts) or not _has_equation(other) or len(_free(other)) != 1:
+        return thing
+    (name,) = _free(other)
+    numbered = re.compile(rf"{re.escape(name.name)}_\{{?\d{{1,9}}\}}?")
+    is_numbered = all(numbered.fullmatch(each.lhs.name) for each in parts)
+    return FiniteSet(*(Eq(name, each) for each in values)) if is_numbered and parts else thing
+
+
+def _entries(thing: Any) -> list[Any] | None:
+    """Those of a tuple: math-verify reads a pair as an open interval."""
+    if isinstance(thing, Interval):
+        return [thing.start, thing.end] if thing.left_open and thing.right_open else None
+    return list(thing.args) if isinstance(thing, Tuple) else None
 
 
 def _equations(thing: Any) -> list[Any]:

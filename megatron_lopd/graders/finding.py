@@ -19,7 +19,8 @@ _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 # What an answer without a box follows.
 _MARK = re.compile(
-    r"####|\b(?i:answer|correct (?:option|choice))s?\b(?:[^.\n$=:\d]{0,40}?\s(?:is|are)\b)?\*{0,2}\s{0,3}"
+    r"####|(?<!(?i:wrong) )(?<!(?i:incorrect) )(?<!(?i:false) )"
+    r"\b(?i:answer|correct (?:option|choice))s?\b(?:[^.\n$=:\d]{0,40}?\s(?:is|are)\b)?\*{0,2}\s{0,3}"
     r"(?:[:\uff1a=]|(?<=is)|(?<=are)|\n)\s{0,3}\*{0,2}"
     r"|(?:答案[是为]?|故选)[:\uff1a]?"
 )
@@ -30,15 +31,38 @@ _END = re.compile(
     r"\n|[.!。;\uff1b](?=\s|\*|$)|,\s(?!(?:and|or)\b)(?=[A-Za-z]{2})"
     r"|\s\(?(?:because|since|as|so|which|where|when|for|if|but|by|with|in total)\b"
 )
-# The number at a text's end, and what makes another thing of it: it isn't 42, more than 42, 41 or 42.
+# The number at a text's end, and what makes another thing of it: it isn't 42, x > 42, 41 or 42.
 _LAST = re.compile(r"(?:[A-Za-z]\s?=\s?)?-?[\d.,/]*\d[^\w-]{0,6}$")
 _TURNED = re.compile(
-    r"(?:n['\u2019]t|\bnot|\bcannot|\bthan|\bat (?:least|most))(?:\s(?:be|equal|to))*\s\W{0,4}$"
+    r"(?:(?:n['\u2019]t|\b(?:not|nor|cannot|than|at least|at most|about|almost|nearly|close to|over|under"
+    r"|above|below|instead of|try))(?:\s(?:be|equal|to))*\s"
+    r"|(?<=[\w)}]) ?(?:[<>≠≤≥]|\\(?:[lg](?:t|e|eq)|neq?)(?![A-Za-z])))\W{0,4}$"
+)
+# Numbers of prose that nobody answers with: those it denies, and those of its steps and sources.
+_VALUE = r"[$(]{0,2}(?<![\d.,/])-?\d(?:[\d.,/]*\d)?[$)]{0,2}"
+_IS = r"\s(?:is|are|was|would be)\s"
+_NO_ANSWER = re.compile(
+    rf"(?:n['\u2019]t|\bnot|\bcannot)(?:\s(?:be|equal|to))*\s\W{{0,4}}{_VALUE}"
+    rf"|\b(?i:wrong|incorrect|false)\s[a-z]+{_IS}\W{{0,4}}{_VALUE}"
+    rf"|{_VALUE}(?:{_IS}(?:[a-z]+ly\s|also\s)?"
+    r"(?:(?:wrong|incorrect|false|impossible|too|ruled out|excluded|rejected)\b"
+    r"|not (?:right|correct|possible|the\b|an? (?:answer|solution)))"
+    r"|\s(?:(?:is|was|ca|wo|does)n['\u2019]t|cannot|does not|fails|can be (?:ruled out|excluded))\b"
+    r"|\?\s(?:No|Wrong)\b)"
+    r"|\b(?i:step|case|part|problem|question|example)\s\d+\*{0,2}\s?[:.)\n]"
+    r"|\b(?:[Tt]heorem|[Ll]emma|[Ee]quation|[Ss]ection|[Ff]igure)\s\(?\d+\)?"
 )
 _JOINED = re.compile(r"\d\W{0,3}\s(?:and|or)\s\W{0,4}$")
 _PROSE = re.compile(r"(?<![A-Za-z])(?!(?:and|or)(?![A-Za-z]))[A-Za-z]{2}")
 _COUNTED = re.compile(r"(\$?-?[\d.,/]*\d)\s+([A-Za-z]{2,}[A-Za-z -]*)")
 _TEXT = re.compile(r"\$+|\\[()[\]]|\\[a-z]+\s?\{[A-Za-z ]*\}|\\[A-Za-z]+")  # of a formula
+
+# A gold that says a number in a sentence, and what may stand before "the answer is" in one.
+_SENTENCE = re.compile(
+    r"[A-Za-z' ,]{1,400}\b(?:is|are|was|were|be|has|have|had|gets?|costs?|equals?|needs?|takes?)"
+    r"\s\W{0,3}\d(?:[\d.,/]*\d)?\W{0,3}(?:\s[A-Za-z ]{1,400})?\W{0,3}"
+)
+_OPENING = re.compile(r"[A-Za-z, ]{0,100}")
 
 
 class Answer(NamedTuple):
@@ -96,8 +120,21 @@ def answers_in(response: str) -> list[Answer]:
     if not tail:
         return []
     said = _said(tail)
-    searched = [Answer(tail, alone=False)] if _ends_with_answer(tail) else []
+    searched = [Answer(_NO_ANSWER.sub(" ", tail), alone=False)] if _ends_with_answer(tail) else []
     return [Answer(said, alone=True), *searched] if said else searched
+
+
+def in_words(gold: str) -> str:
+    """`gold`, or what follows "the answer is" in it."""
+    mark = _MARK.search(gold)
+    if mark is None or "\n" in gold or not _OPENING.fullmatch(gold, 0, mark.start()):
+        return gold
+    return _said(gold[-TAIL:]) or gold
+
+
+def is_sentence(gold: str) -> bool:
+    """Whether `gold` says a number in a sentence of prose, to which no answer is equal: There are 5 cats."""
+    return _SENTENCE.fullmatch(gold) is not None
 
 
 def _has_box(text: str) -> bool:

@@ -17,7 +17,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 from sympy import And, Or, Rational
 
 from megatron_lopd.graders import exact, notation, surface
-from megatron_lopd.graders.finding import answers_in, last_boxed
+from megatron_lopd.graders.finding import answers_in, in_words, is_sentence, last_boxed
 
 # It warns that its own timeouts, which need the main thread's SIGALRM, are off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -49,8 +49,10 @@ def prepare() -> None:
 
 
 def is_readable(gold: str) -> bool:
-    """Whether `gold`, a right answer as a file gives it, is found equal to itself. Raises as `compare`."""
-    return compare(gold, rf"\boxed{{{_gold_text(gold)}}}").right
+    """Whether `gold`, a right answer as a file gives it, is found equal to itself, and others may be to it.
+    Raises as `compare`."""
+    text = _gold_text(gold)
+    return not is_sentence(text) and compare(gold, rf"\boxed{{{text}}}").right
 
 
 def compare(gold: str, response: str) -> MathVerdict:
@@ -82,7 +84,7 @@ def compare(gold: str, response: str) -> MathVerdict:
 def _is_same(gold: str, said: str, is_alone: bool) -> bool:
     """Of one reading each."""
     if (right_word := surface.word(gold)) is not None:
-        return _bare(said) == right_word
+        return _bare(said) in (right_word, surface.word(surface.swapped(gold)))
     decided = surface.decided(gold, said) if is_alone else None
     if decided is not None:
         return decided
@@ -118,7 +120,8 @@ def _name(thing: Any) -> str:
 def _gold_text(gold: str) -> str:
     boxed = last_boxed(gold)
     if boxed is None:
-        boxed = gold.rpartition("####")[2]  # as GSM8K ends the solutions that it calls answers
+        # As GSM8K ends the solutions that it calls answers; or a sentence.
+        boxed = gold.rpartition("####")[2] if "####" in gold else in_words(gold)
     return boxed.strip().strip("$").strip()
 
 

@@ -10,26 +10,31 @@ from collections.abc import Callable
 from decimal import Decimal
 from re import Match
 
+from megatron_lopd.graders.number_words import NUMBER_WORDS, number
 from megatron_lopd.graders.units import CURRENCIES, NAMES
 
 TEXT = r"\\(?:text|operatorname)\s*"  # once `plain` has put all fonts so
 DOTS = r"(?:\.{3}|…|\\(?:l|c)?dots(?![A-Za-z]))"
 SPACE = r"(?:\s|\\[ ,;:!]|\\q?quad(?![A-Za-z]))"
-COUNTED = (
-    *("zero", "one", "two", "three", "four", "five", "six"),
-    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
-)
 
 _DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _GROUPED = r"[1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?"
 _NUMBER = rf"-?(?:{_GROUPED}|\d+/\d+|{_DECIMAL})"
-_MANY = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}"} | {
+_MANY = {
+    "dozen": "12",
+    "lakh": "10^{5}",
+    "crore": "10^{7}",
+    "hundred": "10^{2}",
+    "thousand": "10^{3}",
+    "million": "10^{6}",
+} | {
     "billion": "10^{9}",
     "trillion": "10^{12}",
     "万": "10^{4}",
     "亿": "10^{8}",
 }
 _TH = r"\s*(?:st|nd|rd|th)"
+_INTEGERS = r"all (?:the )?integers|(?:the )?set of (?:all )?(?:the )?integers|(?:the )?integers"
 _ALL = r"(?:the )?(?:set of )?(?:all )?(?:the )?(?:real numbers|reals)|all real"
 _NOTHING = r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set"
 
@@ -59,6 +64,7 @@ _SPELLINGS = tuple(
     (re.compile(pattern), instead)
     for pattern, instead in (
         (r"(?<!\\)\\!\s*", ""),
+        (r"(?<=[A-Za-z])n't\b", " not"),
         (r"(?<!\\)(?:\s|\\[ ,;:!]|\\q?quad(?![A-Za-z])){2,}", " "),
         (r"\\[Bb]igg?[lrm]?(?![A-Za-z])\s?", ""),
         (r"\\([lr])brace(?![A-Za-z])\s?", lambda m: r"\{" if m[1] == "l" else r"\}"),
@@ -157,6 +163,11 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (rf"^{TEXT}\{{\s?(\d{{1,2}}(?::\d\d)?)\s?([AaPp])\.?\s?[Mm]\.?\s?\}}$", r"\1 \\text{ \2m}"),
     (r"\\[lr]angle(?![A-Za-z])", lambda m: ")" if m[0][1] == "r" else "("),
     (rf"^(\w+)\s*(?:{TEXT}\{{)?\s*\(?base\s*\}}?\s*(\d+)\)?\s*\}}?$", r"\1_{\2}"),
+    # The remainder that a number leaves.
+    (
+        rf"^(\d{{1,40}})\s*(?:\\b?mod(?![A-Za-z])|{TEXT}\{{\s*mod\s*\}}|mod\b){SPACE}*\{{?0*([1-9]\d{{0,40}})\}}?$",
+        lambda m: rf"{int(m[1]) % int(m[2])} \pmod{{{m[2]}}}",
+    ),
     (
         rf"\s*(?:\\pmod|\\bmod|\(?{TEXT}\{{\s*mod\s*\}}|\(?mod\b){SPACE}*\{{?(\d+)\}}?\)?$",
         r" \\text{ mod \1}",
@@ -165,15 +176,23 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
     (r"\\varnothing(?![A-Za-z])|\\\{(?:\s|\\[,;! ])*\\\}", r"\\emptyset "),
     (rf"^(?i:(?:{TEXT}\{{)?\s*(?:{_NOTHING})\s*\}}?)$", r"\\emptyset "),
     (rf"^(?i:(?:{TEXT}\{{)?\s*(?:{_ALL})\s*\}}?)$|^{TEXT}\{{R\}}$", r"\\mathbb{R}"),
+    (rf"^(?i:(?:{TEXT}\{{)?\s*(?:{_INTEGERS})\s*\}}?)$", r"\\mathbb{Z}"),
     (rf"^(?:{TEXT}\{{)?\s?infinity\s?\}}?$", r"\\infty"),
-    (rf"{TEXT}\{{\s*([ij])\s*\}}", r"\1"),
-    (rf"\s*{TEXT}\{{\s*percent\s*\}}|(?<=\d)\s*percent\b", r"\\%"),
+    (rf"{TEXT}\{{\s*([ij])\s*\}}|(?<=\d){SPACE}*{TEXT}\{{\s*([xyz])\s*\}}$", r"\1\2"),
+    (rf"(?<=\d){SPACE}*{TEXT}\{{\s*pi\s*\}}$", r"\\pi"),
+    (
+        rf"\s*{TEXT}\{{\s*percent(?:age\spoints?)?\s*\}}|(?<=\d)\s*percent(?:age\spoints?)?\b",
+        r"\\%",
+    ),
+    # Natural logarithms.
+    (r"\\log\s?_\s?(?:e|\{\s?e\s?\})(?![A-Za-z])", r"\\ln "),
     # Ordinals: 4th.
     (rf"(?<=\d)(?:\^\{{{TEXT}\{{{_TH}\}}\}}|\^?{TEXT}\{{{_TH}\}}|\^\{{{_TH}\}}|{_TH}\b)", ""),
     (
-        rf"(?<=\d){SPACE}*(?:{TEXT}\{{\s*)?({'|'.join(_MANY)})\b\s*\}}?",
+        rf"(?<=\d){SPACE}*(?:{TEXT}\{{\s*)?({'|'.join(_MANY)})s?\b\s*\}}?",
         lambda m: rf"\cdot {_MANY[m[1]]} ",
     ),
+    (rf"^(\\?\$?\s?{_NUMBER}){SPACE}*{TEXT}\{{\s*k\s*\}}$", rf"\1\\cdot {_MANY['thousand']} "),
     # A number and a fraction: 1 3/4 is no product. In LaTeX math-verify knows, but not of percents.
     (rf"(?<![\d.}}/^_])(\d+){SPACE}+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (
@@ -192,7 +211,7 @@ _RULES: tuple[tuple[str, str | Callable[[Match[str]], str]], ...] = (
         rf"^{TEXT}\{{([\d\s,.]+(?:(?:and|or)[\d\s,.]+)+)\}}$",
         lambda m: re.sub(r"\s*,?\s*(?:and|or)", ",", m[1]),
     ),
-    (rf"^(?i:(?:{TEXT}\{{)?\s*({'|'.join(COUNTED)})\s*\}}?)$", lambda m: str(COUNTED.index(m[1].lower()))),
+    (rf"^(?i:(?:{TEXT}\{{)?\s*({NUMBER_WORDS})\s*\}}?)$", lambda m: str(number(m[1]))),
     (rf"^{TEXT}\{{\s*({_NUMBER})\s+([A-Za-z][A-Za-z .]*)\}}$", r"\1 \\text{ \2}"),
     (rf"^({_NUMBER})\s*({NAMES})(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),
     (rf"^({_NUMBER})\s([mgshL](?:/[a-z]+)?)(\^\{{?\d\}}?)?$", r"\1 \\text{ \2}\3"),

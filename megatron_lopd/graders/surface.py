@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from megatron_lopd.graders.notation import COUNTED, DOTS, SPACE, TEXT
+from megatron_lopd.graders.notation import DOTS, SPACE, TEXT
+from megatron_lopd.graders.number_words import SMALL
 from megatron_lopd.graders.units import unit_of
 
 # Bare words: one has four letters, and none has one only, as variables have; a name; and Chinese.
@@ -13,8 +14,13 @@ _WORD = re.compile(
     r"|((?:an? )?(?=.*[A-Za-z]{4})[A-Za-z]{2,}(?:[ -][A-Za-z]{2,})*|[A-Z][a-z]{2,}(?: \d+)?|[\u4e00-\u9fff]+)"
 )
 _SHORT_WORDS = frozenset(["no", "on", "yes", "not", "odd", "all"])
+_TWO_NAMES = re.compile(
+    r"(?!.*\b(?:Yes|No|True|False)\b)(?:^|(?<=\{))\s*([A-Z][a-z]+) and ([A-Z][a-z]+)\s*(?=\}?$)"
+)
 _NUMERAL = re.compile(r"[\d)]\}?\s*_")
-_GOES_ON = re.compile(rf"\.\d+\s*{DOTS}")
+_GOES_ON = re.compile(rf"\d{SPACE}*{DOTS}")
+# Feet or minutes of an arc; but no separator of thousands: 1'000.
+_PRIMED = re.compile(r"^[^'\"]*\d\s?(?:['\"](?!\d)|\^\s?\{?\s?\\prime(?![A-Za-z]))")
 _ELIDED = re.compile(rf"[,+-]\s*{DOTS}")  # math-verify leaves the dots out, and reads 1, 2, 10
 _TIME = re.compile(
     rf"(?:{TEXT}\{{\s*)?(\d{{1,2}}):(\d\d){SPACE}*(?:\\text\{{)?\s*(?:([ap])\.?\s*m\.?)?\s*\}}?", re.I
@@ -25,6 +31,14 @@ _TURNING = frozenset(
         *(
             "not",
             "no",
+            "cannot",
+            "impossible",
+            "fails",
+            "too",
+            "never",
+            "wrong",
+            "incorrect",
+            "false",
             "but",
             "except",
             "minus",
@@ -42,7 +56,12 @@ _TURNING = frozenset(
             "halves",
             "third",
             "thirds",
+            "fourths",
             "fifths",
+            "sixths",
+            "sevenths",
+            "eighths",
+            "ninths",
             "tenths",
             "hundredths",
             "quarter",
@@ -56,10 +75,11 @@ _TURNING = frozenset(
         *("above", "below", "under", "over", "between", "about"),
     ]
 )
-# But not where they say what is counted: 3 times, 3 more apples, 8 half-hours.
+# But not where they say what is counted: 3 times, 3 more apples, 3 wrong answers, 8 half-hours.
 _COUNTING = re.compile(
     rf"(?<=[\d}}])\s*(?:{TEXT}\{{)?\s*"
-    r"(?:(?:times|more|less|fewer)(?! than)(?:| [A-Za-z ]+)|[a-z]+-[A-Za-z ]+)\s*\}?$"
+    r"(?:(?:times|more|less|fewer)(?! than)(?:| [A-Za-z ]+)|(?:wrong|incorrect|false|impossible) [A-Za-z ]+"
+    r"|[a-z]+-[A-Za-z ]+)\s*\}?$"
 )
 _NO_VARIABLE = re.compile(rf"{TEXT}\{{[^{{}}]*\}}|\\[A-Za-z]+|[A-Za-z]{{3,}}")
 
@@ -72,6 +92,11 @@ def word(text: str) -> str | None:
     found = " ".join((match[1] or match[2] or "").replace("-", " ").split()).strip(" .()")
     found = re.sub(r"^(?i:an?|the) ", "", found)
     return found.casefold() or None
+
+
+def swapped(text: str) -> str:
+    """Two names in the other order; all else as it is, as what is said of one and of another has one."""
+    return _TWO_NAMES.sub(r"\2 and \1", text)
 
 
 def turns(text: str) -> bool:
@@ -99,7 +124,7 @@ def decided(gold: str, said: str) -> bool | None:
 
 
 def _contradict(gold: str, said: str) -> bool:
-    if (_GOES_ON.search(gold) is None) != (_GOES_ON.search(said) is None):
+    if any((sign.search(gold) is None) != (sign.search(said) is None) for sign in (_GOES_ON, _PRIMED)):
         return True
     if _turning(gold) != _turning(said):
         return True
@@ -117,7 +142,7 @@ def _turning(text: str) -> frozenset[str]:
 def _in_base(text: str) -> str:
     """Numerals with their bases, however those are set; ten goes without saying."""
     text = re.sub(rf"{TEXT}|\\overline|base|[\s{{}}()$\\,]", "", text)
-    for number, name in enumerate(COUNTED):
+    for number, name in reversed(list(enumerate(SMALL))):
         text = text.replace(f"_{name}", f"_{number}")
     return re.sub(r"_10(?!\d)", "", text.upper())
 

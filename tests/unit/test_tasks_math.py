@@ -14,7 +14,7 @@ import pytest
 
 from megatron_lopd.errors import ConfigError, DataError, EngineDied, EngineError
 from megatron_lopd.graders import Sandbox, Verdict, notation, open_grader, surface
-from megatron_lopd.graders.finding import TAIL, Answer, answers_in, last_boxed
+from megatron_lopd.graders.finding import TAIL, Answer, answers_in, is_sentence, last_boxed
 from megatron_lopd.graders.math_grader import MathGrader
 from megatron_lopd.graders.sandbox import CPU_SECONDS, MEMORY_BYTES, Outcome, Ration
 from megatron_lopd.prompts.prompt import Prompt
@@ -109,13 +109,17 @@ def test_nested_braces() -> None:
     assert answers_in("x" * 5000 + r" \boxed{5} " + "x" * 5000) == [Answer("5", alone=True)]
 
 
-@pytest.mark.parametrize("piece", [" ", "\\ ", "1", ",", "1,", "a", "'", "{", "\\text{ ", "\\in", "①", "或"])
+@pytest.mark.parametrize(
+    "piece", [" ", "\\ ", "1", ",", "1,", "a", "'", "{", "\\text{ ", "\\in", "①", "或", "42 is "]
+)
 def test_the_rules_of_a_long_answer_are_over_soon(piece: str) -> None:
     for start in ("", r"\text{", "0."):
         text = (start + piece * TAIL)[: TAIL - 1] + "x"
         began = time.process_time()
         for reading in notation.readings(text):
             surface.decided(reading, "x")
+        answers_in(text)
+        is_sentence(text)
         assert time.process_time() - began < 1  # a tenth of it, alone
 
 
@@ -272,6 +276,8 @@ def test_a_grader_stopped_from_outside_is_given_up(monkeypatch: pytest.MonkeyPat
         (r"\boxed{}", "can read"),
         (r"\begin{align", "can read"),
         ("}", "can read"),
+        ("There are 5 cats", "can read"),  # as a sentence, no answer is equal to it
+        ("The number of ways is 1,200.", "can read"),
     ],
 )
 def test_prompts_that_cannot_be_graded(grader: MathGrader, answer: str | None, message: str) -> None:
