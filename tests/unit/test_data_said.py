@@ -123,7 +123,7 @@ def test_what_is_too_long_is_told_once(tmp_path: Path, monkeypatch: pytest.Monke
     """And not by transformers as well, which says that an index will be out of range."""
     monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", pytest.fail)
     chat = Chat(str(model_dir(tmp_path, model_max_length=8)))
-    with pytest.raises(DataError, match="s7: the prompt has .* tokens, above the limit of 9"):
+    with pytest.raises(DataError, match=r"s7: the prompt has .* tokens, above the limit of 9"):
         chat.prompt([QUESTION], "s7", 9)
 
 
