@@ -116,7 +116,8 @@ class _Builder:
     def _named_sections(self, cls: type[T], value: Any, name: str) -> dict[str, T]:
         """Sections by name. One section given bare is the only one, under the name of its own key."""
         known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        sections = isinstance(value, dict) and [isinstance(each, dict) for each in value.values()]
+        # A set whose keys are all forgotten is nothing, and a set all the same.
+        sections = isinstance(value, dict) and [isinstance(each, dict | None) for each in value.values()]
         if isinstance(value, dict) and (not sections or any(sections)):
             plain = {each for each, section in value.items() if not isinstance(section, dict)}
             if not plain & known:  # so a set that is no section is told by its own name

@@ -34,6 +34,8 @@ CONTENT_MARKS = frozenset(
 TEMPLATE_SECONDS = 10.0
 # Characters that one may have: more than any model reads.
 LONGEST_TEXT = 1 << 24
+# Which Jinja can write, as JSON can, and no tokenizer takes.
+_HALF = re.compile("[\ud800-\udfff]")
 # What a template would have another text from each time.
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\b")
 # One that is not in the text splits a control token that is spelled out: no half of it is one.
@@ -56,9 +58,11 @@ class Chat:
                 f"{model_dir}: the tokenizer has no chat template: add chat_template.jinja to the directory"
             )
         try:
-            template: str = self.tokenizer.get_chat_template()
+            template = self.tokenizer.get_chat_template()
         except Exception as error:  # noqa: BLE001 - of several templates none is the default one, say
             raise ConfigError(f"{model_dir}: no chat template to use: {reason_of(error)}") from None
+        if not isinstance(template, str):  # it is given back as tokenizer_config.json has it
+            raise ConfigError(f"{model_dir}: the chat template is no text, but {type(template).__name__}")
         if _CHANCE.search(template):
             raise ConfigError(
                 f"{model_dir}: the chat template draws at random, and a prompt must be the same each time it "
@@ -340,12 +344,14 @@ class Chat:
         )
         if len(rendered) > LONGEST_TEXT:
             raise ValueError(f"it makes {len(rendered):,} characters of it, above {LONGEST_TEXT:,}")
+        if half := _HALF.search(rendered):
+            raise ValueError(f"it prints {half[0]!a}, half a character (a lone surrogate)")
         return rendered
 
     def _encode(self, text: str) -> Tokens:
         # The template has put in every special token there is to be, and they are tokens whatever the
-        # tokenizer's own settings say of text.
-        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        # tokenizer's own settings say of text. What is too long is refused, and needs no warning before.
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
         return np.array(ids, dtype=np.int32)
 
 

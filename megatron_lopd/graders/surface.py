@@ -17,6 +17,8 @@ _SHORT_WORDS = frozenset(["no", "on", "yes", "not", "odd", "all"])
 _TWO_NAMES = re.compile(
     r"(?!.*\b(?:Yes|No|True|False)\b)(?:^|(?<=\{))\s*([A-Z][a-z]+) and ([A-Z][a-z]+)\s*(?=\}?$)"
 )
+# SAS, HTT, XII: no product, which would have a power in place of a letter given twice.
+_LETTER_TWICE = re.compile(r"([A-Z])(?:\1[A-Z]|[A-Z]\1)|[A-Z]([A-Z])\2")
 _NUMERAL = re.compile(r"[\d)]\}?\s*_")
 _GOES_ON = re.compile(rf"\d{SPACE}*{DOTS}")
 # Feet or minutes of an arc; but no separator of thousands: 1'000.
@@ -88,7 +90,8 @@ def word(text: str) -> str | None:
     """An answer that is no formula but a word, in lower case; None for all else."""
     match = _WORD.fullmatch(text)
     if match is None:
-        return text.casefold() if text.casefold() in _SHORT_WORDS else None
+        is_word = text.casefold() in _SHORT_WORDS or _LETTER_TWICE.fullmatch(text) is not None
+        return text.casefold() if is_word else None
     found = " ".join((match[1] or match[2] or "").replace("-", " ").split()).strip(" .()")
     found = re.sub(r"^(?i:an?|the) ", "", found)
     return found.casefold() or None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lopd.errors import ConfigError, DataError
+from megatron_lopd.files.reading import open_file
 from megatron_lopd.pipeline.encoded import longest_prompt, read_notes
 from megatron_lopd.pipeline.resolved import ONLY_SET, Model, ResolvedRun
 
@@ -156,6 +157,8 @@ def data_file(run: ResolvedRun) -> Path:
     data = run.sft.data
     if data is None:
         raise ConfigError("missing key sft.data: a JSONL file of {messages} to fine-tune on")
-    if not Path(data).is_file():
-        raise DataError(f"sft.data: {data}: no such file")
+    try:
+        open_file(Path(data)).close()
+    except DataError as error:
+        raise type(error)(f"sft.data: {error}") from None
     return Path(data)

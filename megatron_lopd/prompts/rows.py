@@ -22,6 +22,8 @@ Row = Mapping[str, Any]
 PROMPT_FIELDS = ("prompt", "problem", "question", "messages")
 ANSWER_FIELDS = ("answer", "expected_answer", "ground_truth", "reward_model.ground_truth")
 
+# What other formats have beside the messages for the model to see.
+_BESIDE = ("tools", "functions", "system", "system_prompt")
 # What other formats call roles that templates know by another name. Some print any role, and so these too.
 _OTHER_NAMES = {
     "human": "user",
@@ -135,11 +137,12 @@ def _parse(where: str, row: Row, prompt_field: str | None) -> Prompt:
         raise DataError(
             f"{where}: {field} is text that holds messages written out: give the list of them itself"
         )
-    if row.get("tools"):
-        raise DataError(
-            f"{where}: tools would not be shown to the model: write them into a system message, or take them "
-            "out"
-        )
+    for unseen in _BESIDE:
+        if unseen != field and row.get(unseen):
+            raise DataError(
+                f"{where}: {unseen} would not be shown to the model: write it into a system message, or take "
+                "it out"
+            )
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     if not messages:
         raise DataError(f"{where}: {field} must be text, or a list of {{role, content}} with at least one")

@@ -24,6 +24,7 @@ FAILING_TEMPLATES = {
     "{{ 'x' * 10 ** 11 }}": "more than",
     "{{ '%2000000000d' % 1 }}": "more than",
     "{{ messages[0].content * 10 ** 8 }}": "characters of it",
+    "{{ '\\ud800' }}{{ messages[0].content }}": r"'\ud800', half a character",
 }
 # Those that never come to an end, in Python and in C.
 ENDLESS_TEMPLATES = (

@@ -289,6 +289,15 @@ def test_keys_that_will_do_nothing_are_told(root: Path, capsys: pytest.CaptureFi
     assert "sft.max_skipped_steps" not in out
 
 
+def test_what_is_no_file_of_text_is_told_for_what_it_is(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo("text.jsonl")
+    for name, expected in (("text.jsonl", "a FIFO, not a file"), ("absent.jsonl", "no such file")):
+        assert main(["run", "recipe.yaml", f"sft.data={name}", "--dry-run"]) == 1
+        assert capsys.readouterr().err.startswith(f"lopd run: sft.data: {name}: {expected}")
+
+
 @pytest.mark.parametrize("arguments", [["run"], ["fly", "recipe.yaml"], ["run", "recipe.yaml", "--fast"]])
 def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -100,6 +100,12 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
             "prompts.eval={aime: {path: x}, amc: x.jsonl}",
             "prompts.eval.amc: expected keys and values, not 'x.jsonl'",
         ),
+        (GOOD, "prompts.eval={aime: }", "prompts.eval.aime: expected keys and values, not None"),
+        (
+            GOOD,
+            "prompts.eval={aime: , amc: {path: x}}",
+            "prompts.eval.aime: expected keys and values, not None",
+        ),
         (GOOD, "prompts.eval={pth: x.jsonl}", "unknown key prompts.eval.pth: did you mean prompts.eval.path"),
         (
             GOOD,

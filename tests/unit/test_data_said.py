@@ -111,9 +111,20 @@ def test_templates_that_no_prompt_can_be_made_with(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": CHATML}, {"name": "rag", "template": CHATML}]
     with pytest.raises(ConfigError, match=r"a: no chat template to use: .*default"):
         Chat(str(model_dir(tmp_path / "a", named)))
+    for number in (7, {"default": 7}, [{"name": "default", "template": 7}]):
+        with pytest.raises(ConfigError, match="a: the chat template is no text, but int"):
+            Chat(str(model_dir(tmp_path / "a", number)))
     for source in ("{{ ['a', 'b'] | random }}", "{{ lipsum() }}"):
         with pytest.raises(ConfigError, match="b: the chat template draws at random"):
             Chat(str(model_dir(tmp_path / "b", source + CHATML)))
+
+
+def test_what_is_too_long_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by transformers as well, which says that an index will be out of range."""
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", pytest.fail)
+    chat = Chat(str(model_dir(tmp_path, model_max_length=8)))
+    with pytest.raises(DataError, match=r"s7: the prompt has .* tokens, above the limit of 9"):
+        chat.prompt([QUESTION], "s7", 9)
 
 
 KNOWS_FEW = (
@@ -309,6 +320,8 @@ def test_text_that_the_tokenizer_has_no_token_for_is_told(unknown: str | None, t
         ({"messages": [{"role": "user", "content": None}]}, "none of them empty"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "both text"),
         ({"messages": [QUESTION], "tools": [{"name": "f"}]}, "tools would not be shown"),
+        ({"prompt": "1+1?", "system": "Be brief."}, "system would not be shown"),
+        ({"messages": [QUESTION], "system_prompt": "Be brief."}, "system_prompt would not be shown"),
     ],
 )
 def test_rows_of_other_formats_are_refused_by_key(row: dict[str, Any], expected: str, tmp_path: Path) -> None:
