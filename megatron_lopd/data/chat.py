@@ -139,9 +139,10 @@ class Chat:
         limit: str,
     ) -> tuple[Tokens, Tokens]:
         if not whole.startswith(opening):
-            raise DataError(
-                f"{name}: the chat template renders the prompt otherwise once it is answered, so the answer "
-                "cannot be told from it: use a template whose generation prompt begins the assistant's turn"
+            raise self._error(
+                name,
+                "the chat template renders the prompt otherwise once it is answered, so the answer "
+                "cannot be told from it: use a template whose generation prompt begins the assistant's turn",
             )
         bare = whole.replace(mark, "")
         self._require(name, messages, first_unprinted(messages, bare))
@@ -154,17 +155,19 @@ class Chat:
         ends = np.flatnonzero(np.isin(response, list(self.end_tokens)))
         if not len(ends):
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(self.end_tokens)))
-            raise DataError(
-                f"{name}: the chat template puts no end token ({names}) after the answer: "
-                "training on it would teach the model never to stop"
+            raise self._error(
+                name,
+                f"the chat template puts no end token ({names}) after the answer: "
+                "training on it would teach the model never to stop",
             )
         response, after = response[: ends[0] + 1], response[ends[0] + 1 :]
         if left := self.decode(after).strip():
-            raise DataError(f"{name}: the answer goes on after its end token: {left!r}")
+            raise self._error(name, f"the answer goes on after its end token: {left!r}")
         if len(prompt) + len(response) > max_tokens:
-            raise DataError(
-                f"{name}: prompt and answer have {len(prompt) + len(response)} tokens, above {limit} of "
-                f"{max_tokens}: shorten or drop the sample, or raise that"
+            raise self._error(
+                name,
+                f"prompt and answer have {len(prompt) + len(response)} tokens, above {limit} of "
+                f"{max_tokens}: shorten or drop the sample, or raise that",
             )
         return prompt, response
 
@@ -205,10 +208,11 @@ class Chat:
         if unprinted is None:
             return
         number, key = unprinted
-        raise DataError(
-            f"{name}: the chat template does not print messages[{number}].{key}, of role "
+        raise self._error(
+            name,
+            f"the chat template does not print messages[{number}].{key}, of role "
             f"{messages[number]['role']!r}, or not all of it: the model would never see it: take it out of "
-            "the data, rename what the template knows by another name, or use a template that prints it"
+            "the data, rename what the template knows by another name, or use a template that prints it",
         )
 
     def _with_split_tokens(self, name: str, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
@@ -224,15 +228,16 @@ class Chat:
         for message, key, text in found:
             if message["role"] == "assistant":
                 token = self._control(message).findall(text)[0]
-                raise DataError(
-                    f"{name}: the assistant's {key} spells out the control token {token}: take it out: "
-                    "the chat template puts in those that there are to be"
+                raise self._error(
+                    name,
+                    f"the assistant's {key} spells out the control token {token}: take it out: "
+                    "the chat template puts in those that there are to be",
                 )
         self.spelled += 1
         everything = "".join(text for _, _, text in texts)
         mark = next((each for each in _SPLITS if each not in everything), None)
         if mark is None:
-            raise DataError(f"{name}: it has every character that could tell text from control tokens")
+            raise self._error(name, "it has every character that could tell text from control tokens")
 
         def split(value: Any, pattern: re.Pattern[str]) -> Any:
             if isinstance(value, str):
@@ -278,9 +283,10 @@ class Chat:
             return
         said = "".join(text for _, text in leaves(messages[-1]))
         if said.strip() and not set(self._encode(said).tolist()) - {unknown}:
-            raise DataError(
-                f"{name}: the tokenizer has no token for any of {said[:40]!r}, so the model would see none "
-                "of it: drop it, or use a model whose tokenizer can write it"
+            raise self._error(
+                name,
+                f"the tokenizer has no token for any of {said[:40]!r}, so the model would see none "
+                "of it: drop it, or use a model whose tokenizer can write it",
             )
         self.unwritten.append(name)
 
@@ -298,11 +304,12 @@ class Chat:
     def _prompt(self, rendered: str, mark: str, name: str, max_tokens: int) -> Tokens:
         tokens = self._encode_split(rendered, mark, name)
         if not len(tokens):
-            raise DataError(f"{name}: the chat template renders an empty prompt")
+            raise self._error(name, "the chat template renders an empty prompt")
         if len(tokens) > max_tokens:
-            raise DataError(
-                f"{name}: the prompt has {len(tokens)} tokens, above the limit of {max_tokens}: "
-                "raise the limit or drop the prompt"
+            raise self._error(
+                name,
+                f"the prompt has {len(tokens)} tokens, above the limit of {max_tokens}: "
+                "raise the limit or drop the prompt",
             )
         return tokens
 
@@ -316,9 +323,8 @@ class Chat:
         tokens = np.concatenate([self._encode(part) for part in rendered.split(mark)])
         written = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if written != rendered.replace(mark, ""):
-            raise DataError(
-                f"{name}: it spells out a control token, which this tokenizer cannot write as text: take it "
-                "out"
+            raise self._error(
+                name, "it spells out a control token, which this tokenizer cannot write as text: take it out"
             )
         return tokens
 
@@ -333,7 +339,11 @@ class Chat:
             yield rendered
 
     def _refused(self, name: str, failed: Failed) -> DataError:
-        return DataError(f"{name}: the chat template refuses it: {failed.reason} ({self._model_dir})")
+        return self._error(name, f"the chat template refuses it: {failed.reason}")
+
+    def _error(self, name: str, what: str) -> DataError:
+        """That of a sample `what` is wrong, with this model: it may be the sample's fault, or the model's."""
+        return DataError(f"{name}: {what} ({self._model_dir})")
 
     def _render(self, messages: Sequence[Message], open_turn: bool) -> str:
         rendered: str = self.tokenizer.apply_chat_template(

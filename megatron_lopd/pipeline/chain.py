@@ -37,7 +37,7 @@ def links(run_dir: Path, stage: str, manifest: Manifest) -> Iterator[Proof]:
     for role, parent in manifest.parents.items():
         directory = run_dir / parent.path
         if parent.kind == "artifact" or (parent.kind == "checkpoint" and is_committed(directory)):
-            found = load_manifest(directory)
+            found = _load_parent(run_dir, stage, parent.path)
             proof = prove_parent(stage, role, parent, found, directory)
             yield Proof(proof.statement, worst([proof.status, found.lineage]), proof.detail)
     if manifest.kind == "checkpoint" and "identity" in manifest.config:
@@ -66,8 +66,18 @@ def chain(run_dir: Path, stage: str, manifest: Manifest) -> dict[str, list[Proof
                 "restore it or make the artifact again"
             )
         else:
-            line.append((parent, load_manifest(run_dir / parent)))
+            line.append((parent, _load_parent(run_dir, name, parent)))
     return found
+
+
+def _load_parent(run_dir: Path, stage: str, parent: str) -> Manifest:
+    """What `stage` was made from. DataError, naming both, where that is not there."""
+    if not is_committed(run_dir / parent):
+        raise DataError(
+            f"{run_dir / stage}: made from {parent}, and no committed artifact is there: restore it or make "
+            "both again"
+        )
+    return load_manifest(run_dir / parent)
 
 
 def require_as_good(directory: Path, manifest: Manifest, found: list[Proof]) -> None:
