@@ -37,6 +37,16 @@ def test_verify_walks_the_whole_run(root: Path, capsys: pytest.CaptureFixture[st
     refused(capsys, ["verify", "run"], 3, "rollout")
 
 
+def test_what_was_made_from_something_that_is_gone_is_named_with_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(root / "run/rollout")
+    for path in ("run", "run/score"):
+        refused(
+            capsys, ["verify", path], 1, "run/score: made from rollout, and no committed artifact is there"
+        )
+
+
 @pytest.mark.parametrize("path", [".", "..", "../model", "../../sft", "../..", "../../sft/model/../model"])
 def test_verify_may_be_asked_from_within(root: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(root / "run/sft/model")

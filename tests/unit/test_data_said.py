@@ -156,8 +156,9 @@ def test_what_a_template_leaves_out_is_refused_by_role_and_key(
 ) -> None:
     chat = Chat(str(model_dir(tmp_path, KNOWS_FEW)))
     assert len(chat.prompt([{"role": "user", "content": " 1 \ue000 "}], "fine", 100))
-    with pytest.raises(DataError, match=f"s7: the chat template does not print {names}"):
+    with pytest.raises(DataError, match=f"s7: the chat template does not print {names}") as refusal:
         chat.prompt([*before, QUESTION], "s7", 1000)
+    assert str(tmp_path) in str(refusal.value)  # whose template it is
 
 
 def test_what_says_nothing_is_not_missed(chatml: Chat) -> None:
