@@ -58,7 +58,7 @@ def test_nothing_is_left_where_another_who_clears_up_is_killed(
     alone = tmp_path / "alone"
     assert rounds_of_workers.make_bare(alone) == 0
     expected = rounds_of_workers.files(alone)
-    looks, scandir = 0, os.scandir
+    scandir = os.scandir
     for last in itertools.count():
         stage = shutil.copytree(alone, tmp_path / str(last)) / "run" / rounds_of_workers.BARE
         for place in (stage, stage / "a"):

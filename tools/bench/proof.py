@@ -1,4 +1,4 @@
-"""What a proof costs: models hashed, hashed again by another command, and looked at where nothing is begun.
+"""What a proof costs: models hashed, hashed again, or looked at where nothing is begun; an artifact checked.
 
     python tools/bench/proof.py [--gb N] [--models N] [--dir DIR] [--quick]
 
