@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_lopd.artifacts import committed
-from megatron_lopd.artifacts.manifest import committed_files, load_manifest
+from megatron_lopd.artifacts.manifest import VERSION, committed_files, load_manifest
 from megatron_lopd.artifacts.stamps import Stamp
 from megatron_lopd.artifacts.unchanged import verify_unchanged
 from megatron_lopd.errors import DataError
@@ -43,7 +43,7 @@ MUTATIONS: dict[str, Any] = {
     "config": [[], None, "x"],
     "kind": [1, None, [], {}],
     "lineage": ["certain", None, [], {}, 1],
-    "version": [2, 4, "3", None, [], 10**30],
+    "version": [VERSION - 1, VERSION + 1, str(VERSION), None, [], 10**30],
     "format": ["other", None, []],
     "more": [1],
 }
