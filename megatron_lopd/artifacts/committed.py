@@ -26,7 +26,7 @@ from megatron_lopd.files.reading import parse_json, reading, require_regular
 
 ANY_DEVICE = -1  # in a stamp from another machine, where a shared file system has another number
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20  # read at a time, so that what is hashed is still in the processor's cache
 
 T = TypeVar("T")
 R = TypeVar("R")
