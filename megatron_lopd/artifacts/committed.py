@@ -7,7 +7,6 @@ it: a file with that stamp need not be hashed again, one with another is.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,8 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from blake3 import blake3
+
 from megatron_lopd.artifacts.stamps import Stamp, settled_at, stamp_of
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import HASHING_THREADS
@@ -25,21 +26,21 @@ from megatron_lopd.files.reading import parse_json, reading, require_regular
 
 ANY_DEVICE = -1  # in a stamp from another machine, where a shared file system has another number
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20  # read at a time, so that what is hashed is still in the processor's cache
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# By absolute path: the stamp and the SHA-256 that this process, or the one that started it, found.
+# By absolute path: the stamp and the digest that this process, or the one that started it, found.
 _hashed: dict[str, tuple[Stamp, str]] = {}
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A committed file: size in bytes and hex SHA-256."""
+    """A committed file: size in bytes and hex BLAKE3."""
 
     size: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class CommittedFile:
         """Whether it is as it was when its digest, by `kept`, was taken and was the right one."""
         with _open_below(self.artifact, self.name) as stream:
             self._require_size(os.fstat(stream.fileno()).st_size)
-            return _is_known(kept, self.key, _stamp_of(stream), self.entry.sha256)
+            return _is_known(kept, self.key, _stamp_of(stream), self.entry.blake3)
 
     @property
     def key(self) -> str:
@@ -100,7 +101,7 @@ class CommittedFile:
     def _check(self, stream: FileIO) -> None:
         found = _stamp_of(stream)
         self._require_size(found[2])
-        if not _is_known(_hashed, self.key, found, self.entry.sha256):
+        if not _is_known(_hashed, self.key, found, self.entry.blake3):
             self._require_digest(_hash(stream, self.path))
             stream.seek(0)
 
@@ -112,9 +113,9 @@ class CommittedFile:
             )
 
     def _require_digest(self, digest: str) -> None:
-        if digest != self.entry.sha256:
+        if digest != self.entry.blake3:
             raise DataError(
-                f"{self.path}: damaged: SHA-256 {digest[:12]}, the manifest says {self.entry.sha256[:12]}: "
+                f"{self.path}: damaged: BLAKE3 {digest[:12]}, the manifest says {self.entry.blake3[:12]}: "
                 f"restore it or remove {self.artifact} to make it again"
             )
 
@@ -212,13 +213,13 @@ def _stamp_of(stream: FileIO) -> Stamp:
 
 
 def _hash(stream: FileIO, path: Path) -> str:
-    """Hex SHA-256 of the whole open file, remembered unless its time is in the future, by this clock."""
+    """Hex BLAKE3 of the whole open file, remembered unless its time is in the future, by this clock."""
     before = _stamp_of(stream)
     waiting = settled_at(before[-1]) - time.time_ns()
     if 0 <= waiting <= settled_at(before[-1]) - before[-1]:  # then a write from now on has another time
         time.sleep(waiting / 1e9)
         waiting = -1
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, before[2] + 1)))
+    digest, buffer = blake3(), memoryview(bytearray(min(_CHUNK, before[2] + 1)))
     with reading(path):
         stream.seek(0)
         while count := stream.readinto(buffer):
@@ -235,7 +236,7 @@ def _hash(stream: FileIO, path: Path) -> str:
 
 def _by_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`work` of each, in order. What one raises is raised, and those not begun are left out."""
-    pool = ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1), thread_name_prefix="sha256")
+    pool = ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1), thread_name_prefix="hashing")
     try:
         return list(pool.map(work, items))
     finally:

@@ -32,11 +32,10 @@ _taken: dict[tuple[str, str], _Taken] = {}  # by part and first file: what this 
 
 @dataclass(frozen=True)
 class _Entry:
-    """`files`: [path, *stamp] of each. `check`: a faster digest of the same bytes, where there is one."""
+    """`files`: [path, *stamp] of each."""
 
     files: list[list[Any]]
     digest: str
-    check: str
     session: str
 
 
@@ -70,49 +69,24 @@ def digest_of(part: str, files: Sequence[Path], make: Callable[[], str]) -> str:
 
     Raises DataError when a file is written meanwhile.
     """
-    return checked_digest_of(part, files, lambda: (make(), ""), None)
-
-
-def checked_digest_of(
-    part: str,
-    files: Sequence[Path],
-    make: Callable[[], tuple[str, str]],
-    check: Callable[[], str] | None,
-) -> str:
-    """As `digest_of`, of what takes long. `make()` is the digest with a faster one of the same bytes.
-
-    What was hashed before and bears the same stamp since is hashed by `check()` alone, the faster one: that
-    tells bit rot, and a stamp that lies would have to go with a collision as well.
-    """
     before = stamps_of(files)
-    digest = _digest_of(part, files, before, make, check)
+    digest = _digest_of(part, files, before, make)
     if before:
-        stamps = {path: times for path, *times in before}
-        _taken[part, before[0][0]] = _Taken(stamps, digest, lambda: make()[0])
+        _taken[part, before[0][0]] = _Taken({path: times for path, *times in before}, digest, make)
     return digest
 
 
-def _digest_of(
-    part: str,
-    files: Sequence[Path],
-    before: list[list[Any]],
-    make: Callable[[], tuple[str, str]],
-    check: Callable[[], str] | None,
-) -> str:
+def _digest_of(part: str, files: Sequence[Path], before: list[list[Any]], make: Callable[[], str]) -> str:
     hint = _find(part, files, before)
     if hint is not None and (_relying.get() or hint.session == session()):
         return hint.digest
-    started = time.time_ns()
-    if hint is not None and check is not None and hint.check and check() == hint.check:
-        digest, faster = hint.digest, hint.check
-    else:
-        digest, faster = make()
+    started, digest = time.time_ns(), make()
     for path, *was in before:
         if stamp(Path(path)) != was:
             raise DataError(f"{path}: changed while it was hashed: {_ADVICE}")
     # Else it could have changed again after that, and bear this stamp.
     if all(settled_at(times[-1]) < started for times in before):
-        _keep(part, files, _Entry(before, digest, faster, session()))
+        _keep(part, files, _Entry(before, digest, session()))
     return digest
 
 
@@ -208,8 +182,7 @@ def _entry(raw: Any) -> _Entry | None:
         entry = _Entry(**raw)
     except TypeError:
         return None
-    named = isinstance(entry.digest, str) and isinstance(entry.check, str)
-    return entry if named and isinstance(entry.files, list) else None
+    return entry if isinstance(entry.digest, str) and isinstance(entry.files, list) else None
 
 
 def _keep(part: str, files: Sequence[Path], entry: _Entry) -> None:

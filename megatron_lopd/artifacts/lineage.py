@@ -22,7 +22,7 @@ from megatron_lopd.files.writing import atomic_write_json
 
 LINEAGE_FILE = "lopd_lineage.json"
 LINEAGE_FORMAT = "lopd-model-lineage"
-_VERSION = 2  # of the digests in it, too
+_VERSION = 3  # of the digests in it, too
 OVERRIDE = "allow_teacher_mismatch=true"
 WHOLE_MODEL = ("weights", "config", "tokenizer", "chat_template", "end_tokens")
 _WORST_LAST: tuple[LineageStatus, ...] = ("proved", "declared", "overridden")

@@ -25,7 +25,7 @@ from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_file, fsync_dir
 
 MANIFEST = "manifest.json"
 FORMAT = "lopd-artifact"
-VERSION = 3
+VERSION = 4
 
 MAX_NAME_BYTES = 1024  # of a file in an artifact, its folders included
 
@@ -188,7 +188,7 @@ def _problem(manifest: Manifest) -> str | None:
     for name, entry in manifest.files.items():
         if not is_plain_path(name) or name.casefold() == MANIFEST:
             return f"the file name {shown(name)}"
-        if not _is_count(entry.size) or not is_digest(entry.sha256):
+        if not _is_count(entry.size) or not is_digest(entry.blake3):
             return f"size or digest of {name}"
     return problem_of(manifest.config, manifest.parents)
 
@@ -235,7 +235,7 @@ def _is_count(value: Any) -> bool:
 
 
 def is_digest(value: Any) -> bool:
-    """Whether it is a SHA-256 as manifests write it."""
+    """Whether it is a SHA-256 or a BLAKE3 as manifests write them."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 

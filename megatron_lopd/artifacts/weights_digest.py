@@ -8,18 +8,16 @@ use one that differs, and the trainer would not.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import xxhash
+from blake3 import blake3
 
-from megatron_lopd.artifacts.digest_cache import checked_digest_of, is_kept
+from megatron_lopd.artifacts.digest_cache import digest_of, is_kept
 from megatron_lopd.artifacts.model_files import ModelFiles
 from megatron_lopd.artifacts.tensor_files import TensorLocation
 from megatron_lopd.errors import DataError
@@ -37,22 +35,10 @@ _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _PART = "weights"
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
-_Hashers = tuple[Callable[[], Any], ...]
-
 
 def weights_digest(files: ModelFiles) -> str:
-    """Hex SHA-256 of the weights. Raises DataError as `ModelFiles.tensors` and `digest_of`."""
-
-    def make() -> tuple[str, str]:
-        tensors = files.tensors()
-        digest, faster = _digests(tensors, (hashlib.sha256, xxhash.xxh3_128))
-        return _of_rows(tensors, digest), _of_rows(tensors, faster)
-
-    def check() -> str:
-        tensors = files.tensors()
-        return _of_rows(tensors, _digests(tensors, (xxhash.xxh3_128,))[0])
-
-    return checked_digest_of(_PART, files.of_weights, make, check)
+    """Hex SHA-256 of the tensors' rows. Raises DataError as `ModelFiles.tensors` and `digest_of`."""
+    return digest_of(_PART, files.of_weights, lambda: _of_rows(files.tensors()))
 
 
 def is_hashed(files: ModelFiles) -> bool:
@@ -67,10 +53,10 @@ def other_output(tensors: Sequence[TensorLocation]) -> TensorLocation | None:
     return next((head for head in heads if not any(_are_equal(head, each) for each in embeddings)), None)
 
 
-def _of_rows(tensors: Sequence[TensorLocation], digests: Sequence[str]) -> str:
+def _of_rows(tensors: Sequence[TensorLocation]) -> str:
     rows = {
         each: [each.name, each.dtype, list(each.shape), digest]
-        for each, digest in zip(tensors, digests, strict=True)
+        for each, digest in zip(tensors, _digests(tensors), strict=True)
     }
     embeddings = [each for each in tensors if _is_embedding(each.name)]
     kept = [
@@ -97,16 +83,16 @@ def _is_embedding(name: str) -> bool:
     return name == EMBEDDING or name.endswith(f".{EMBEDDING}")
 
 
-def _digests(tensors: Sequence[TensorLocation], hashers: _Hashers) -> list[list[str]]:
-    """By each hasher, hex digests of the tensors' bytes, taken by several threads."""
+def _digests(tensors: Sequence[TensorLocation]) -> list[str]:
+    """Hex BLAKE3 of each tensor's bytes, taken by several threads."""
     largest_first = sorted(tensors, key=lambda each: each.start - each.end)
     with ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1), thread_name_prefix="weights") as pool:
-        found = dict(zip(largest_first, pool.map(partial(_hash_tensor, hashers), largest_first), strict=True))
-    return [[found[each][index] for each in tensors] for index in range(len(hashers))]
+        found = dict(zip(largest_first, pool.map(_hash_tensor, largest_first), strict=True))
+    return [found[each] for each in tensors]
 
 
-def _hash_tensor(hashers: _Hashers, tensor: TensorLocation) -> list[str]:
-    states, at = [hasher() for hasher in hashers], tensor.start
+def _hash_tensor(tensor: TensorLocation) -> str:
+    digest, at = blake3(), tensor.start
     buffer = memoryview(bytearray(min(_READ_BYTES, tensor.end - at)))
     with open_file(tensor.path, buffering=0) as stream, reading(tensor.path):
         stream.seek(at)
@@ -114,10 +100,9 @@ def _hash_tensor(hashers: _Hashers, tensor: TensorLocation) -> list[str]:
             count = stream.readinto(buffer[: tensor.end - at])  # type: ignore[attr-defined]
             if not count:
                 raise DataError(f"{tensor.path}: damaged: it ends at byte {at}: copy it again")
-            for state in states:
-                state.update(buffer[:count])
+            digest.update(buffer[:count])
             at += count
-    return [state.hexdigest() for state in states]
+    return digest.hexdigest()
 
 
 def _are_equal(head: TensorLocation, embedding: TensorLocation) -> bool:
@@ -125,7 +110,7 @@ def _are_equal(head: TensorLocation, embedding: TensorLocation) -> bool:
     if head.shape != embedding.shape:
         return False
     if head.dtype == embedding.dtype:
-        one, other = _digests([head, embedding], (hashlib.sha256,))[0]
+        one, other = _digests([head, embedding])
         return one == other
     if not {head.dtype, embedding.dtype} <= _FLOATS.keys():
         return False

@@ -272,7 +272,7 @@ def _new_file(path: Path) -> Iterator[HashedFile]:
 
 
 def _entry_of(file: HashedFile) -> FileEntry:
-    return FileEntry(file.size, file.sha256)
+    return FileEntry(file.size, file.blake3)
 
 
 @contextmanager

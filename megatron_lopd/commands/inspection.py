@@ -47,7 +47,7 @@ def describe_path(path: Path, samples: int) -> Iterator[str]:
         digests = ", ".join(f"{part} {short(digest)}" for part, digest in parent.digests.items())
         yield f"  made from {role}: {parent.path} ({digests})"
     for name, entry in manifest.files.items():
-        yield f"  {name}: {entry.size:,} bytes, sha256 {short(entry.sha256)}"
+        yield f"  {name}: {entry.size:,} bytes, BLAKE3 {short(entry.blake3)}"
     for file in committed_files(path, manifest):
         if file.name.endswith(".arrow") and not file.path.parent.with_name(ANSWERS).is_file():
             yield from describe_shard(file, samples)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from blake3 import blake3
+
 from megatron_lopd.files.reading import open_file, reading
 
 _CHUNK = 1 << 22
@@ -38,7 +40,7 @@ class HashedFile:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
@@ -54,6 +56,6 @@ class HashedFile:
         self._stream.flush()
 
     @property
-    def sha256(self) -> str:
-        """Hex SHA-256 of all that was written."""
+    def blake3(self) -> str:
+        """Hex BLAKE3 of all that was written."""
         return self._digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import socket
@@ -69,7 +70,11 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
     # A prefix of its own each time: a store outlives its groups, and would hand out their old addresses. The
     # store counts, by rank, and the ranks enter alike.
     world = world_store()
-    store = PrefixStore(f"lopd{world.add(f'entered by {rank}', 1)}", world)
+    entered = world.add(f"entered by {rank}", 1)
+    if entered > 1:
+        # The groups of before are garbage in cycles with what was trained; each has descriptors and threads.
+        gc.collect()
+    store = PrefixStore(f"lopd{entered}", world)
     torch.distributed.init_process_group(
         compat.backend(),
         store=store,

@@ -15,7 +15,6 @@ import gc
 import os
 import pickle
 import resource
-import select
 import signal
 import socket
 import struct
@@ -108,7 +107,7 @@ def _of_a_copy(
             while got < len(given):
                 told, waited, seen = False, 0.0, ""
                 while not told and waited < PATIENCE_SECONDS:
-                    told, waited = bool(select.select([pipe], [], [], LOOK_SECONDS)[0]), waited + LOOK_SECONDS
+                    told, waited = pipe.poll(LOOK_SECONDS), waited + LOOK_SECONDS
                     before, seen = seen, "" if told else _sleeping(pid)
                     if seen and seen == before and not is_last:
                         return

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import resource
-import select
 import shutil
 import signal
 import tempfile
@@ -15,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +149,7 @@ def _has_ended(child: int, seconds: float) -> bool:
     descriptor = os.pidfd_open(child)
     try:
         waiting_since = time.monotonic()
-        while not select.select([descriptor], [], [], LOOK_EVERY)[0]:
+        while not wait([descriptor], LOOK_EVERY):
             state, *fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
             used = (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
             if state != "S":  # what asks again every second is asleep when it is looked at

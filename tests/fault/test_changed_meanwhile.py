@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from blake3 import blake3
 
 from megatron_lopd.artifacts.lineage import artifact_parent
 from megatron_lopd.artifacts.manifest import FileEntry, Manifest, load_manifest, write_manifest
@@ -87,7 +88,10 @@ def test_what_is_edited_while_a_stage_works_is_refused(
 def rewritten(directory: Path, manifest: Manifest, *names: str) -> Manifest:
     """`manifest` with files as they are now, as somebody writes it who knows how."""
     entries = {
-        name: FileEntry((directory / name).stat().st_size, sha256_file(directory / name)) for name in names
+        name: FileEntry(
+            (directory / name).stat().st_size, blake3((directory / name).read_bytes()).hexdigest()
+        )
+        for name in names
     }
     return replace(manifest, files=manifest.files | entries)
 

@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from tests.golden.arithmetic import PINNED, REPOSITORY, canary
 
 # What decides bits beside the processor.
@@ -124,7 +126,7 @@ def _run(root: Path, recipe: str, run_dir: Path) -> dict[str, Any]:
         },
         "counts": {name: manifest["counts"] for name, manifest in artifacts.items()},
         "files": {
-            f"{name}/{file}": masks.digest(run / name / file, entry["sha256"])
+            f"{name}/{file}": masks.digest(run / name / file, entry["blake3"])
             for name in unclocked
             for file, entry in artifacts[name]["files"].items()
         },
@@ -162,12 +164,12 @@ class _Masks:
         return json.loads(self.text(json.dumps(value)))
 
     def digest(self, path: Path, expected: str) -> str:
-        """SHA-256 of a file, which is `expected`; of text, with its ids masked."""
+        """SHA-256 of a file, whose BLAKE3 is `expected`; of text, with its ids masked."""
         content = path.read_bytes()
-        if (found := hashlib.sha256(content).hexdigest()) != expected:
-            raise SystemExit(f"{path}: SHA-256 {found}, its manifest says {expected}")
+        if (found := blake3(content).hexdigest()) != expected:
+            raise SystemExit(f"{path}: BLAKE3 {found}, its manifest says {expected}")
         if path.suffix not in (".json", ".html"):
-            return found
+            return hashlib.sha256(content).hexdigest()
         return hashlib.sha256(self.text(content.decode()).encode()).hexdigest()
 
 

@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 
 from megatron_lopd.artifacts import committed
-from megatron_lopd.artifacts.manifest import committed_files, load_manifest
+from megatron_lopd.artifacts.manifest import VERSION, committed_files, load_manifest
 from megatron_lopd.artifacts.stamps import Stamp
 from megatron_lopd.artifacts.unchanged import verify_unchanged
 from megatron_lopd.errors import DataError
 from megatron_lopd.files.digests import canonical_json, sha256_bytes
 from tests.unit.test_artifacts import make_artifact
 
-ENTRY = {"size": 1, "sha256": "0" * 64}
+ENTRY = {"size": 1, "blake3": "0" * 64}
 MUTATIONS: dict[str, Any] = {
     "files": [
         *({name: ENTRY} for name in ("../a.bin", "/etc/passwd", "a/../b", "./a", "a//b", "a/", "", ".")),
         *({name: ENTRY} for name in ("a\0b", "a\\b", "a\nb", "x" * 300, "manifest.json")),
         {"/".join(["x" * 100] * 11): ENTRY},
         *({"a.bin": ENTRY | {"size": size}} for size in (-1, 1.0, True, "1", None, 1 << 70, [])),
-        *({"a.bin": ENTRY | {"sha256": digest}} for digest in ("", "0" * 63, "G" * 64, 0, None, "0" * 65)),
+        *({"a.bin": ENTRY | {"blake3": digest}} for digest in ("", "0" * 63, "G" * 64, 0, None, "0" * 65)),
         *({"a.bin": entry} for entry in ({}, ENTRY | {"more": 1}, [], None, 1)),
         *([], None, "a.bin", 7),
     ],
@@ -43,7 +43,7 @@ MUTATIONS: dict[str, Any] = {
     "config": [[], None, "x"],
     "kind": [1, None, [], {}],
     "lineage": ["certain", None, [], {}, 1],
-    "version": [2, 4, "3", None, [], 10**30],
+    "version": [VERSION - 1, VERSION + 1, str(VERSION), None, [], 10**30],
     "format": ["other", None, []],
     "more": [1],
 }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-import select
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -45,10 +45,10 @@ def test_a_copy_that_is_stopped_in_the_midst_of_an_answer_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounded, "PATIENCE_SECONDS", 0.5)
-    look = select.select
+    look = Connection.poll
 
-    def look_and_stop(*arguments: Any) -> Any:
-        if (ready := look(*arguments))[0]:  # it writes, and more than a pipe holds
+    def look_and_stop(pipe: Connection, seconds: float) -> bool:
+        if ready := look(pipe, seconds):  # it writes, and more than a pipe holds
             os.kill(int((tmp_path / "copy").read_text()), signal.SIGSTOP)
         return ready
 
@@ -56,9 +56,23 @@ def test_a_copy_that_is_stopped_in_the_midst_of_an_answer_is_given_up(
         (tmp_path / "copy").write_text(str(os.getpid()))
         return bytes(1 << 24)
 
-    monkeypatch.setattr(bounded.select, "select", look_and_stop)
+    monkeypatch.setattr(Connection, "poll", look_and_stop)
     taken = list(bounded.bounded(long, [1], cpu_seconds=5))
     assert taken == [bounded.Failed("it has taken over 0 seconds")]
+
+
+def test_a_process_may_have_more_files_open_than_select_can_count() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while opened[-1] < 1024:  # FD_SETSIZE
+            opened.append(os.dup(opened[0]))
+        assert list(bounded.bounded(abs, [-1, 2], cpu_seconds=5)) == [1, 2]
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_copy_leaves_this_process_garbage_alone() -> None:

@@ -1,11 +1,16 @@
-"""Collectives on gloo that are under way at once."""
+"""Gloo: collectives that are under way at once, and what groups leave open."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+from megatron.core import parallel_state
+
+from megatron_lopd.config import ParallelConfig
+from megatron_lopd.mcore.process_groups import model_parallel
 
 pytestmark = pytest.mark.slow
 
@@ -15,10 +20,6 @@ GATHERS = """
 import torch
 from megatron.core import parallel_state
 from torch.distributed import _coalescing_manager, all_gather_into_tensor
-
-import pytest
-
-pytestmark = pytest.mark.slow
 
 from megatron_lopd.config import ParallelConfig
 from megatron_lopd.mcore.process_groups import model_parallel
@@ -44,3 +45,18 @@ def test_many_all_gathers_at_once_do_not_end_the_process() -> None:
         [sys.executable, "-c", GATHERS], capture_output=True, text=True, timeout=120, check=False
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_who_trains_again_and_again_in_one_process_has_no_more_files_open() -> None:
+    """Groups are in cycles with what was trained. Each stage took 64 of 1,024 files."""
+
+    class Trained:
+        def __init__(self) -> None:
+            self.itself, self.group = self, parallel_state.get_data_parallel_group()
+
+    opened = []
+    for seed in range(4):
+        with model_parallel(ParallelConfig(), seed):
+            Trained()
+            opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[1] == opened[-1], opened

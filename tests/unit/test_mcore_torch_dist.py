@@ -230,5 +230,5 @@ def test_of_a_committed_one_what_its_manifest_lists_is_read(checkpoint: Path) ->
     content = bytearray((checkpoint / FILE).read_bytes())
     content[0] ^= 1
     (checkpoint / FILE).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{FILE}: damaged: SHA-256"):
+    with pytest.raises(DataError, match=rf"{FILE}: damaged: BLAKE3"):
         TorchDistReader(checkpoint)

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 
 from megatron_lopd.artifacts.committed import FileEntry
 from megatron_lopd.artifacts.manifest import load_manifest, verify_files, write_manifest
 from megatron_lopd.checkpoint.sharded import canonical_pickle
 from megatron_lopd.errors import DataError
 from megatron_lopd.families.architecture import Architecture, read_architecture
-from megatron_lopd.files.digests import sha256_file
 from megatron_lopd.training.checkpoints import Checkpoints, Progress
 from megatron_lopd.training.saving import newest_checkpoint
 from tests.model_zoo import make_config
@@ -35,7 +35,7 @@ def save(checkpoints: Checkpoints, step: int) -> Path:
     temporary = checkpoints.begin(step)
     weights = temporary / "weights"
     weights.write_bytes(bytes([step]) * 100)
-    entries = {"weights": FileEntry(100, sha256_file(weights))}
+    entries = {"weights": FileEntry(100, blake3(weights.read_bytes()).hexdigest())}
     checkpoints.commit(temporary, entries, Progress(step=step), {"world_size": 1})
     return checkpoints.directory / f"step_{step:08d}"
 

@@ -117,7 +117,7 @@ class Beside:
 def committed(world: Path, stage: str) -> dict[str, str]:
     """The digests of what a stage has made, by file."""
     files = json.loads((world / "run" / stage / "manifest.json").read_text())["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name not in CURVES}
+    return {name: entry["blake3"] for name, entry in files.items() if name not in CURVES}
 
 
 class Begun(Attack[Beside]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -128,7 +128,7 @@ def forge_checkpoint(directory: Path) -> None:
         path = directory / name
         if path.is_file() and path.stat().st_size < 1 << 28:
             content = path.read_bytes()
-            entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            entry |= {"size": len(content), "blake3": blake3(content).hexdigest()}
     forge(manifest, document)
 
 
@@ -186,7 +186,7 @@ class CheckpointFiles(Attack[Any]):
         """The weights that training ends with."""
         lopd("train", "recipe.yaml")
         files = json.loads((world / "run/train/manifest.json").read_text())["files"]
-        return json.dumps({name: entry["sha256"] for name, entry in files.items() if "distcp" in name})
+        return json.dumps({name: entry["blake3"] for name, entry in files.items() if "distcp" in name})
 
     def allows(self, change: Any, before: str, after: str) -> bool:
         """Who may write a whole checkpoint, digests and all, may choose its weights: but run nothing."""

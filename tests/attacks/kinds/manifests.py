@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -62,7 +63,7 @@ class Listed:
             (path.parent / name).symlink_to(secret)
         document = json.loads(path.read_text(encoding="utf-8"))
         content = secret.read_bytes()
-        document["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        document["files"][name] = {"size": len(content), "blake3": blake3(content).hexdigest()}
         forge(path, document)
 
 
