@@ -20,7 +20,7 @@ from megatron_lopd.config.help import key_help
 from megatron_lopd.errors import ConfigError, DataError, LopdError, StopRequested
 from megatron_lopd.files.writing import open_to_append
 from megatron_lopd.runtime import environment
-from megatron_lopd.runtime.display import printable, say
+from megatron_lopd.runtime.display import printable, say, shortened
 from megatron_lopd.runtime.signals import interrupted_at_once
 
 EXIT_CODES = """exit codes:
@@ -44,7 +44,6 @@ STAGE_HELP = {
     "report": "8. summary.json and a page with figures",
     "online": "the baseline: standard OPD from the sft stage's model, with a live teacher",
 }
-LONGEST_LINE = 4_000  # characters of an error, which may quote what it is about
 _SECTIONS = {
     "generate": ("teacher", "prompts.sft", "generate"),
     "tokenize": ("student", "sft.data", "sft.teacher"),
@@ -106,8 +105,7 @@ def _say_error(options: argparse.Namespace, error: LopdError) -> int:
     # Every rank raises a stop, and what rank 0 has told them.
     if rank == 0 or not (error.said or isinstance(error, StopRequested)):
         where = f" (rank {rank})" if rank else ""
-        text = str(error) if len(str(error)) <= LONGEST_LINE else f"{str(error)[:LONGEST_LINE]}..."
-        say(f"lopd {options.command}{where}: {text}", error=True)
+        say(f"lopd {options.command}{where}: {shortened(printable(str(error)))}", error=True)
     _record_end(error)
     return error.exit_code
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_lopd.runtime.display import shortened
+
 if TYPE_CHECKING:
     from megatron_lopd.evaluation.answers import GradedAnswer
 
@@ -35,11 +37,5 @@ def examples(title: str, answers: Iterable[GradedAnswer]) -> Examples:
 
 def _row(each: GradedAnswer) -> tuple[str, str, str, str]:
     prompt = "\n".join(str(message.get("content", "")) for message in each.prompt)
-    return each.verdict, shortened(prompt), shortened(each.text), shortened(each.gold or "")
-
-
-def shortened(text: str) -> str:
-    """A text of any length as one of at most HEAD + TAIL characters and a mark."""
-    if len(text) <= HEAD + TAIL:
-        return text
-    return f"{text[:HEAD]} [... {len(text) - HEAD - TAIL:,} characters ...] {text[-TAIL:]}"
+    prompt, response, gold = (shortened(text, HEAD, TAIL) for text in (prompt, each.text, each.gold or ""))
+    return each.verdict, prompt, response, gold

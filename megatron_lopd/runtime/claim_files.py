@@ -21,12 +21,12 @@ from megatron_lopd.errors import DataError, Unreadable
 from megatron_lopd.files.exclusive import take_name
 from megatron_lopd.files.reading import is_there, naming, read_object, reading
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, errors_of_file
+from megatron_lopd.runtime.display import shortened
 from megatron_lopd.runtime.owner import Owner
 
 CLAIMS = ".claims"
 PARTS = "parts"  # no dot in it, as there is in every claim
-LARGEST_CLAIM = 1 << 16  # bytes; an error that it tells of is cut to LONGEST_ERROR
-LONGEST_ERROR = 4000  # characters
+LARGEST_CLAIM = 1 << 16  # bytes; an error that it tells of is shortened
 READINGS = 5
 REMOVALS = 20  # of a directory in which others, who do not know it is gone, may be making a last file
 
@@ -111,8 +111,8 @@ def _checked(kind: type[Owner] | type[ClaimState], plain: Any) -> dict[str, Any]
 
 def text_of(state: ClaimState) -> str:
     """What a claim's file holds."""
-    cut = state.error[:LONGEST_ERROR].encode(errors="replace").decode()
-    return json.dumps(vars(state) | {"owner": vars(state.owner), "error": cut})
+    error = shortened(state.error).encode(errors="replace").decode()
+    return json.dumps(vars(state) | {"owner": vars(state.owner), "error": error})
 
 
 def claim_path(directory: Path, part: str, generation: int) -> Path:

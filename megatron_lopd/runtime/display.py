@@ -120,6 +120,16 @@ def printable(text: str) -> str:
     return "".join(map(_printable_character, text))
 
 
+def shortened(text: str, head: int = 1_200, tail: int = 600) -> str:
+    """A text of any length as one of at most `head` + `tail` characters and a mark.
+
+    By default an error's: it begins with where, may quote what it is about, and ends with what to do.
+    """
+    if len(text) <= head + tail:
+        return text
+    return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
 def say(text: str, *, error: bool = False) -> None:
     """Print a line, whatever is in it, on standard output or on standard error."""
     print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)

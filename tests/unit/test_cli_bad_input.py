@@ -177,6 +177,12 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, list[str]]] = {
         2,
         ["fp8.recipe=tensorwise", "GPU", "drop the fp8 section"],
     ),
+    "more than a line can quote": (
+        lambda: None,
+        ["seed=" + "{bomb: " * 5000],
+        2,
+        ["override 'seed={bomb: ", "characters ...]", "more than 32 levels deep"],
+    ),
     "another tokenizer": (
         lambda: edit_json("student/tokenizer.json", normalizer={"type": "NFC"})(),
         [],
@@ -198,6 +204,7 @@ def test_bad_input_is_one_line_before_anything_is_spent(
     (message,) = [line for line in captured.err.splitlines() if line.startswith("lopd run:")]
     for text in expected:
         assert text in message
+    assert len(message) < 2000
     assert captured.out == ""
     assert not (root / "run").exists()
 
