@@ -145,6 +145,7 @@ class Chat:
                 "cannot be told from it: use a template whose generation prompt begins the assistant's turn",
             )
         bare = whole.replace(mark, "")
+        self._require_short(name, bare, max_tokens)
         self._require(name, messages, first_unprinted(messages, bare))
         for key, text in leaves(messages[-1]):
             if not reaches(text, opening.replace(mark, ""), bare):
@@ -301,7 +302,25 @@ class Chat:
         """Tokens whose letters need be no tokens."""
         return _any_of(each.content for each in self.tokenizer.added_tokens_decoder.values())
 
+    def _require_short(self, name: str, text: str, max_tokens: int) -> None:
+        """Raise DataError where `text` cannot be so few tokens: to count them takes 400 bytes for each.
+
+        A tokenizer that composes letters (NFC) holds more, but no text is of its longest tokens alone.
+        """
+        if len(text) > (most := max_tokens * self._longest_token):
+            raise self._error(
+                name,
+                f"it has {len(text):,} characters, of which the limit of {max_tokens} tokens holds {most:,}: "
+                "raise the limit or drop it",
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In characters, or bytes where its vocabulary is of those: at least as many."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def _prompt(self, rendered: str, mark: str, name: str, max_tokens: int) -> Tokens:
+        self._require_short(name, rendered.replace(mark, ""), max_tokens)
         tokens = self._encode_split(rendered, mark, name)
         if not len(tokens):
             raise self._error(name, "the chat template renders an empty prompt")

@@ -86,6 +86,23 @@ def test_limits_name_the_sample(tmp_path: Path) -> None:
         chat.conversation(CONVERSATION, "s7", 14)
 
 
+def test_what_cannot_be_so_few_tokens_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts of megabytes the tokenizer makes gigabytes, and aborts where there are none."""
+    chat = Chat(model_dir(tmp_path))
+    longest = len("assistant")  # of its tokens
+    question = {"role": "user", "content": "1" * 12 * longest}
+    monkeypatch.setattr(Chat, "_encode", lambda *unused: pytest.fail("it was counted"))
+    for refused in (
+        lambda: chat.prompt([question], "s7", 12),
+        lambda: chat.conversation([question, CONVERSATION[1]], "s7", 12),
+        lambda: chat.conversation([CONVERSATION[0], {"role": "assistant", "content": "1" * 999}], "s7", 99),
+    ):
+        with pytest.raises(
+            DataError, match=r"s7: it has \S+ characters, of which the limit of \d+ tokens holds"
+        ):
+            refused()
+
+
 def test_templates_that_cannot_be_trained_on(tmp_path: Path) -> None:
     no_end = TEMPLATE.replace("{{ message.content }}<|end|>", "{{ message.content }}")
     with pytest.raises(DataError, match=r"s: the chat template puts no end token \(<\|end\|>\)"):
