@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
@@ -101,6 +102,8 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
         yield _ranks()
     finally:
         transformer_engine.forget_fp8_state()
+        # Of all models' tables: it would keep the embeddings of those that are gone, and of each a group.
+        RotaryEmbedding.forward.cache_clear()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
