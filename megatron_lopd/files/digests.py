@@ -12,7 +12,7 @@ from blake3 import blake3
 from megatron_lopd.files.reading import open_file, reading
 
 _CHUNK = 1 << 22
-# Files hashed at a time by a process: hashlib lets go of the interpreter. A disk array may feed as many.
+# Files hashed at a time by a process: blake3 lets go of the interpreter. A disk array may feed as many.
 HASHING_THREADS = 8
 
 

@@ -213,6 +213,12 @@ RELIANCES = (
         "stretches rotary frequencies as config.json says",
     ),
     Reliance(
+        "mcore/process_groups.py",
+        "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.forward",
+        "@lru_cache",
+        "empties a cache that keeps what has been trained before",
+    ),
+    Reliance(
         "mcore/gloo.py",
         "torch.distributed.distributed_c10d:_new_process_group_helper",
         "ProcessGroupGloo(",

@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
@@ -75,6 +77,7 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
         # The groups of before are garbage in cycles with what was trained; each has descriptors and threads.
         gc.collect()
     store = PrefixStore(f"lopd{entered}", world)
+    hook = sys.excepthook
     torch.distributed.init_process_group(
         compat.backend(),
         store=store,
@@ -83,6 +86,9 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
         timeout=timeout,
         device_id=device if world_size > 1 else None,  # it connects every group at once, for one rank in vain
     )
+    if world_size == 1:
+        # torch's names the rank in each line of a traceback, once more each time, and for good.
+        sys.excepthook = hook
     chunks = parallel.virtual_pipeline
     try:
         parallel_state.initialize_model_parallel(
@@ -101,6 +107,8 @@ def model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
         yield _ranks()
     finally:
         transformer_engine.forget_fp8_state()
+        # Of all models' tables: it would keep the embeddings of those that are gone, and of each a group.
+        RotaryEmbedding.forward.cache_clear()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 

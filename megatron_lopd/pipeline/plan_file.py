@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lopd.artifacts.lineage import short
-from megatron_lopd.artifacts.manifest import Parent, is_committed, problem_of
+from megatron_lopd.artifacts.manifest import VERSION, Parent, is_committed, problem_of
 from megatron_lopd.errors import DataError, LineageError
 from megatron_lopd.files.reading import is_there, read_object
 from megatron_lopd.files.writing import TEMPORARY_PREFIX, atomic_write_json, publish
@@ -31,7 +31,9 @@ def begin(stage: str, directory: Path, plan: Plan, *, alone: bool) -> None:
     if begun_plan(directory) is None:
         parents_plain = {role: vars(parent) for role, parent in plan.parents.items()}
         private = directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-        atomic_write_json(private, {"config": plan.config, "parents": parents_plain})
+        # The version is of the digests in it, too.
+        plain = {"version": VERSION, "config": plan.config, "parents": parents_plain}
+        atomic_write_json(private, plain)
         publish(private, directory / PLAN_FILE)  # of two workers that begin, the first
     begun = begun_plan(directory)
     if begun is not None:
@@ -45,11 +47,19 @@ def has_parts(directory: Path) -> bool:
 
 
 def begun_plan(directory: Path) -> Plan | None:
-    """What a stage was begun with, but for its lineage; None when it was not. DataError when damaged."""
+    """What a stage was begun with, but for its lineage; None when it was not.
+
+    DataError when it is damaged, or another release began.
+    """
     path = directory / PLAN_FILE
     if not is_there(path):
         return None
     begun = read_object(path, follow_links=False)
+    if begun.get("version") != VERSION:
+        raise DataError(
+            f"{path}: not of version {VERSION}, which this program reads: go on with the version of "
+            f"megatron-lopd that began it, or remove {directory} to make it again"
+        )
     try:
         parents = {role: Parent(**parent) for role, parent in begun["parents"].items()}
         problem = problem_of(begun["config"], parents)

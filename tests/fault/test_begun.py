@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -16,6 +17,7 @@ from megatron_lopd.cli import main
 from megatron_lopd.commands.run import STAGES
 from megatron_lopd.config import load_recipe
 from megatron_lopd.errors import LineageError
+from megatron_lopd.files.reading import read_json
 from megatron_lopd.pipeline.execute import LOCK_FILE, check_begun
 from megatron_lopd.pipeline.plan_file import PLAN_FILE
 from megatron_lopd.pipeline.resolved import ResolvedRun
@@ -72,6 +74,22 @@ def test_what_was_made_binds_and_a_plan_alone_does_not(
     (generate / PLAN_FILE).write_text("{")  # nothing to go on from: nothing to lose
     assert main(other) == 0
     assert load_manifest(generate).config["sampling"]["temperature"] == 0.5
+
+
+def test_what_another_release_began_is_not_said_to_be_of_another_model(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It took other digests of the same weights, and wrote no version."""
+    generate = root / "run/generate"
+    (generate / "manifest.json").unlink()
+    begun = read_json(generate / PLAN_FILE)
+    del begun["version"]
+    begun["parents"]["teacher"]["digests"]["weights"] = "0" * 64
+    (generate / PLAN_FILE).write_text(json.dumps(begun))
+    for command in (["generate"], ["run"], ["run", "--dry-run"], ["doctor"]):
+        assert main([command[0], "recipe.yaml", *command[1:]]) == 1, command
+        assert "go on with the version of megatron-lopd that began it" in capsys.readouterr().err, command
+    assert main(["status", "recipe.yaml"]) == 0
 
 
 def test_run_dry_run_doctor_and_status_give_one_answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,14 @@ def test_every_group_waits_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     assert asked["timeout"] == timedelta(seconds=90)
     assert asked["distributed_timeout_minutes"] == 2
+
+
+def test_a_lone_process_tells_its_errors_as_before() -> None:
+    """After n trainings from Python each line of a traceback began with n times `[rank0]: `."""
+    hook = sys.excepthook
+    with model_parallel(ParallelConfig(), seed=0):
+        assert sys.excepthook is hook
+    assert sys.excepthook is hook
 
 
 def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
